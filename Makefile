@@ -1,0 +1,88 @@
+# demo  train an LSTM on sequential digits; pictures in demo/
+# test  the whole test suite (GPU tests skip where there is no GPU)
+# lint  ruff and clang-format, in check mode; `make format` applies them
+# bench the benchmarks, JSON in bench/results/
+# gpu   build, test and bench with the Python that is already there: no venv, no downloads
+# clean remove what the others made
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What pip installs as PyTorch, e.g. make test TORCH=torch==2.13.0
+TORCH  ?= torch
+# Test processes side by side. One thread each: on small tensors more threads only get in each other's way.
+JOBS   ?= 2
+# Passed on to pytest, e.g. make test PYTEST_ARGS="-k lengths -x"
+PYTEST_ARGS ?=
+# Where `make gpu` leaves its logs and JSON, and which of its stages it runs
+OUT    ?= bench/results
+STAGES ?= build test bench
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := test
+.PHONY: demo test lint format bench gpu clean
+
+VENV_BIN := $(abspath $(VENV))/bin
+RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
+SOURCES  := $(sort $(shell find csrc -type f 2>/dev/null))
+CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES))
+
+# One stamp per value of TORCH, so that asking for another PyTorch installs it.
+BASE    := $(VENV)/.base
+LINTERS := $(VENV)/.linters
+READY   := $(VENV)/.ready-$(shell cksum <<<'$(TORCH)' | cut -d' ' -f1)
+
+$(BASE):
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77' wheel ninja
+	touch $@
+
+$(LINTERS): $(BASE) pyproject.toml
+	$(RUN) -m pip install --quiet --group dev
+	touch $@
+
+$(READY): $(BASE) pyproject.toml setup.py $(SOURCES)
+	rm -f $(VENV)/.ready-*
+	$(RUN) -m pip install --quiet '$(TORCH)'
+	$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(RUN) -m fastrnn train --out demo
+
+# pytest-benchmark is switched off: it warns under xdist, and nothing in tests/ is timed.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist loadfile -p no:benchmark $(PYTEST_ARGS)
+
+lint: $(LINTERS)
+	$(VENV_BIN)/ruff check .
+	$(VENV_BIN)/ruff format --check .
+	$(if $(CXX_SOURCES),$(VENV_BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+format: $(LINTERS)
+	$(VENV_BIN)/ruff check --fix .
+	$(VENV_BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(VENV_BIN)/clang-format -i $(CXX_SOURCES))
+
+bench: $(READY)
+	mkdir -p bench/results
+	$(RUN) -m pytest bench --benchmark-json=bench/results/bench-cpu.json $(PYTEST_ARGS)
+
+# Every stage runs, whatever became of the one before it; the exit codes come last. Test processes run one at a time:
+# kernels that wait for each other within a bounded time must not share the GPU with another process.
+stage_build = $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
+stage_test  = $(PYTHON) -m pytest tests -m 'gpu or not gpu' -p no:benchmark --durations=20 $(PYTEST_ARGS)
+stage_bench = $(PYTHON) -m pytest bench --benchmark-json='$(OUT)/bench-gpu.json' $(PYTEST_ARGS)
+gpu: export FASTRNN_TEST_DEVICE := cuda
+gpu: export PYTHONUNBUFFERED := 1
+gpu:
+	@mkdir -p '$(OUT)'; unset TRITON_INTERPRET; failed=0; summary=; \
+	$(foreach s,$(STAGES),echo "== $(s)"; code=0; \
+	    ( $(stage_$(s)) ) 2>&1 | tee '$(OUT)/$(s).log' || code=$$?; \
+	    summary+="$(s): exit code $$code"$$'\n'; [ $$code = 0 ] || failed=1;) \
+	printf '== summary\n%s' "$$summary"; exit $$failed
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f bench/results/*.log fastrnn/*.so
+	find bench csrc fastrnn kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

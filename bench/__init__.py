@@ -1,0 +1,1 @@
+"""The throughput suite: `pytest bench --benchmark-json=FILE`, then `python bench/report.py FILE`."""

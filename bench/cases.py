@@ -1,0 +1,117 @@
+"""What is timed, as data: one `Case` per size, cell, dtype and set of features, chosen by the device that is there.
+
+Order matters: when the session's time budget is spent, the cases that are left are recorded as not run.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import torch
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An acceptance: `contestant` takes at most `ratio` times as long as torch.nn's plain call, beyond noise."""
+
+    contestant: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timing. `T, B, I, H` as everywhere; `features` go beyond torch.nn's plain call.
+
+    `mode`: "train" is forward and backward with gradients of the input and of all parameters; "infer" is the forward
+    alone, without gradients. `without`: contestants that are left out, each with the reason.
+    """
+
+    cell: str  # a key of fastrnn.cells.CELLS
+    B: int
+    T: int
+    I: int
+    H: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    dtype: torch.dtype = torch.float32
+    tf32: bool = False
+    mode: str = "train"
+    features: frozenset[str] = frozenset()  # of "tap", "clip"
+    without: dict[str, str] = field(default_factory=dict, hash=False)
+    bounds: tuple[Bound, ...] = ()
+
+    @property
+    def name(self) -> str:
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        parts = [self.cell, f"B{self.B}-T{self.T}-I{self.I}-H{self.H}"]
+        parts += [f"{self.num_layers}layers"] * (self.num_layers > 1) + ["bidirectional"] * self.bidirectional
+        parts += ["tf32" if self.tf32 else short, *sorted(self.features), self.mode]
+        return "-".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------ CPU
+
+# A plain call costs what torch.nn costs; `auto` may add its checks.
+PLAIN = (Bound("fastrnn", 1.05),)
+# What the norms and the clipping may cost on a CPU, against torch.nn's plain call, which has neither.
+FEATURED = (Bound("fastrnn:cpu", 1.5), Bound("fastrnn:reference", 3.0))
+
+
+def _cpu_cases() -> list[Case]:
+    size = {"B": 32, "T": 100, "I": 256, "H": 256}
+    small = {"B": 16, "T": 64, "I": 128, "H": 128}
+    tiny = {"B": 16, "T": 16, "I": 32, "H": 32}  # shows what a call costs before any arithmetic; not bounded
+    features = [frozenset({"tap"}), frozenset({"clip"}), frozenset({"tap", "clip"})]
+    return [
+        Case("lstm", **size, bounds=PLAIN),
+        *(Case("lstm", **size, features=on, bounds=FEATURED) for on in features),
+        Case("gru", **size, bounds=PLAIN),
+        *(Case("gru", **size, features=on, bounds=FEATURED) for on in features[:2]),
+        Case("rnn_tanh", **size, bounds=PLAIN),
+        *(Case("rnn_tanh", **size, features=on, bounds=FEATURED) for on in features[:2]),
+        *(Case(cell, **small, bounds=PLAIN) for cell in ("lstm", "gru", "rnn_tanh")),
+        Case("lstm", **small, features=features[2]),
+        Case("lstm", **size, mode="infer", bounds=PLAIN),
+        Case("lstm", **small, num_layers=2, bidirectional=True, bounds=PLAIN),
+        Case("lstm", **small, num_layers=2, bidirectional=True, features=features[2]),
+        Case("gru", **small, num_layers=2, bidirectional=True, bounds=PLAIN),
+        Case("lstm", **tiny),
+        Case("lstm", **tiny, features=features[2]),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ GPU
+
+# (B, T, H), I = H: from latency-bound to compute-bound.
+GPU_SIZES = ((64, 512, 256), (64, 512, 512), (64, 512, 1024), (128, 1024, 1024), (16, 2048, 256), (256, 256, 2048))
+GPU_DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
+_LOOPS = ("loop", "fastrnn:reference")
+_SLOW = dict.fromkeys(_LOOPS, "left out for time: its loop is timed at the first two sizes in bf16")
+
+
+def _gpu_cases() -> list[Case]:
+    def at(k: int, cell: str, dtype: torch.dtype, tf32: bool, **rest) -> Case:
+        B, T, H = GPU_SIZES[k]
+        keep_loops = k < 2 and dtype == torch.bfloat16
+        return Case(cell, B, T, H, H, dtype=dtype, tf32=tf32, without={} if keep_loops else _SLOW, **rest)
+
+    cases = []
+    for (dtype, tf32), cell in product(GPU_DTYPES, ("lstm", "gru")):
+        cases += [at(k, cell, dtype, tf32, bounds=PLAIN) for k in range(len(GPU_SIZES))]
+        if dtype == torch.bfloat16:
+            cases += [at(k, cell, dtype, tf32, features=frozenset({"tap", "clip"})) for k in range(3)]
+    cases += [at(k, "lstm", torch.bfloat16, False, mode="infer", bounds=PLAIN) for k in range(4)]
+    # Sizes where torch.nn is at its best (small H), and shapes that it runs on its standard algorithm.
+    small = Case("lstm", 64, 512, 128, 128, dtype=torch.bfloat16, without=_SLOW, bounds=PLAIN)
+    return [*cases, small, replace(small, cell="gru"), replace(small, num_layers=2, bidirectional=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- choosing
+
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("FASTRNN_TEST_DEVICE") != "cpu" else "cpu"
+CASES: list[Case] = _gpu_cases() if DEVICE == "cuda" else _cpu_cases()
+
+# Wall time of the whole session, after which no further case starts, and of the timing within one case (what checks
+# and compilation take comes on top). The suite must end within three minutes on two CPU cores, eight on a GPU machine.
+SESSION_SECONDS = {"cpu": 170.0, "cuda": 420.0}[DEVICE]
+CASE_SECONDS = {"cpu": 5.0, "cuda": 2.5}[DEVICE]

@@ -1,0 +1,76 @@
+"""One measurement per case and session, shared by the benchmarks and the acceptance tests; the JSON; the summary."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from . import feature_cases, machine, report
+from .cases import CASES, DEVICE, SESSION_SECONDS
+from .measure import measure
+
+
+class Session:
+    """The records so far, by case, and when each suite (told by its `measure`) began."""
+
+    def __init__(self):
+        self.begin: dict[Callable, float] = {}
+        self.records: dict[str, dict] = {}
+        self.not_run: dict[str, str] = {}
+
+    def record(self, case, measure: Callable = measure, seconds: float = SESSION_SECONDS) -> dict:
+        """Measures a case the first time it is asked for; skips the test once the suite's time is spent."""
+        if case.name not in self.records:
+            if time.monotonic() - self.begin.setdefault(measure, time.monotonic()) > seconds:
+                self.not_run[case.name] = f"the time budget of {seconds:.0f} s was spent"
+                pytest.skip(self.not_run[case.name])
+            self.records[case.name] = measure(case)
+        return self.records[case.name]
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config):
+    config.stash[SESSION] = Session()
+
+
+@pytest.fixture
+def session(request) -> Session:
+    return request.config.stash[SESSION]
+
+
+def pytest_collection_modifyitems(items):
+    """Each case's acceptance right behind its measurement, so that a spent budget drops whole cases."""
+    order = {case.name: k for k, case in enumerate([*CASES, *feature_cases.CASES])}
+    items.sort(key=lambda item: order[item.callspec.params["case"].name] if hasattr(item, "callspec") else -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info(config):
+    return machine.describe(DEVICE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_commit_info(config):
+    return machine.commit()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["not_run"] = config.stash[SESSION].not_run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = config.stash[SESSION]
+    if not session.records:
+        return
+    throughput, gains = report.split(list(session.records.values()))
+    if throughput:
+        terminalreporter.section(f"time relative to torch.nn, {machine.device_name(DEVICE)}")
+        terminalreporter.write_line(report.table(throughput))
+    if gains:
+        terminalreporter.section(f"speed relative to the Python loop, {machine.device_name(DEVICE)}")
+        terminalreporter.write_line(report.feature_table(gains))
+    for name, reason in session.not_run.items():
+        terminalreporter.write_line(f"not run: {name}: {reason}")

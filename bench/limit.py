@@ -1,0 +1,105 @@
+"""The floor under the time of one layer on a device, from the device's figures.
+
+    time = input GEMM + T steps that cannot overlap (+ for training: T steps back, then three GEMMs: dX, dW_ih, dW_hh)
+    GEMM = its operations / (0.65 peak)
+    step = max(its arithmetic, its exchange of h) + the latency of getting every CTA to agree that h is complete
+
+W_hh stays on the chip where it fits; then n CTAs share the gate rows of one tile of the batch, and only these n have to
+agree. The floor is the best over all n and tiles. Where W_hh does not fit, every step reads it again, and ends in
+a kernel edge. Everything else (pointwise work, memory traffic of gx and of what is saved) counts as free: a floor, not
+a forecast.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+GEMM_EFFICIENCY = 0.65  # estimate: what a library GEMM reaches of the data sheet's peak, at the sizes here
+
+
+@dataclass(frozen=True)
+class Device:
+    """The figures of one GPU. Times in seconds, rates per second; `source` says where each figure comes from."""
+
+    match: str  # in the device's name
+    sms: int
+    shared_memory: int  # bytes per SM that a kernel can have
+    cluster: int  # CTAs of the largest cluster
+    peak: dict[str, float]  # operations per second, by kind of arithmetic
+    memory_rate: float  # bytes
+    exchange_rate: float  # bytes that one SM can receive
+    agree: dict[str, float]  # latency, by means
+    source: dict[str, str]
+
+
+DEVICES = (
+    Device(
+        match="H200",
+        sms=132,
+        shared_memory=227 * 1024,
+        cluster=16,
+        peak={"half": 989e12, "tf32": 494e12, "fp32": 67e12},
+        memory_rate=4.3e12,
+        exchange_rate=64 * 1.755e9,
+        agree={"none": 0.0, "cluster": 0.25e-6, "flag": 0.55e-6, "kernel edge": 1.3e-6},
+        source={
+            "sms, shared_memory, cluster": "the vendor's data sheet",
+            "peak": "the vendor's data sheet, dense; a large bf16 GEMM on random data was measured at 790e12",
+            "memory_rate": "measured: device-to-device copy",
+            "exchange_rate": "estimate: 64 bytes per SM and clock",
+            "agree": "estimates, not measured yet",
+        },
+    ),
+)
+
+
+def device_model(name: str) -> Device | None:
+    """The model of the device with this name; None where there is none, as for every CPU."""
+    return next((device for device in DEVICES if device.match in name), None)
+
+
+def _gates(cell: str) -> int:
+    return {"lstm": 4, "gru": 3}.get(cell, 1)
+
+
+def step_floor(device: Device, cell: str, B: int, H: int, itemsize: int, peak: float) -> tuple[float, str]:
+    """Seconds of one step of one direction, and the means by which its CTAs agree."""
+    weight, operations = _gates(cell) * H * H * itemsize, 2 * B * _gates(cell) * H * H
+    read = weight / device.memory_rate if weight > device.sms * device.shared_memory else 0.0
+    best = max(operations / (GEMM_EFFICIENCY * peak), read) + device.agree["kernel edge"], "kernel edge"
+    for ctas in range(1, device.sms + 1):
+        if weight / ctas > device.shared_memory:
+            continue
+        means = "none" if ctas == 1 else "cluster" if ctas <= device.cluster else "flag"
+        rows = -(-B // max(1, device.sms // ctas))  # of the batch, in each group's tile
+        arithmetic = operations * rows / B / (ctas * peak / device.sms)
+        exchange = 0.0 if ctas == 1 else rows * H * itemsize / device.exchange_rate
+        best = min(best, (max(arithmetic, exchange) + device.agree[means], means))
+    return best
+
+
+def floor(device: Device | None, case) -> dict | None:
+    """The floor of a `cases.Case` in seconds with its parts, or None where there is no model of the device."""
+    if device is None:
+        return None
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    kind = "half" if half else "tf32" if case.tf32 else "fp32"
+    peak, rows, directions = device.peak[kind], _gates(case.cell) * case.H, 2 if case.bidirectional else 1
+    step, means = step_floor(device, case.cell, case.B, case.H, case.dtype.itemsize, peak)
+    train = case.mode == "train"
+    # Both directions of a layer can run side by side; layers can overlap as a wavefront, one step behind another.
+    steps = (case.T + case.num_layers - 1) * step * (2 if train else 1)
+    gemms = 0.0
+    for layer in range(case.num_layers):
+        width = case.I if layer == 0 else case.H * directions
+        forward, recurrent = (2 * case.B * case.T * rows * size * directions for size in (width, case.H))
+        gemms += (3 * forward + recurrent if train else forward) / (GEMM_EFFICIENCY * peak)
+    return {
+        "device": device.match,
+        "seconds": gemms + steps,
+        "gemms": gemms,
+        "steps": steps,
+        "step": step,
+        "agreement": means,
+        "source": device.source,
+    }

@@ -1,0 +1,161 @@
+"""Interleaved timing: all contestants of a case in one process, round by round, so that whatever the machine does to
+one of them (clocks, other load) it does to all.
+
+A sample is the mean of `inner` calls in a row, so that a sample of a short call is long enough to be timed, and a GPU's
+queue stays as full as in training. Raw samples are kept; figures are medians.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 6, 40  # six is the least that gives a 95 % interval of a median
+SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 10e-3}
+WARMUP_SECONDS = 0.2
+MAX_INNER = 200
+
+
+@dataclass
+class Samples:
+    """Seconds per call of one contestant. `rounds[k]` is the round of `seconds[k]`."""
+
+    inner: int
+    seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, relative to the median."""
+        return _quartile_distance(self.seconds) / self.median
+
+
+class Ratio(NamedTuple):
+    """A contestant's time over the yardstick's: the median over rounds, and the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+def _quartile_distance(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the median by order statistics, which asks nothing of the distribution: the k-th smallest
+    and the k-th largest value, k from the binomial distribution. Up to five values: smallest and largest."""
+    ordered, n = sorted(values), len(values)
+    outside, k = 0.0, 0
+    while k < n // 2 and (outside := outside + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]
+
+
+def ratio(samples: Samples, yardstick: Samples) -> Ratio:
+    """From the ratios within each round."""
+    reference = dict(zip(yardstick.rounds, yardstick.seconds, strict=True))
+    ratios = [s / reference[k] for k, s in zip(samples.rounds, samples.seconds, strict=True)]
+    return Ratio(statistics.median(ratios), *interval(ratios))
+
+
+def common(a: Samples, b: Samples) -> tuple[Samples, Samples]:
+    """Both, with only the rounds that both were timed in."""
+    rounds = set(a.rounds) & set(b.rounds)
+
+    def within(own: Samples) -> Samples:
+        kept = [(s, k) for s, k in zip(own.seconds, own.rounds, strict=True) if k in rounds]
+        return Samples(own.inner, [s for s, _ in kept], [k for _, k in kept])
+
+    return within(a), within(b)
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
+    """A function that runs another and returns the seconds it took, on the device's own clock where it has one."""
+    if device == "cpu":
+
+        def watch(run):
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+
+        return watch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def watch_events(run):
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return watch_events
+
+
+def input_sets(bytes_per_set: int, device: str) -> int:
+    """How many input sets to rotate through, so that on a GPU they do not all sit in the cache (twice its size)."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(8, math.ceil(2 * cache / bytes_per_set)))
+
+
+def _warm(call: Callable[[int], None], watch, seconds: float) -> float:
+    """Seconds per call once warm: the least of the repeats after the first, which may compile."""
+    watch(lambda: call(0))
+    spent, least, k = 0.0, math.inf, 1
+    while k < 3 or (spent < seconds and k < 20):
+        took = watch(lambda k=k: call(k))
+        spent, least, k = spent + took, min(least, took), k + 1
+    return least
+
+
+def interleave(
+    calls: dict[str, Callable[[int], None]],
+    device: str,
+    seconds: float,
+    brief: set[str],
+    warmup: float = WARMUP_SECONDS,
+) -> dict[str, Samples]:
+    """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
+
+    The order rotates from round to round. Those in `brief` drop out after MIN_ROUNDS, to leave the time to the others.
+    """
+    watch = stopwatch(device)
+    samples = {}
+    for name, call in calls.items():
+        least = _warm(call, watch, warmup)
+        samples[name] = Samples(inner=min(MAX_INNER, max(1, math.ceil(SAMPLE_SECONDS[device] / least))))
+    names, spent, number = list(calls), 0.0, 0
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and spent > seconds:
+            break
+        shift = turn % len(names)
+        running = [n for n in names[shift:] + names[:shift] if turn < MIN_ROUNDS or n not in brief]
+        for name in running:
+            inner, call = samples[name].inner, calls[name]
+            first, number = number, number + inner
+
+            def repeat(call=call, first=first, inner=inner):
+                for k in range(inner):
+                    call(first + k)
+
+            took = watch(repeat)
+            spent += took
+            samples[name].seconds.append(took / inner)
+            samples[name].rounds.append(turn)
+    return samples

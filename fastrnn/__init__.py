@@ -1,0 +1,23 @@
+"""fastrnn: recurrent networks that train fast and show what the gradient does on its way back through time."""
+
+from . import functional
+from .convert import convert, explain
+from .dispatch import backend
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .monitor import GradientMonitor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "GradientMonitor",
+    "backend",
+    "convert",
+    "explain",
+    "functional",
+]

@@ -1,0 +1,299 @@
+"""The command line: `python -m fastrnn train` trains a network on handwritten digits read pixel by pixel and pictures
+its gradients; `python -m fastrnn info` says what is installed and which backends can run here.
+
+Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted.
+"""
+
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrnn
+
+from . import dispatch, plots
+from .cells import NONLINEARITIES
+from .monitor import GradientMonitor, Report
+from .tasks import Digits, sequential_digits
+
+MONITORED = 128
+"""Test images that the gradient picture is made from: enough for a steady median, little beside an epoch."""
+INPUT_NOISE = 0.5
+"""Noise on the training pixels, in units of their standard deviation: 1,437 images are soon learnt by heart. With the
+defaults and seeds 0 to 2 it lifts the test accuracy from 95.3-96.1 % to 98.9-99.2 %."""
+WARM_UP = 0.2
+"""The share of all steps over which the learning rate climbs to --lr before it falls (Smith & Topin 2019)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="fastrnn", description="Recurrent networks that show what their gradient does.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,info}")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    train = commands.add_parser(
+        "train", formatter_class=formatter, help="train on sequential digits (T = 64), with pictures of the gradient"
+    )
+    add = train.add_argument
+    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="the recurrent cell")
+    add("--nonlinearity", choices=NONLINEARITIES, default="tanh", help="of --cell rnn")
+    add("--hidden", type=_count, default=128, metavar="H", help="hidden units")
+    add("--layers", type=_count, default=1, metavar="L", help="stacked layers")
+    add("--bidirectional", action="store_true", help="read the pixels in both directions")
+    add("--epochs", type=_count, default=40, metavar="N", help="passes over the training images")
+    add("--batch", type=_count, default=32, metavar="B", help="images per step")
+    add("--lr", type=_positive, default=1e-2, help="peak learning rate of Adam (one cycle)")
+    add(
+        "--init", choices=("chrono", "default"), default="chrono",
+        help="chrono: gates that remember up to T steps, orthogonal W_hh; default: torch.nn's, whose gradient vanishes",
+    )  # fmt: skip
+    add("--clip-norm", type=_positive, default=1.0, metavar="N", help="bound on the norm of all parameters' gradient")
+    add("--seed", type=int, default=0, help="of initialisation, shuffling and masks")
+    add("--threads", type=_count, default=1, help="CPU threads; the tensors are too small to share")
+    add("--backend", help=f"force one of {', '.join(dispatch.BACKENDS)}")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for the pictures")
+    remedy = train.add_argument_group("remedies for vanishing and exploding gradients, and regularisers").add_argument
+    remedy("--clip-state-norm", type=_positive, metavar="N", help="bound on dL/d state of each sample at every step")
+    remedy("--layer-norm", action="store_true", help="layer norm inside the cell")
+    remedy("--residual", action="store_true", help="from the second layer on, add a layer's input to its output")
+    remedy("--zoneout", type=float, default=0.0, metavar="P", help="probability that a unit keeps its state")
+    remedy("--recurrent-dropout", type=float, default=0.0, metavar="P", help="of h on its way into W_hh")
+    remedy("--weight-dropout", type=float, default=0.0, metavar="P", help="of the entries of W_hh")
+    train.set_defaults(run=_train)
+    info = commands.add_parser("info", help="versions, GPU, and which backends can run here, or why not")
+    info.set_defaults(run=_info)
+    return top
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+
+class Classifier(nn.Module):
+    """A recurrent network over the pixels and a linear layer on its last outputs: `[T, B, 1] -> [B, 10]`."""
+
+    def __init__(self, rnn: nn.Module):
+        super().__init__()
+        self.rnn = rnn
+        width = rnn.hidden_size * (2 if rnn.bidirectional else 1)
+        self.out = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x)
+        H = self.rnn.hidden_size  # the reverse direction ends at the first step
+        return self.out(torch.cat((y[-1, :, :H], y[0, :, H:]), -1))
+
+
+def build(options: argparse.Namespace) -> Classifier:
+    """The network that the options describe; ValueError where they do not fit together."""
+    cell = getattr(fastrnn, options.cell.upper())
+    extras = {} if options.cell != "rnn" else {"nonlinearity": options.nonlinearity}
+    if options.cell != "rnn" and options.nonlinearity != "tanh":
+        raise ValueError(f"--nonlinearity is for --cell rnn, got --cell {options.cell}")
+    rnn = cell(
+        1, options.hidden, num_layers=options.layers, bidirectional=options.bidirectional, backend=options.backend,
+        layer_norm=options.layer_norm, residual=options.residual, zoneout=options.zoneout,
+        recurrent_dropout=options.recurrent_dropout, weight_dropout=options.weight_dropout,
+        clip_state_grad_norm=options.clip_state_norm, **extras,
+    )  # fmt: skip
+    if options.init == "chrono":
+        remember(rnn, T=64)
+    return Classifier(rnn).to(options.device)
+
+
+@torch.no_grad()
+def remember(rnn: nn.Module, T: int) -> None:
+    """Initialises for memories of up to T steps.
+
+    Forget gates b_f = log U(1, T - 1) and input gates -b_f, which keep the cell for 1 / (1 - sigmoid(b_f)) steps, and
+    likewise the GRU's z (Tallec & Ollivier 2018); W_hh orthogonal per gate (Saxe et al. 2014); W_ih of the first layer
+    U(-1, 1), the scale for one input.
+    """
+    H = rnn.hidden_size
+    for name, p in rnn.named_parameters():
+        if name.startswith("weight_hh"):
+            for gate in p.split(H):
+                nn.init.orthogonal_(gate)
+        elif name.startswith("weight_ih_l0"):
+            nn.init.uniform_(p, -1, 1)
+        elif name.startswith("bias"):
+            nn.init.zeros_(p)
+            keep = torch.empty(H).uniform_(1, T - 1).log()
+            if name.startswith("bias_ih") and isinstance(rnn, fastrnn.LSTM):
+                p[:H], p[H : 2 * H] = -keep, keep
+            elif name.startswith("bias_ih") and isinstance(rnn, fastrnn.GRU):
+                p[H : 2 * H] = keep
+
+
+def watch(model: Classifier, data: Digits) -> Report:
+    """The monitor's report on the first `MONITORED` test images, from one backward whose gradients are dropped."""
+    if model.rnn.backend == "aten":  # which has no norms to give
+        model = copy.deepcopy(model)
+        model.rnn.backend = None
+    with GradientMonitor(model) as monitor:
+        F.cross_entropy(model(data.x_test[:, :MONITORED]), data.y_test[:MONITORED]).backward()
+    model.zero_grad()
+    return monitor.report()
+
+
+@torch.no_grad()
+def evaluate(model: Classifier, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Cross entropy and accuracy, in eval mode."""
+    model.eval()
+    scores = model(x)
+    model.train()
+    return float(F.cross_entropy(scores, y)), float((scores.argmax(-1) == y).float().mean())
+
+
+def fit(model: Classifier, data: Digits, options: argparse.Namespace, bar) -> list[dict[str, float]]:
+    """Trains with Adam, one learning rate cycle and clipping; the history that `plots.learning_curves` takes."""
+    N = len(data.y_train)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=math.ceil(N / options.batch) * options.epochs, pct_start=WARM_UP
+    )
+    history = []
+    for epoch in range(1, options.epochs + 1):
+        losses, right = 0.0, 0.0
+        for chosen in torch.randperm(N, device=data.y_train.device).split(options.batch):
+            x, target = data.x_train[:, chosen], data.y_train[chosen]
+            scores = model(x + INPUT_NOISE * torch.randn_like(x))
+            loss = F.cross_entropy(scores, target)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+            optimizer.step()
+            schedule.step()
+            losses += loss.item() * len(chosen)
+            right += float((scores.argmax(-1) == target).sum())
+            bar.update()
+        test_loss, test_accuracy = evaluate(model, data.x_test, data.y_test)
+        history.append({
+            "train_loss": losses / N, "train_accuracy": right / N,
+            "test_loss": test_loss, "test_accuracy": test_accuracy,
+        })  # fmt: skip
+        bar.set_postfix_str(f"epoch {epoch}, loss {losses / N:.3f}, test accuracy {100 * test_accuracy:.1f} %")
+    return history
+
+
+def prepare(options: argparse.Namespace) -> tuple[Classifier, Digits]:
+    """Everything that a bad option can break, before any training: model, data, folder, and one forward."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    torch.empty(0, device=options.device)
+    model = build(options)
+    data = sequential_digits()
+    mean, std = data.x_train.mean(), data.x_train.std()
+    data = Digits((data.x_train - mean) / std, data.y_train, (data.x_test - mean) / std, data.y_test)
+    data = Digits(*(part.to(options.device) for part in data))
+    model(data.x_test[:, :1])
+    options.out.mkdir(parents=True, exist_ok=True)
+    return model, data
+
+
+def _train(options: argparse.Namespace) -> None:
+    plots.figure_class()
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install fastrnn[train]") from error
+    try:
+        model, data = prepare(options)
+        before = watch(model, data)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise _BadOption(str(error).splitlines()[0]) from error
+    print(f"{model.rnn}, {sum(p.numel() for p in model.parameters()):,} parameters, on {options.device}")
+    started = time.perf_counter()
+    steps = math.ceil(len(data.y_train) / options.batch) * options.epochs
+    with tqdm(total=steps, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+        history = fit(model, data, options, bar)
+    seconds = time.perf_counter() - started
+    after = watch(model, data)
+    curves, norms = options.out / "learning_curves.png", options.out / "gradient_norms.png"
+    title = f"sequential digits, {type(model.rnn).__name__}, {options.hidden} units; training pixels are noisy"
+    plots.learning_curves(curves, history, title)
+    plots.gradient_norms(norms, {"before training": before, "after training": after})
+    print(f"\nbefore training\n{before}\n\nafter training\n{after}\n")
+    print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after {len(history)} epochs in {seconds:.0f} s")
+    print(f"pictures: {curves}, {norms}")
+
+
+# ------------------------------------------------------------------------------------------------------------- info
+
+
+def _info(options: argparse.Namespace) -> None:
+    print(f"fastrnn  {fastrnn.__version__}\ntorch    {torch.__version__}\ntriton   {_triton_version()}")
+    print(f"CUDA     {torch.version.cuda or 'torch is built without it'}\npython   {platform.python_version()}")
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    print(f"GPU      {', '.join(gpus) or 'none'}")
+    for device in ("cpu", *(["cuda"] if gpus else [])):
+        rnn = fastrnn.LSTM(8, 16, device=device)
+        x = torch.zeros(4, 2, 8, device=device)
+        tap = torch.zeros(1, 2, 2, 4, 2, device=device, requires_grad=True)
+        print(f"\na plain call:\n{fastrnn.explain(rnn, x)}")
+        print(f"\na call with gradient norms:\n{fastrnn.explain(rnn, x, tap=tap)}")
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+class _BadOption(Exception):
+    """An option that only the library could find fault with."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (argparse's own errors leave by SystemExit)."""
+    options = parser().parse_args(argv)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except _BadOption as error:
+        print(f"fastrnn {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"fastrnn {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

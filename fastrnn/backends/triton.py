@@ -1,0 +1,196 @@
+"""Launches the Triton scan: one launch for all steps where W_hh fits the chip, else one per step."""
+
+import os
+from contextlib import nullcontext
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .. import tiles
+from ..cells import CELLS
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+INSTALLED = find_spec("triton") is not None
+
+
+def why_not(request) -> str | None:
+    if not INSTALLED:
+        return "triton is not installed"
+    if request.device != "cuda" and not _interpreted():
+        return (
+            f"Triton needs a GPU and the tensors are on {request.device} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
+        )
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels compute in float32, which is too coarse for {request.dtype}"
+    for feature in ("layer_norm", "projection"):  # both reduce over all of H in the middle of a step
+        if feature in request.features:
+            return f"its kernels have no {feature.replace('_', ' ')} yet"
+    return None
+
+
+def _precision() -> str:
+    """How tl.dot multiplies float32: what torch.nn's kernels do on this machine."""
+    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
+def _tile(cell: str, w_hh: Tensor, batch_size: int) -> tiles.Tile:
+    limit = {}
+    if w_hh.is_cuda:
+        limit["shared_memory"] = torch.cuda.get_device_properties(w_hh.device).shared_memory_per_block_optin
+    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), **limit)
+
+
+def _contiguous(*tensors: Tensor | None):
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile, reverse: bool):
+    """A function that launches `kernel`, given its pointers and step range, with what all launches of a call share."""
+    spec, hidden_size = CELLS[cell], w_hh.shape[1]
+    count = -(-hidden_size // tile.block_h)
+    grid = (-(-batch_size // tile.block_b), 1 if tile.local else count)
+    shared = dict(
+        B=batch_size, G=len(spec.gates), K=len(spec.saved), S=len(spec.states), H=hidden_size,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, LOCAL=tile.local, REVERSE=reverse,
+        PRECISION=_precision(),
+        # Multiplications and additions stay apart, so that both modes round alike.
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+
+    def launch(**arguments):
+        if batch_size:
+            kernel[grid](**arguments, **shared)
+
+    return launch
+
+
+def _device(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An output that does not exist: each a tensor of its own, because outputs of an op must not alias."""
+    return like.new_empty(0, dtype=dtype or like.dtype)
+
+
+def _reject(**unsupported):
+    for name, value in unsupported.items():
+        if value is not None:
+            raise NotImplementedError(f"the triton backend does not take {name}; see its why_not")
+
+
+def scan_forward(
+    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile=None,
+):  # fmt: skip
+    """See `ops.scan_forward`. `tile` overrides the choice of `tiles.py`."""
+    from ..kernels.cells import EQUATIONS
+    from ..kernels.scan import forward_kernel
+
+    _reject(w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)
+    gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c = _contiguous(
+        gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c
+    )
+    (T, B, _), H, K = gx.shape, w_hh.shape[1], len(CELLS[cell].saved)
+    tile = tile or _tile(cell, w_hh, B)
+    y, h_n = gx.new_empty(T, B, H), torch.empty_like(h0)
+    c_n = _nothing(gx, torch.float32) if c0 is None else torch.empty_like(c0)
+    c = c_n.new_empty((T, B, H) if c0 is not None and save else 0)
+    saved = gx.new_empty((T, B, K * H) if save else 0)
+    launch = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
+
+    def steps(t_begin, t_end, before, after):
+        launch(
+            gx_ptr=gx, w_ptr=w_hh, b_ptr=b_hh, flags_ptr=flags, recurrent_ptr=recurrent_mask,
+            zone_h_ptr=zone_h, zone_c_ptr=zone_c, h_in_ptr=before[0], c_in_ptr=before[1],
+            h_out_ptr=after[0], c_out_ptr=after[1], y_ptr=y, c_ptr=c if c.numel() else None,
+            saved_ptr=saved if save else None, T=T, t_begin=t_begin, t_end=t_end, CELL_FORWARD=EQUATIONS[cell][0],
+        )  # fmt: skip
+
+    first, last = (h0, c0), (h_n, None if c0 is None else c_n)
+    with _device(gx):
+        if tile.local:
+            steps(0, T, first, last)
+        else:
+            # A step reads all of h, so it writes elsewhere.
+            pair = [tuple(None if s is None else torch.empty_like(s) for s in first) for _ in range(2)]
+            for i in range(T):
+                steps(i, i + 1, pair[i % 2] if i else first, pair[(i + 1) % 2] if i + 1 < T else last)
+    return y, c, h_n, c_n, saved
+
+
+def scan_backward(
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile=None,
+):  # fmt: skip
+    """See `ops.scan_backward`. `tile` overrides the choice of `tiles.py`."""
+    from ..kernels.cells import EQUATIONS
+    from ..kernels.scan import backward_kernel
+
+    _reject(dsaved=dsaved, w_hr=w_hr, ln_hh=ln_hh, gh_hat=gh_hat, gh_rstd=gh_rstd,
+            ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)  # fmt: skip
+    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c = _contiguous(
+        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c
+    )
+    clip_norm = None if clip_norm is None else clip_norm.to(saved.device)
+    (T, B, H), spec = y.shape, CELLS[cell]
+    S, GH = len(spec.states), w_hh.shape[0]
+    tile = tile or _tile(cell, w_hh, B)
+    count = -(-H // tile.block_h)
+    apart = clip_norm is not None and not tile.local  # gate gradients travel before they are scaled
+
+    def scratch(*shape, when=True):
+        return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
+
+    dgx, dgh = saved.new_empty(T, B, GH), saved.new_empty(T, B, GH) if spec.split else None
+    dh0, dc0 = torch.empty_like(h0), _nothing(saved, torch.float32) if c0 is None else torch.empty_like(c0)
+    partial = scratch(2, S, T, count, B, when=norms)
+    sent_x, sent_h = scratch(2, B, GH, when=apart), scratch(2, B, GH, when=apart and spec.split)
+    parts = scratch(2, S * count, B, when=apart)
+    launch = _launcher(backward_kernel, cell, w_hh, B, tile, reverse)
+    _, total, backward = EQUATIONS[cell]
+
+    def steps(t_begin, t_end, after, before):
+        launch(
+            dy_ptr=dy, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0, w_ptr=w_hh,
+            flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, zone_c_ptr=zone_c,
+            bound_ptr=clip_norm, clip_value=clip_value, dh_in_ptr=after[0], dc_in_ptr=after[1],
+            dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=dgx, dgh_ptr=dgh, norms_ptr=partial,
+            sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T, t_begin=t_begin, t_end=t_end,
+            CELL_TOTAL=total, CELL_BACKWARD=backward, WIDTH=1 << (S * count - 1).bit_length(),
+        )  # fmt: skip
+
+    last, first = (dh_n, dc_n), (dh0, None if c0 is None else dc0)
+    with _device(saved):
+        if tile.local:
+            steps(0, T, last, first)
+        else:
+            pair = [(scratch(B, H), scratch(B, H, when=c0 is not None)) for _ in range(2)]
+            for i in reversed(range(T)):
+                steps(i, i + 1, pair[(i + 1) % 2] if i + 1 < T else last, pair[i % 2])
+            steps(0, 0, pair[0], first)
+        report = _whole_norms(partial) if norms else _nothing(saved, torch.float32)
+    return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, _nothing(saved), report
+
+
+def _whole_norms(partial: Tensor) -> Tensor:
+    """[2, S, T, tiles, B] -> [2, S, T, B]."""
+    from ..kernels.norms import finish_kernel
+
+    *lead, count, B = partial.shape
+    if count == 1:
+        return partial.squeeze(-2)
+    whole = partial.new_empty(*lead, B)
+    if whole.numel():
+        rows, block = whole.numel() // B, 32
+        width = 1 << (count - 1).bit_length()
+        finish_kernel[(rows, -(-B // block))](
+            partial_ptr=partial, norm_ptr=whole, B=B, TILES=count, WIDTH=width, BLOCK_B=block, num_warps=1
+        )
+    return whole

@@ -1,0 +1,93 @@
+"""Whole models: torch.nn's recurrent modules in place of fastrnn's and back, and which backend a module would take."""
+
+import warnings
+
+from torch import nn
+
+from . import functional, modules
+from .dispatch import Explanation
+
+_KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+_SETTINGS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity")
+
+
+def _is_on(setting) -> bool:
+    return any(setting) if isinstance(setting, tuple) else setting is not None and bool(setting)
+
+
+def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
+    """The same module in the other library, with the very same parameters."""
+    if library is nn:
+        on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
+        if on:
+            raise ValueError(f"torch.nn.{kind} has no {', '.join(on)}: turn them off before converting back")
+        if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
+            raise ValueError(f"torch.nn.{kind} has no nonlinearity {module.nonlinearity!r}")
+    settings = {name: getattr(module, name) for name in _SETTINGS if hasattr(module, name)}
+    if not kind.startswith("LSTM") or kind == "LSTMCell":
+        settings.pop("proj_size", None)
+    if kind.endswith("Cell"):
+        settings = {name: v for name, v in settings.items() if name in ("bias", "nonlinearity")}
+    elif settings["num_layers"] == 1:
+        settings["dropout"] = 0.0  # set below; the constructors warn of it
+    new = getattr(library, kind)(module.input_size, module.hidden_size, **settings, device="meta")
+    if hasattr(module, "dropout"):
+        new.dropout = module.dropout
+    for name, parameter in module._parameters.items():
+        setattr(new, name, parameter)
+    new.train(module.training)
+    if hasattr(new, "flatten_parameters"):
+        new.flatten_parameters()
+    return new
+
+
+def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
+    """Replaces every recurrent module inside `model` by its twin of the other library, parameters shared.
+
+    Args:
+        model: any module; it is changed in place, unless it is a recurrent module itself.
+        to: "fastrnn" turns torch.nn's LSTM, GRU, RNN and cells into fastrnn's; "torch" turns them back.
+
+    Returns:
+        The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
+        same objects. Forward and backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized
+        ones, say) are left as they are, with a warning.
+
+    Raises:
+        ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
+    """
+    if to not in ("fastrnn", "torch"):
+        raise ValueError(f"to should be 'fastrnn' or 'torch', got {to!r}")
+    source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
+    kinds = {getattr(source, kind): kind for kind in _KINDS}
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if module in replaced:
+            return replaced[module]
+        if type(module) in kinds:
+            replaced[module] = _rebuilt(module, kinds[type(module)], target)
+            return replaced[module]
+        if isinstance(module, tuple(kinds)):
+            warnings.warn(f"{type(module).__name__} is a subclass and was left as it is", stacklevel=3)
+        replaced[module] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = twin(child)
+        return module
+
+    return twin(model)
+
+
+def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
+    """Which backend `module(input, hx, **call)` runs on, and why not the others; print it to see the table.
+
+    Args:
+        module: a `fastrnn.LSTM`, `GRU` or `RNN`.
+        input, hx, call: as in the module's forward.
+    """
+    if not isinstance(module, modules._Recurrent):
+        raise TypeError(f"explain takes a fastrnn.LSTM, GRU or RNN, got {type(module).__name__}")
+    return functional.explain(
+        module._cell, input, hx, module._parameters_by_name(), backend=module.backend, **call, **module._arguments()
+    )

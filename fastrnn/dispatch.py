@@ -1,0 +1,165 @@
+"""The backend table: who can run a call, who should, and why not the others.
+
+`why_not(request)` of a backend says only whether it **can**. `choose` takes the capable ones in the order of the
+table; a backend forced by argument, by `with fastrnn.backend(name)` or by the environment's `FASTRNN_BACKEND` raises
+its reason instead of giving way to another.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .backends import cpu, cuda, reference, triton
+
+
+class Request(NamedTuple):
+    """What a call needs: enough to say which backend can run it.
+
+    `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`.
+    """
+
+    cell: str
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    hidden_size: int
+    proj_size: int = 0
+    features: frozenset[str] = frozenset()
+
+
+FEATURES = (
+    "tap", "clip", "lengths", "resets", "return_cells", "layer_norm", "projection",
+    "zoneout", "recurrent_dropout", "locked_dropout", "residual",
+    "eval_gradient",  # a backward in eval mode on a GPU, which cuDNN refuses
+    "tracing",  # under torch.compile, torch.export or a torch.func transform
+)  # fmt: skip
+
+
+def _aten_why_not(request: Request) -> str | None:
+    # torch's kernels know packed sequences and projections; packing is unfolded before it gets here.
+    beyond = request.features - {"projection"}
+    if beyond:
+        beyond = sorted(beyond)
+        return f"torch's own kernels take only plain calls; this one has {', '.join(beyond)}"
+    if request.cell not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return f"torch has no {request.cell}"
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table.
+
+    `auto` names the device types on which `choose` may take this backend unasked (None: all); `measured` says what that
+    rests on.
+    """
+
+    name: str
+    auto: tuple[str, ...] | None
+    measured: str
+    why_not: Callable[[Request], str | None]
+    launcher: ModuleType | None = None  # has scan_forward and scan_backward; aten takes whole calls instead
+
+    def takes(self, device: str) -> bool:
+        return self.auto is None or device in self.auto
+
+    def reason(self, request: Request) -> str | None:
+        return self.why_not(request)
+
+
+# In the order in which `choose` takes them.
+BACKENDS: dict[str, Backend] = {
+    row.name: row
+    for row in (
+        Backend("aten", None, "torch's own kernels, the yardstick", _aten_why_not),
+        Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton),
+        Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda),
+        Backend("cpu", ("cpu",), "bench/results: faster than reference on a CPU", cpu.why_not, cpu),
+        Backend("reference", None, "runs everything", reference.why_not, reference),
+    )
+}
+
+
+def kernels(name: str) -> ModuleType:
+    """The launcher of a backend: `scan_forward` and `scan_backward`."""
+    return BACKENDS[name].launcher
+
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
+
+
+def check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def backend(name: str):
+    """Within the block, every fastrnn call of this thread runs on backend `name` ("auto" lifts an outer choice).
+
+    Raises ValueError for an unknown name; a call that the backend cannot run raises RuntimeError with the reason.
+    """
+    previous, _forced.name = _forced.name, None if name == "auto" else check_name(name, "fastrnn.backend")
+    try:
+        yield
+    finally:
+        _forced.name = previous
+
+
+def forced(argument: str | None) -> str | None:
+    """The name of the backend that argument, context or environment ask for, in this order, or None."""
+    for name, source in (
+        (argument, "backend"),
+        (_forced.name, "fastrnn.backend"),
+        (os.environ.get("FASTRNN_BACKEND"), "FASTRNN_BACKEND"),
+    ):
+        if name:
+            return None if name == "auto" else check_name(name, source)
+    return None
+
+
+def choose(request: Request, argument: str | None = None) -> str:
+    """The name of the backend that runs `request`."""
+    name = forced(argument)
+    if name is not None:
+        reason = BACKENDS[name].reason(request)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+        return name
+    return next(row.name for row in BACKENDS.values() if row.takes(request.device) and row.reason(request) is None)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `fastrnn.explain` returns; prints as a table."""
+
+    request: Request
+    chosen: str
+    rows: tuple[tuple[str, str, str], ...]  # backend, can it, what its place rests on
+
+    def __str__(self) -> str:
+        features = ", ".join(sorted(self.request.features)) or "plain"
+        head = f"{self.request.cell}, {self.request.device}, {self.request.dtype}, {features}: runs on {self.chosen}"
+        table = [("backend", "can it run this?", "in auto"), *self.rows]
+        widths = [max(len(row[k]) for row in table) for k in range(3)]
+        lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table)
+        return "\n".join([head, *lines])
+
+
+def explanation(request: Request, argument: str | None = None) -> Explanation:
+    chosen = choose(request, argument)
+    rows = []
+    for rank, row in enumerate(BACKENDS.values(), 1):
+        place = f"{rank}: {row.measured}" if row.takes(request.device) else f"no: {row.measured}"
+        rows.append((row.name, row.reason(request) or "yes", place))
+    return Explanation(request, chosen, tuple(rows))

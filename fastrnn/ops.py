@@ -1,0 +1,111 @@
+"""The raw `torch.library` ops: one layer, one direction, forward and backward, with fakes and without autograd.
+
+`scan.py` makes them differentiable. Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states,
+K saved planes (`cells.py`). "acc" is float32 for the half types and the input's own type otherwise. An empty tensor
+stands for an output that does not exist. Index t is the input's own t, whichever way the scan walks.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .cells import CELLS
+from .reference import accumulate_dtype
+
+
+@torch.library.custom_op("fastrnn::scan_forward", mutates_args=())
+def scan_forward(
+    gx: Tensor,  # [T, B, G*H]: W_ih x + b_ih for all steps
+    w_hh: Tensor,  # [G*H, P]
+    b_hh: Tensor | None,  # [G*H]
+    h0: Tensor,  # [B, P]
+    c0: Tensor | None,  # [B, H] acc; only for cells with a c
+    w_hr: Tensor | None,  # [P, H]: projection
+    ln_hh: Tensor | None,  # [G*H]: weight of the layer norm on W_hh h
+    ln_c_weight: Tensor | None,  # [H]: layer norm on c inside the tanh
+    ln_c_bias: Tensor | None,  # [H]
+    flags: Tensor | None,  # uint8 [T, B]: PAD, RESET, START of cells.py
+    recurrent_mask: Tensor | None,  # [B, P]: multiplies the operand of W_hh
+    zone_h: Tensor | None,  # [T, B, P]: the share of the previous h that is kept
+    zone_c: Tensor | None,  # [T, B, H]
+    cell: str,
+    reverse: bool,
+    save: bool,  # keep what the backward needs
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, B, P] (zero at padding), c [T, B, H] acc (empty without c or save), h_n [B, P], c_n [B, H] acc (empty
+    without c), saved [T, B, K*H] (empty without save)."""
+    return dispatch.kernels(backend).scan_forward(
+        gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
+    )  # fmt: skip
+
+
+@scan_forward.register_fake
+def _(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c,
+      cell, reverse, save, backend):  # fmt: skip
+    T, B, _ = gx.shape
+    P, H, acc = w_hh.shape[1], w_hh.shape[0] // len(CELLS[cell].gates), accumulate_dtype(gx.dtype)
+    has_c = c0 is not None
+    return (
+        gx.new_empty(T, B, P),
+        gx.new_empty((T, B, H) if has_c and save else (0,), dtype=acc),
+        gx.new_empty(B, P),
+        gx.new_empty((B, H) if has_c else (0,), dtype=acc),
+        gx.new_empty((T, B, len(CELLS[cell].saved) * H) if save else (0,)),
+    )
+
+
+@torch.library.custom_op("fastrnn::scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor | None,  # [T, B, P]; None where no gradient arrives
+    dc: Tensor | None,  # [T, B, H] acc
+    dh_n: Tensor | None,  # [B, P]
+    dc_n: Tensor | None,  # [B, H] acc
+    dsaved: Tensor | None,  # [T, B, K*H]: only under create_graph
+    saved: Tensor,  # [T, B, K*H]
+    y: Tensor,  # [T, B, P]
+    c: Tensor | None,  # [T, B, H] acc
+    h0: Tensor,  # [B, P]
+    c0: Tensor | None,  # [B, H] acc
+    w_hh: Tensor,  # [G*H, P]
+    w_hr: Tensor | None,  # [P, H]
+    ln_hh: Tensor | None,  # [G*H]
+    gh_hat: Tensor | None,  # [T, B, G*H] acc: W_hh h_prev, normalised; with ln_hh
+    gh_rstd: Tensor | None,  # [T, B, 1] acc: 1 / its standard deviation
+    ln_c_weight: Tensor | None,  # [H]
+    ln_c_bias: Tensor | None,  # [H]
+    flags: Tensor | None,  # uint8 [T, B]
+    recurrent_mask: Tensor | None,  # [B, P]
+    zone_h: Tensor | None,  # [T, B, P]
+    zone_c: Tensor | None,  # [T, B, H]
+    clip_norm: Tensor | None,  # []: bound of the joint norm per sample and step
+    clip_value: float | None,  # bound of each element, applied first
+    cell: str,
+    reverse: bool,  # the direction of the forward
+    norms: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgx [T, B, G*H], dgh [T, B, G*H] (empty where it equals dgx), dh0 [B, P], dc0 [B, H] acc (empty without c),
+    dh_new [T, B, P] (dL/dh behind clipping and zoneout, before the projection; empty unless w_hr or ln_c is given),
+    norms [2, S, T, B] acc (total and carried; empty unless asked for). All are zero at padding."""
+    return dispatch.kernels(backend).scan_backward(
+        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
+    )  # fmt: skip
+
+
+@scan_backward.register_fake
+def _(dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+      flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, backend):  # fmt: skip
+    T, B, P = y.shape
+    spec, acc = CELLS[cell], accumulate_dtype(saved.dtype)
+    gates = (T, B, w_hh.shape[0])
+    return (
+        saved.new_empty(gates),
+        saved.new_empty(gates if spec.split else (0,)),
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+        saved.new_empty((0,), dtype=acc) if c0 is None else c0.new_empty(c0.shape),
+        saved.new_empty((T, B, P) if w_hr is not None or ln_c_weight is not None else (0,)),
+        saved.new_empty((2, len(spec.states), T, B) if norms else (0,), dtype=acc),
+    )

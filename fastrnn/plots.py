@@ -1,0 +1,142 @@
+"""Pictures: the state gradient's norm against the time step, and learning curves. matplotlib is imported late."""
+
+from pathlib import Path
+
+# Two hues of Okabe & Ito's palette, which people with any colour vision tell apart; solid and dashed says it again.
+COLORS = {"h": "#0072B2", "c": "#D55E00"}
+TRAIN, TEST = "#0072B2", "#D55E00"
+GRID = {"color": "#DDDDDD", "linewidth": 0.6}
+MAX_DECADES = 30
+"""Norms this many powers of ten below the largest in the picture are left out: float32 ends near 38."""
+
+
+def figure_class():
+    """matplotlib's Figure; without pyplot, so no display and no global state is touched."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install fastrnn[plots]") from error
+    return Figure
+
+
+def _clean(axes) -> None:
+    axes.grid(True, **GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure, path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def gradient_norms(path, reports) -> None:
+    """Writes the norms of dL/dh_t (and dL/dc_t) against the time step t, log axis, as a PNG.
+
+    Args:
+        path: where to; folders are made.
+        reports: `{title: report}`, the reports of a `GradientMonitor` on one model; one column of panels each, one row
+            per layer and direction.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a report is empty.
+    """
+    figure_type = figure_class()
+    rows = list(dict.fromkeys(r.name for report in reports.values() for r in report))
+    if not rows or not all(reports.values()):
+        raise ValueError("no gradient to plot: run the model and loss.backward() inside the monitor first")
+    width, height = 1.2 + 5.2 * len(reports), 0.9 + 2.9 * len(rows)
+    figure = figure_type(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(len(rows), len(reports), sharex=True, sharey=True, squeeze=False)
+    for column, (title, report) in enumerate(reports.items()):
+        for row, name in enumerate(rows):
+            axes = panels[row][column]
+            _clean(axes)
+            records = [r for r in report if r.name == name]
+            for r in records:
+                _norm_lines(axes, r)
+            if records:
+                axes.set_title("\n".join(filter(None, (title, _summary(records[0])))), fontsize=10, loc="left")
+            if row == len(rows) - 1:
+                axes.set_xlabel("time step t")
+            if column == 0:
+                axes.set_ylabel("norm of dL / d state")
+    axes = panels[0][0]
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _log_scale(axes, reports)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(reports)), frameon=False, fontsize=9
+    )
+    _save(figure, path)
+
+
+def _norm_lines(axes, record) -> None:
+    color = COLORS[record.state]
+    total, carried = (v.masked_fill(~(v > 0) | ~v.isfinite(), float("nan")) for v in (record.total, record.carried))
+    # A norm without neighbours has no line to show itself by.
+    dots = {"marker": "o", "markersize": 3} if (total > 0).sum() < 3 else {}
+    label = rf"$\partial L/\partial {record.state}_t$"
+    axes.plot(total.tolist(), color=color, linewidth=3.2, alpha=0.4, label=f"{label}, total", **dots)
+    axes.plot(carried.tolist(), color=color, linewidth=1.3, linestyle="--", label=f"{label}, carried back", **dots)
+    if record.first_nonfinite is not None:
+        axes.axvline(record.first_nonfinite, color="black", linewidth=1, linestyle=":")
+
+
+def _summary(record) -> str:
+    """`lstm.l0: healthy, gain 0.97 a step, horizon 64 of 64 steps`."""
+    text = f"{record.name}: {record.verdict}"
+    if record.first_nonfinite is not None:
+        return f"{text}, not finite from step {record.first_nonfinite} back"
+    if record.gain_median != record.gain_median:
+        return f"{record.name}: no step for the gradient to travel"
+    return f"{text}, gain {record.gain_median:.2f} a step, horizon {record.horizon} of {len(record.total)} steps"
+
+
+def _log_scale(axes, reports) -> None:
+    """A log axis of at most MAX_DECADES, so that one underflow does not flatten the rest; if anything is positive."""
+    values = [v for report in reports.values() for r in report for v in (*r.total.tolist(), *r.carried.tolist())]
+    values = [v for v in values if 0 < v < float("inf")]
+    if values:
+        low, high = max(min(values), max(values) * 10.0**-MAX_DECADES), max(values)
+        axes.set_yscale("log")
+        axes.set_ylim(low / 3, high * 3)
+
+
+def learning_curves(path, history, title: str = "") -> None:
+    """Writes loss and accuracy against the epoch as a PNG.
+
+    Args:
+        path: where to; folders are made.
+        history: one dict per epoch: `train_loss` and `test_loss` (cross entropy, nats), `train_accuracy` and
+            `test_accuracy` (0 to 1).
+        title: one line above both panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the history is empty.
+    """
+    if not history:
+        raise ValueError("no epoch to plot")
+    figure = figure_class()(figsize=(10, 3.8), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = range(1, len(history) + 1)
+    few = {"marker": "o", "markersize": 4} if len(history) < 3 else {}
+    for axes, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        _clean(axes)
+        for part, color, style in (("train", TRAIN, "--"), ("test", TEST, "-")):
+            values = [scale * row[f"{part}_{quantity}"] for row in history]
+            axes.plot(epochs, values, color=color, linestyle=style, linewidth=1.8, label=part, **few)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss.set_ylabel("cross entropy (nats)")
+    loss.set_yscale("log")
+    accuracy.set_ylabel("accuracy (%)")
+    accuracy.set_ylim(0, 100)
+    accuracy.legend(frameon=False, loc="lower right")
+    final = 100 * history[-1]["test_accuracy"]
+    accuracy.set_title(f"test accuracy at the end: {final:.1f} %", fontsize=10, loc="left")
+    loss.set_title(title, fontsize=10, loc="left")
+    _save(figure, path)

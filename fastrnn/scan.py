@@ -1,0 +1,229 @@
+"""One layer in one direction as a differentiable function: `scan`, an `autograd.Function` pair over the raw ops.
+
+Why a pair, and not `torch.library.register_autograd`: ops with registered autograd fail under `torch.func`. `Scan`
+backpropagates through `ScanBackward`, whose own backward, reached only by `create_graph=True`, differentiates the
+reference. `Scan` returns its saved pre-activations as an output, so second derivatives reach gx through them
+(d saved / d gx is the identity) and gx itself need not be kept.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops, reference
+from .cells import CELLS
+from .reference import LayerNorm, Masks, accumulate_dtype, normalize, normalize_backward, previous_state
+
+
+class Weights(NamedTuple):
+    """The parameters inside the recursion; H hidden, P projection (else H), G gates."""
+
+    w_hh: Tensor  # [G*H, P]
+    b_hh: Tensor | None = None  # [G*H]
+    w_hr: Tensor | None = None  # [P, H]
+    ln_hh: Tensor | None = None  # [G*H]
+    ln_c_weight: Tensor | None = None  # [H]
+    ln_c_bias: Tensor | None = None  # [H]
+
+
+class ScanOutput(NamedTuple):
+    y: Tensor  # [T, B, P], zero at padding
+    c: Tensor  # [T, B, H] acc, zero at padding; empty without a c or without gradients
+    h_n: Tensor  # [B, P]
+    c_n: Tensor  # [B, H] acc; empty without a c
+
+
+def scan(
+    cell: str,
+    gx: Tensor,
+    weights: Weights,
+    h0: Tensor,
+    c0: Tensor | None = None,
+    masks: Masks = Masks(),  # noqa: B008 (immutable)
+    *,
+    reverse: bool = False,
+    tap: Tensor | None = None,
+    clip_norm: Tensor | None = None,
+    clip_value: float | None = None,
+    keep_c: bool = False,
+    backend: str = "reference",
+) -> ScanOutput:
+    """Runs one layer in one direction over all T steps. `ops.scan_forward` gives the shapes.
+
+    `tap [2, S, T, B]` receives, as its gradient, the norms of dL/ds_t: total and carried. `keep_c` returns every step's
+    c also where no gradient is needed.
+    """
+    tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap)):
+        outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend)
+    else:
+        outputs = ops.scan_forward(*tensors, *masks, cell, reverse, keep_c, backend)
+    return ScanOutput(*outputs[:4])
+
+
+def _fold(tensor, in_dim, batch_dim, size):
+    """Moves a vmapped dimension into the batch: `[.., V, .., B, ..]` -> `[.., V*B, ..]`."""
+    if tensor is None or batch_dim is None:
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+    return tensor.movedim(0, batch_dim).flatten(batch_dim, batch_dim + 1)
+
+
+def _vmap(function, batch_dims, out_batch_dims, info, in_dims, args):
+    """One rule for both functions: fold the vmapped dimension into the batch; loop where the weights are vmapped."""
+    size = info.batch_size
+    if any(dim is not None and batch_dims[k] is None for k, dim in enumerate(in_dims)):
+
+        def one(v):
+            return function.apply(*(a if d is None else a.select(d, v) for a, d in zip(args, in_dims, strict=True)))
+
+        outputs = zip(*map(one, range(size)), strict=True)
+        return tuple(torch.stack(out) for out in outputs), (0,) * len(out_batch_dims)
+    folded = map(lambda a, d, b: _fold(a, d, b, size), args, in_dims, batch_dims)
+    outputs = function.apply(*folded)
+    missing = [out.ndim == 1 and out.numel() == 0 for out in outputs]
+    unfolded = tuple(
+        out if gone else out.unflatten(dim, (size, out.shape[dim] // size))
+        for out, dim, gone in zip(outputs, out_batch_dims, missing, strict=True)
+    )
+    return unfolded, tuple(None if gone else dim for dim, gone in zip(out_batch_dims, missing, strict=True))
+
+
+def without_autocast(device: str):
+    """The block in which autocast does not touch dtypes that have been chosen already."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class Scan(Function):
+    """Arguments: those of `ops.scan_forward`, then tap and clipping. Outputs: y, c, h_n, c_n, saved."""
+
+    @staticmethod
+    def forward(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c,
+                tap, clip_norm, clip_value, cell, reverse, backend):  # fmt: skip
+        return ops.scan_forward(
+            gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+            flags, recurrent_mask, zone_h, zone_c, cell, reverse, True, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, tap, clip_norm, clip_value, cell, reverse, backend = inputs
+        y, c, _, _, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[1:], clip_norm, y, c if tensors[4] is not None else None, saved)
+        ctx.options = (clip_value, cell, reverse)
+        ctx.backend, ctx.device = backend, saved.device.type
+        ctx.tapped = tap is not None
+
+    @staticmethod
+    def backward(ctx, dy, dc, dh_n, dc_n, dsaved):
+        # The forward chose its dtypes; a backward called inside an autocast block must not choose again.
+        with without_autocast(ctx.device):
+            return Scan._backward(ctx, dy, dc, dh_n, dc_n, dsaved)
+
+    @staticmethod
+    def _backward(ctx, dy, dc, dh_n, dc_n, dsaved):
+        (w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, *masks, clip_norm, y, c, saved) = ctx.saved_tensors
+        masks, (clip_value, cell, reverse) = Masks(*masks), ctx.options
+        if all(g is None for g in (dy, dc, dh_n, dc_n, dsaved)):
+            return (None,) * 19
+        acc = accumulate_dtype(saved.dtype)
+        h_prev = previous_state(y, h0, masks.flags, reverse)
+        if masks.recurrent is not None:
+            h_prev = h_prev * masks.recurrent
+        gh_hat = gh_rstd = None
+        if ln_hh is not None:
+            gh_hat, gh_rstd = normalize(h_prev.to(acc) @ w_hh.to(acc).t())
+        # A compiled graph has no second derivatives: the raw op is enough there.
+        run = ops.scan_backward if torch.compiler.is_compiling() else ScanBackward.apply
+        dgx, dgh, dh0, dc0, dh_new, norms = run(
+            dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
+            ln_c_weight, ln_c_bias, *masks, clip_norm, clip_value, cell, reverse, ctx.tapped,
+            # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
+            "reference" if dsaved is not None else ctx.backend,
+        )  # fmt: skip
+        if not CELLS[cell].split:
+            dgh = dgx
+        draw, dln_hh = dgh, None
+        if ln_hh is not None:
+            dln_hh = (dgh * gh_hat).sum((0, 1)).to(ln_hh.dtype)
+            draw = normalize_backward(dgh * ln_hh, gh_hat, gh_rstd).to(dgh.dtype)
+        dw_hh = draw.flatten(0, 1).t() @ h_prev.flatten(0, 1).to(draw.dtype)
+        db_hh = None if b_hh is None else dgh.sum((0, 1))
+        dw_hr = dln_c_weight = dln_c_bias = None
+        if w_hr is not None or ln_c_weight is not None:
+            c_prev = previous_state(c, c0, masks.flags, reverse)
+            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias)
+        return (
+            dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, dln_hh, dln_c_weight, dln_c_bias,
+            None, None, None, None, norms if ctx.tapped else None, None, None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        batch_dims = (1, None, None, 0, 0, *(None,) * 4, 1, 0, 1, 1, 3, *(None,) * 5)
+        return _vmap(Scan, batch_dims, (1, 1, 0, 0, 1), info, in_dims, args)
+
+
+def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
+    """Gradients of the LSTM's projection and of the layer norm on c, from dL/dh: GEMM and sums over all T*B."""
+    acc = c_prev.dtype
+    i, f, g, o = saved.to(acc).chunk(4, -1)
+    o = torch.sigmoid(o)
+    u = torch.sigmoid(f) * c_prev + torch.sigmoid(i) * torch.tanh(g)
+    if ln_c_weight is not None:
+        u_hat, _ = normalize(u)
+        u = u_hat * ln_c_weight + ln_c_bias
+    u = torch.tanh(u)
+    dh, dw_hr = dh_new, None
+    if w_hr is not None:
+        dw_hr = dh_new.flatten(0, 1).t() @ (o * u).flatten(0, 1).to(dh_new.dtype)
+        dh = dh_new @ w_hr
+    if ln_c_weight is None:
+        return dw_hr, None, None
+    du = dh * o * (1 - u * u)
+    return dw_hr, (du * u_hat).sum((0, 1)).to(ln_c_weight.dtype), du.sum((0, 1)).to(ln_c_bias.dtype)
+
+
+class ScanBackward(Function):
+    """Arguments and outputs: those of `ops.scan_backward`."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.scan_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, clip_value, cell, reverse, _, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[5])
+        ctx.save_for_backward(*tensors)
+        ctx.options = (clip_value, cell, reverse)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *floats, flags, recurrent, zone_h, zone_c, clip_norm = ctx.saved_tensors
+        clip_value, cell, reverse = ctx.options
+        present = [k for k, tensor in enumerate(floats) if tensor is not None]
+
+        def outputs(*values):
+            filled = dict(zip(present, values, strict=True))
+            *inputs, ln_c_weight, ln_c_bias = (filled.get(k) for k in range(len(floats)))
+            ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
+            return reference.scan_backward(
+                *inputs, ln_c, Masks(flags, recurrent, zone_h, zone_c), clip_norm, clip_value,
+                cell, reverse, False, reference.Step(cell), differentiable=True,
+            )[:5]  # fmt: skip
+
+        values, pull_back = torch.func.vjp(outputs, *(floats[k] for k in present))
+        cotangents = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads[:5], strict=True))
+        found = dict(zip(present, pull_back(cotangents), strict=True))
+        return (*(found.get(k) for k in range(len(floats))), *(None,) * 10)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        batch_dims = (1, 1, 0, 0, 1, 1, 1, 1, 0, 0, *(None,) * 3, 1, 1, None, None, 1, 0, 1, 1, *(None,) * 6)
+        return _vmap(ScanBackward, batch_dims, (1, 1, 0, 0, 1, 3), info, in_dims, args)

@@ -1,0 +1,170 @@
+"""Layers, directions and masks: a whole network over `scan`, on input that `functional.py` has checked.
+
+Everything here is plain PyTorch around the scan: the input GEMM and its layer norm, weight dropout, the masks that the
+scan applies, residual connections, dropout between the layers.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cells import CELLS, PAD, RESET, START
+from .reference import LN_EPS, Masks, accumulate_dtype
+from .scan import Weights, scan
+
+
+class Options(NamedTuple):
+    """How a network is built and regularised; the meaning of each field is in `modules.py`."""
+
+    cell: str
+    num_layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    residual: bool = False
+    locked_dropout: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, ...] = (0.0,)  # for h, and for the LSTM's c
+    weight_dropout: float = 0.0
+    clip_norm: float | Tensor | None = None
+    clip_value: float | None = None
+
+    @property
+    def features(self) -> tuple[tuple[str, bool], ...]:
+        """Which of `dispatch.FEATURES` are on by these options."""
+        between = self.num_layers > 1
+        return (
+            ("clip", self.clip_norm is not None or self.clip_value is not None),
+            ("zoneout", any(self.zoneout)),
+            ("recurrent_dropout", self.recurrent_dropout > 0),
+            ("locked_dropout", self.locked_dropout and self.dropout > 0 and between),
+            ("residual", self.residual and between),
+        )
+
+    @property
+    def suffixes(self) -> list[list[str]]:
+        """The endings of the parameters' names, per layer and direction: `l0`, `l0_reverse`, `l1`, ..."""
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        return [[f"l{layer}{end}" for end in ends] for layer in range(self.num_layers)]
+
+
+def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> Tensor | None:
+    """`lengths [B]` and `reset_mask [T, B]` as the flags `uint8 [T, B]` of one direction (see `cells.py`)."""
+    if lengths is None and reset_mask is None:
+        return None
+    device = (lengths if lengths is not None else reset_mask).device
+    flags = torch.zeros(T, batch, dtype=torch.uint8, device=device)
+    start = torch.zeros(T, batch, dtype=torch.bool, device=device)
+    if lengths is not None:
+        t = torch.arange(T, device=device).unsqueeze(1)
+        flags = flags + PAD * (t >= lengths)
+        if reverse:
+            start = t == lengths - 1
+    if reset_mask is not None:
+        if reverse:
+            # Entering t from t + 1 starts from zero where t + 1 begins a segment, unless t is the last step.
+            ahead = torch.cat((reset_mask[1:], torch.zeros_like(reset_mask[:1])))
+            reset_mask = ahead & ~start
+        flags = flags + RESET * reset_mask
+    return (flags + START * start).to(torch.uint8)
+
+
+def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor | None:
+    """The share of the previous state that each unit keeps: drawn in training, its expectation otherwise."""
+    if probability == 0:
+        return None
+    if not training:
+        return like.new_full((), probability).expand(shape)
+    return torch.bernoulli(like.new_full((), probability).expand(shape))
+
+
+def _layer(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap, clip_norm, **scan_options):
+    """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
+    w_hh, w_hr = params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
+    b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
+    ln_ih, spec = params.get(f"ln_ih_{name}"), CELLS[options.cell]
+    if b_hh is not None and not spec.split:
+        b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
+    if ln_ih is None:
+        gx = F.linear(x, params[f"weight_ih_{name}"], b_ih)
+    else:
+        gx = F.layer_norm(F.linear(x, params[f"weight_ih_{name}"]), ln_ih.shape, ln_ih, b_ih, LN_EPS)
+    T, B, _ = x.shape
+    recurrent = None
+    if options.recurrent_dropout and options.training:
+        recurrent = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
+    hidden = w_hh.shape[0] // len(spec.gates)
+    zone_h = _zoneout(options.zoneout[0], options.training, x, (T, B, h0.shape[-1]))
+    zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, x, (T, B, hidden))
+    weights = Weights(
+        w_hh, b_hh, w_hr, params.get(f"ln_hh_{name}"),
+        params.get(f"ln_c_{name}"), params.get(f"ln_c_bias_{name}"),
+    )  # fmt: skip
+    return scan(
+        options.cell, gx, weights, h0, c0, Masks(flags, recurrent, zone_h, zone_c),
+        tap=tap, clip_norm=clip_norm, clip_value=options.clip_value, **scan_options,
+    )  # fmt: skip
+
+
+def drop_weights(params: Mapping[str, Tensor], options: Options) -> Mapping[str, Tensor]:
+    """DropConnect on every W_hh, before any backend sees it."""
+    if not (options.weight_dropout and options.training):
+        return params
+    return {n: F.dropout(p, options.weight_dropout) if n.startswith("weight_hh") else p for n, p in params.items()}
+
+
+def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
+    return y * F.dropout(torch.ones_like(y[:1]), probability, training)
+
+
+def run(
+    x: Tensor,  # [T, B, I]
+    states: tuple[Tensor, ...],  # h [L*D, B, P], c [L*D, B, H]
+    params: Mapping[str, Tensor],
+    options: Options,
+    *,
+    lengths: Tensor | None,  # [B], on x's device, within [0, T]
+    reset_mask: Tensor | None,  # bool [T, B]
+    tap: Tensor | None,  # [L*D, 2, S, T, B]
+    keep_c: bool,
+    backend: str,
+):
+    """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
+    T, B, _ = x.shape
+    acc = accumulate_dtype(x.dtype)
+    directions = range(2 if options.bidirectional else 1)
+    flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
+    if lengths is not None:
+        # What stands in the padding, NaN included, must reach neither the weights' gradients nor the states.
+        x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
+    clip_norm = options.clip_norm
+    if clip_norm is not None:
+        clip_norm = torch.as_tensor(clip_norm, dtype=acc, device=x.device)
+    final, outputs = [], []
+    for layer, names in enumerate(options.suffixes):
+        outputs = []
+        for d, name in enumerate(names):
+            k = layer * len(names) + d
+            c0 = states[1][k].to(acc) if len(states) > 1 else None
+            tap_k = None if tap is None else tap[k]
+            output = _layer(
+                x, params, name, options, states[0][k], c0, flags[d], tap_k, clip_norm,
+                reverse=bool(d), keep_c=keep_c, backend=backend,
+            )  # fmt: skip
+            outputs.append(output)
+        final += outputs
+        y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
+        if options.residual and layer > 0:
+            y = y + x
+        if options.dropout and layer < options.num_layers - 1:
+            drop = _locked_dropout if options.locked_dropout else F.dropout
+            y = drop(y, options.dropout, options.training)
+        x = y
+    last = [torch.stack([out.h_n for out in final])]
+    if len(states) > 1:
+        last.append(torch.stack([out.c_n for out in final]))
+    c = torch.cat([out.c for out in outputs], -1) if keep_c else None
+    return x, tuple(last), c

@@ -1,0 +1,12 @@
+"""The Triton kernels, imported as `fastrnn.kernels`. They import only triton and each other.
+
+`scan.py` is the one sequence kernel, forward and backward; `cells.py` the equations, `products.py` the products with
+W_hh, `gradients.py` the pieces of a backward step, `norms.py` the row norms, `memory.py` the loads and stores.
+"""
+
+if __name__ != "fastrnn.kernels":
+    raise ImportError(
+        f"fastrnn's kernels were imported as {__name__!r}; their name is 'fastrnn.kernels'. A top-level `kernels` "
+        "would shadow the package of that name on PyPI. Install fastrnn (`pip install -e .`) and run pytest with "
+        "--import-mode=importlib."
+    )

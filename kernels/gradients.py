@@ -1,0 +1,168 @@
+"""What a step of the backward scan is made of: the tile of one program, and what the programs leave for each other.
+
+Shapes: T steps, B batch, H hidden, G gates, S states. Row indices are 64 bits wide.
+"""
+
+import triton
+import triton.language as tl
+
+from .memory import PAD, RESET, START, choose, hidden_tile, load_flags, load_planes, load_tile, store_planes
+from .norms import clip_scale, row_norm
+from .products import scaled, streamed_product_back
+
+
+@triton.jit
+def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
+    """The states before step `i`, from where the step before it put them; zero behind a reset."""
+    starts = tl.zeros_like(rows) + i == 0
+    if flags is not None:
+        starts = starts | ((flags & START) != 0)
+    starts = starts[:, None]
+    before = ()
+    for s in tl.static_range(S):
+        # Each element comes from one of the two places; the other load is masked off.
+        state = tl.where(
+            starts,
+            load_tile(initial[s], origin, rows, cols, inside & starts, H),
+            load_tile(ptrs[s], row_before, rows, cols, inside & ~starts, H),
+        )
+        before = before + (choose(flags, RESET, 0.0, state),)
+    return before
+
+
+@triton.jit
+def clamp(tiles, bound, COUNT: tl.constexpr):
+    clamped = ()
+    for s in tl.static_range(COUNT):
+        x = tiles[s]
+        # Not tl.clamp, which need not keep NaN.
+        clamped = clamped + (tl.where(x > bound, bound, tl.where(x < -bound, -bound, x)),)
+    return clamped
+
+
+@triton.jit
+def through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
+    """The gradients that go on to the cell's own outputs, and those that go past it to the states before the step."""
+    fresh, past = (), ()
+    for s in tl.static_range(S):
+        if zone_ptrs[s] is None:
+            fresh, past = fresh + (dstate[s],), past + (tl.zeros_like(dstate[s]),)
+        else:
+            zone = load_tile(zone_ptrs[s], row, rows, cols, inside, H)
+            fresh, past = fresh + (dstate[s] * (1 - zone),), past + (dstate[s] * zone,)
+    return fresh, past
+
+
+@triton.jit
+def past_weights(past, through_cell, carry, flags, S: tl.constexpr):
+    """The part of the gradients of the states before the step that does not pass through W_hh."""
+    rest = ()
+    for s in tl.static_range(S):
+        rest = rest + (choose(flags, PAD, carry[s], past[s] + through_cell[s]),)
+    return rest
+
+
+@triton.jit
+def drop_padded(planes, flags, COUNT: tl.constexpr):
+    kept = ()
+    for k in tl.static_range(COUNT):
+        kept = kept + (choose(flags, PAD, 0.0, planes[k]),)
+    return kept
+
+
+@triton.jit
+def arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
+    """The gradients of the states before the step: what came through W_hh, and the rest."""
+    if recurrent_ptr is not None:
+        product = product * load_tile(recurrent_ptr, origin, rows, cols, inside, H)
+    whole = scaled(rest, scale, S)
+    carry = ()
+    for s in tl.static_range(S):
+        state = product + whole[s] if s == 0 else whole[s]
+        carry = carry + (choose(flags, PAD, rest[s], choose(flags, RESET, 0.0, state)),)
+    return carry
+
+
+@triton.jit
+def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
+    """The norm of this tile of each state, zero at padding; STRIDE rows of the batch lie between states."""
+    for s in tl.static_range(S):
+        norm = row_norm(tiles[s])
+        if flags is not None:
+            norm = tl.where((flags & PAD) != 0, 0.0, norm)
+        tl.store(ptr + row + s * STRIDE * batch + rows, norm, mask=row_inside)
+
+
+@triton.jit
+def clip_scales(parts, bound_ptr, flags):
+    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`; one at padding."""
+    scale = clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
+    if flags is not None:
+        scale = tl.where((flags & PAD) != 0, 1.0, scale)
+    return scale
+
+
+@triton.jit
+def leave(
+    dgx, dgh, parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
+    batch, origin, rows, row_inside, tile,
+    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Step by step: the gate gradients of step `i`, where the programs of the next launch look for them."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
+    if parts_ptr is None:
+        store_planes(dgx_ptr, row, rows, cols, inside, dgx, G, H)
+        if dgh_ptr is not None:
+            store_planes(dgh_ptr, row, rows, cols, inside, dgh, G, H)
+    else:
+        slot = i % 2 * batch
+        store_planes(sent_x_ptr, slot + origin, rows, cols, inside, dgx, G, H)
+        if dgh_ptr is not None:
+            store_planes(sent_h_ptr, slot + origin, rows, cols, inside, dgh, G, H)
+        columns = tl.arange(0, WIDTH)
+        own = (columns < S * TILES) & (columns % TILES == tile)
+        offsets = slot * (S * TILES) + columns[None, :] * batch + origin + rows[:, None]
+        tl.store(parts_ptr + offsets, parts, mask=row_inside[:, None] & own[None, :])
+
+
+@triton.jit
+def receive(
+    rest, i, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, flags_ptr, recurrent_ptr,
+    T, batch, origin, rows, row_inside, tile,
+    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Step by step: the gradients before step `i`, from what the programs of its launch left behind.
+
+    Under clipping by norm they left gate gradients that are not scaled yet, and the norms of their tiles.
+    """
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
+    row = (T - 1 - i if REVERSE else i) * batch + origin
+    flags = load_flags(flags_ptr, row, rows, row_inside)
+    if bound_ptr is None:
+        scale = None
+        product = streamed_product_back(
+            dgx_ptr if dgh_ptr is None else dgh_ptr, row, w_ptr, scale, rows, row_inside, cols,
+            G, H, BLOCK_H, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        slot = i % 2 * batch
+        columns = tl.arange(0, WIDTH)
+        parts = tl.load(
+            parts_ptr + slot * (S * TILES) + columns[None, :] * batch + origin + rows[:, None],
+            mask=row_inside[:, None] & (columns < S * TILES)[None, :],
+            other=0.0,
+        )
+        scale = clip_scales(parts, bound_ptr, flags)
+        sent = load_planes(sent_x_ptr, slot + origin, rows, cols, inside, G, H)
+        store_planes(dgx_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
+        if dgh_ptr is not None:
+            sent = load_planes(sent_h_ptr, slot + origin, rows, cols, inside, G, H)
+            store_planes(dgh_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
+        product = streamed_product_back(
+            sent_x_ptr if dgh_ptr is None else sent_h_ptr, slot + origin, w_ptr, scale, rows, row_inside, cols,
+            G, H, BLOCK_H, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    return arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H)

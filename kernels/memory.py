@@ -1,0 +1,66 @@
+"""Tiles of `[..., B, planes * H]` tensors in and out of registers, and the flags of a step.
+
+A tile is BLOCK_B rows of the batch by BLOCK_H hidden units. Its place is `row`, the 64-bit index of its first row among
+all rows of the tensor, and small 32-bit offsets `rows`, `cols` from there.
+"""
+
+import triton
+import triton.language as tl
+
+# The bits of fastrnn/cells.py.
+PAD = tl.constexpr(1)
+RESET = tl.constexpr(2)
+START = tl.constexpr(4)
+
+
+@triton.jit
+def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
+    """The columns `[BLOCK_H]` of a tile of the hidden units, and which of its elements exist."""
+    cols = index * BLOCK_H + tl.arange(0, BLOCK_H)
+    return cols, row_inside[:, None] & (cols < H)[None, :]
+
+
+@triton.jit
+def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr):
+    """The tiles of all planes, as float32; zero outside."""
+    planes = ()
+    for k in tl.static_range(PLANES):
+        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
+        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0)
+        planes = planes + (tile.to(tl.float32),)
+    return planes
+
+
+@triton.jit
+def load_tile(ptr, row, rows, cols, inside, H: tl.constexpr):
+    return load_planes(ptr, row, rows, cols, inside, 1, H)[0]
+
+
+@triton.jit
+def store_planes(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
+    for k in tl.static_range(PLANES):
+        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
+        tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_tile(ptr, row, rows, cols, inside, tile, H: tl.constexpr):
+    store_planes(ptr, row, rows, cols, inside, (tile,), 1, H)
+
+
+@triton.jit
+def load_flags(flags_ptr, row, rows, row_inside):
+    """The flags `[BLOCK_B]` of one step; None where the call has none."""
+    flags = None
+    if flags_ptr is not None:
+        flags = tl.load(flags_ptr + row + rows, mask=row_inside, other=0)
+    return flags
+
+
+@triton.jit
+def choose(flags, BIT: tl.constexpr, where_set, otherwise):
+    """Row by row: `where_set` where the bit is set, else `otherwise`. Without flags, `otherwise`."""
+    chosen = otherwise
+    if flags is not None:
+        chosen = tl.where(((flags & BIT) != 0)[:, None], where_set, otherwise)
+    return chosen

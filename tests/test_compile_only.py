@@ -1,0 +1,200 @@
+"""The Triton kernels compiled for GPUs that are not there, at the tiles that `tiles.py` chooses.
+
+A group of kernels compiles in a process of its own, without Triton's interpreter: this file, run as a script with
+the cases as JSON, prints what it read from each compiled kernel as JSON.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastrnn import tiles
+from fastrnn.cells import CELLS
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# The pointers of a call without extras. The others are None, but for those that a case names.
+PLAIN = {
+    "forward": ["gx", "w", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
+    "backward": ["dy", "dh_in", "dc_in", "saved", "y", "h0", "w", "dh_out", "dgx", "dgh", "c", "c0", "dc_out"],
+}
+FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "bound", "sent_x", "sent_h", "parts"]
+ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c"]
+KILOBYTE = 1024
+LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
+
+
+def signature(kernel, case: dict) -> tuple[dict, dict]:
+    """Types and constants of the kernel's arguments, in the form that `ASTSource` takes."""
+    from fastrnn.kernels.cells import EQUATIONS
+
+    spec, (forward, total, backward) = CELLS[case["cell"]], EQUATIONS[case["cell"]]
+    tile = tiles.Tile(*case["tile"])
+    S, H = len(spec.states), case["hidden_size"]
+    count = -(-H // tile.block_h)
+    constants = dict(
+        CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, LOCAL=tile.local, REVERSE=True,
+        WIDTH=1 << (S * count - 1).bit_length(), PRECISION=case["precision"],
+    )  # fmt: skip
+    present = {*PLAIN[case["kernel"]], *case["extras"]}
+    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.split else ("dgh", "sent_h"))
+    types = {}
+    for name in kernel.arg_names:
+        short = name.removesuffix("_ptr")
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr") or name == "clip_value":
+            element = "u8" if short == "flags" else "fp32" if short in FLOAT32 else DTYPES[case["dtype"]]
+            types[name] = "constexpr" if short not in present else "fp32" if name == "clip_value" else "*" + element
+        else:
+            types[name] = "i32"
+    return types, {name: constants.get(name) for name, kind in types.items() if kind == "constexpr"}
+
+
+def marked_lines(ttgir: str) -> Iterator[tuple[bool, str]]:
+    """Each line of the kernel, and whether it stands in a loop."""
+    depth, loop_depth = 0, None
+    for line in ttgir.splitlines():
+        if loop_depth is None and " scf.for " in line:
+            loop_depth = depth
+        yield loop_depth is not None, line
+        depth += line.count("{") - line.count("}")
+        if loop_depth is not None and depth <= loop_depth:
+            loop_depth = None
+
+
+def weights_in_loop(ttgir: str) -> list[str]:
+    """Lines in a loop that load W_hh from global memory or move it to another place on the chip but the registers."""
+    derived, found = {"%w_ptr"}, []
+    for inside, line in marked_lines(ttgir):
+        result, _, expression = line.strip().partition(" = ")
+        if not result.startswith("%") or not derived.intersection(re.findall(r"%[\w#]+", expression)):
+            continue
+        if inside and re.search(r"tt\.load|buffer_load|local_alloc|async_copy|local_store", expression):
+            found.append(line.strip())
+        if not re.search(r"local_load|dot", expression):
+            derived.update(re.findall(r"%[\w#]+", result))
+    return found
+
+
+def compiled(case: dict) -> dict:
+    """What there is to read from one kernel, compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastrnn.kernels import scan
+
+    kernel, tile = getattr(scan, f"{case['kernel']}_kernel"), tiles.Tile(*case["tile"])
+    types, values = signature(kernel, case)
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
+    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
+    binary = triton.compile(source, target=GPUTarget(*case["target"]), options=options)
+    ttgir = binary.asm["ttgir"]
+    found = {
+        "shared": binary.metadata.shared,
+        "weights_in_loop": weights_in_loop(ttgir),
+        "copies_in_loop": [line.strip() for inside, line in marked_lines(ttgir) if inside and "async" in line],
+    }
+    if case["target"][0] == "cuda":
+        path = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(binary.asm["cubin"])
+        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], text=True)
+        found.update(registers=int(re.search(r"REG:(\d+)", usage)[1]), spilled=int(re.search(r"STACK:(\d+)", usage)[1]))
+    return found
+
+
+def read_compiled(cases: list[dict], cache) -> list[dict]:
+    """`compiled` of every case, in a process without the interpreter."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(cases), env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+# cell, dtype, H, B: the largest H of a tile that holds all of W_hh, or one far beyond.
+SIZES = [
+    ("lstm", "bfloat16", 128, 16),
+    ("lstm", "bfloat16", 1024, 64),
+    ("lstm", "float32", 64, 16),
+    ("lstm", "float32", 1024, 128),
+    ("gru", "bfloat16", 128, 16),
+    ("gru", "float16", 1024, 16),
+    ("gru", "float32", 64, 16),
+    ("gru", "float32", 1000, 64),
+    ("rnn_tanh", "bfloat16", 256, 16),
+    ("rnn_tanh", "float32", 1024, 128),
+    ("rnn_relu", "float16", 100, 16),
+    ("rnn_leaky_relu", "bfloat16", 1024, 128),
+    ("rnn_elu", "float32", 128, 16),
+]
+
+
+def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras=(), precision="tf32"):
+    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, batch_size, precision, LIMITS[arch])
+    return dict(
+        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, precision=precision,
+        target=(target, arch, 32 if target == "cuda" else 64),
+    )  # fmt: skip
+
+
+def check(case, found, arch):
+    tile, what = case["tile"], f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
+    assert found["shared"] <= LIMITS[arch], what
+    if tile.local:
+        assert not found["weights_in_loop"], f"{what}: W_hh is loaded in the time loop"
+        # What a step wrote may only be fetched after it was written.
+        assert not found["copies_in_loop"], f"{what}: copied asynchronously in the time loop"
+    else:
+        assert found["weights_in_loop"], f"{what}: W_hh is streamed, but no load of it was found"
+    # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
+    # seen, at 128 registers); a tile that is too large spills hundreds.
+    assert found.get("spilled", 0) <= 32, f"{what}: {found['registers']} registers and {found['spilled']} bytes spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvidia(arch, kernel, tmp_path):
+    norms = ("norms",) if kernel == "backward" else ()
+    cases = [make_case(kernel, "cuda", arch, *size, extras=norms) for size in SIZES]
+    cases.append(make_case(kernel, "cuda", arch, "lstm", "float32", 1024, 64, norms, "ieee"))
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        check(case, found, arch)
+
+
+@pytest.mark.slow
+def test_every_extra_at_once(tmp_path):
+    masks = ("flags", "recurrent", "zone_h", "zone_c")
+    extras = {"forward": masks, "backward": (*masks, "norms", "bound", "clip_value", "dc", "sent_x", "sent_h", "parts")}
+    sizes = [("lstm", "bfloat16", 128, 16), ("gru", "bfloat16", 1024, 16)]
+    cases = [make_case(kernel, "cuda", 90, *size, extras=extras[kernel]) for kernel in extras for size in sizes]
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        check(case, found, 90)
+
+
+@pytest.mark.slow
+def test_amd(tmp_path):
+    sizes = [("lstm", "bfloat16", 64, 16), ("gru", "bfloat16", 1024, 64)]
+    cases = [
+        make_case(kernel, "hip", "gfx942", *size, precision="ieee")
+        for kernel in ("forward", "backward")
+        for size in sizes
+    ]
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        check(case, found, "gfx942")
+
+
+if __name__ == "__main__":
+    json.dump([compiled(case) for case in json.load(sys.stdin)], sys.stdout)

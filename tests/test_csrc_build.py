@@ -1,0 +1,104 @@
+"""csrc compiles: its headers without CUDA and with it, its CUDA library for every architecture, and setup.py's choices.
+
+What can be known about the CUDA code without a GPU: it compiles, links, and keeps its values in registers.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEADERS = sorted(path.relative_to(ROOT / "csrc") for path in ROOT.glob("csrc/cells/*.cuh"))
+CXX = os.environ.get("CXX", "g++")
+NVCC = shutil.which("nvcc")
+
+needs_cxx = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+
+KERNEL = """
+using namespace fastrnn;
+template <class Cell>
+__global__ void step(const float* x, float* y) {
+  float gx[Cell::gates], gh[Cell::gates], prev[Cell::states], state[Cell::states], saved[Cell::saved];
+  for (int k = 0; k < Cell::gates; ++k) gx[k] = x[k], gh[k] = x[k + 8];
+  for (int k = 0; k < Cell::states; ++k) prev[k] = x[k + 16];
+  Cell::forward(gx, gh, prev, state, saved);
+  for (int k = 0; k < Cell::states; ++k) y[k] = state[k];
+  for (int k = 0; k < Cell::saved; ++k) y[k + 8] = saved[k];
+}
+template __global__ void step<LSTM>(const float*, float*);
+template __global__ void step<GRU>(const float*, float*);
+template __global__ void step<RNN<Elu>>(const float*, float*);
+"""
+
+
+def includes(names):
+    return "".join(f'#include "{name}"\n' for name in names)
+
+
+def compile_text(command, text, source):
+    source.write_text(text)
+    done = subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@needs_cxx
+@pytest.mark.parametrize("header", HEADERS, ids=str)
+def test_each_header_compiles_alone_and_without_cuda(header, tmp_path):
+    strict = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    compile_text([*strict, "-fsyntax-only"], includes([header]), tmp_path / "header.cpp")
+    used = compile_text([*strict, "-M"], includes([header]), tmp_path / "header.cpp")
+    assert not re.search(r"cuda|/torch/", used.replace(str(ROOT), "")), used
+
+
+def assert_no_spills(report, kernels):
+    """`report`: what ptxas -v said about at least that many kernels."""
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) >= kernels, report
+    assert all(pair == ("0", "0") for pair in spills), report
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ("80", "90a"))
+def test_headers_compile_under_nvcc(arch, tmp_path):
+    flags = ["-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-cubin", "-o"]
+    command = [NVCC, *flags, str(tmp_path / "step.cubin")]
+    report = compile_text(command, includes(HEADERS) + KERNEL, tmp_path / "step.cu")
+    assert_no_spills(report, kernels=3)
+
+
+def build(target, **environment):
+    """`setup.py build_ext` into `target`, with the CPU library taken from the checkout where it is there."""
+    (target / "fastrnn").mkdir()
+    for library in (ROOT / "fastrnn").glob("_C.*.so"):
+        shutil.copy(library, target / "fastrnn")  # a new time stamp, so it is not built again
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_cuda_library_builds_without_spills(tmp_path):
+    home = str(Path(NVCC).parents[1])
+    done = build(tmp_path, FASTRNN_BUILD_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=home)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("fastrnn/_C_cuda*.so"))
+    # 2 architectures x (4 dtypes x (6 cells forward, 6 backward, 1 total, 3 with layer norm) + 2 norms)
+    assert_no_spills(done.stdout + done.stderr, kernels=2 * (4 * 16 + 2))
+
+
+def test_setup_refuses_cuda_without_nvcc(tmp_path):
+    done = build(tmp_path, FASTRNN_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "FASTRNN_BUILD_CUDA=1, but there is no nvcc" in done.stderr
+
+
+def test_setup_says_what_it_leaves_out(tmp_path):
+    done = build(tmp_path, FASTRNN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
+    assert "leaving out fastrnn._C_cuda: there is no nvcc" in done.stderr

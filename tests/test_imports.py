@@ -1,0 +1,216 @@
+"""Imports point one way, and `import fastrnn` is light. Read from the sources, and measured in fresh processes."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrnn
+
+PACKAGE = Path(fastrnn.__file__).parent
+# installed beside each other in a wheel, side by side in the repository
+KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if p.is_dir()), None)
+
+# What each module may import of fastrnn. modules -> functional -> stack -> scan -> ops -> dispatch -> backends;
+# `cells` is a leaf, `tiles` and `reference` know `cells` only.
+BELOW = {
+    "cells": set(),
+    "tiles": {"cells"},
+    "init": set(),
+    "tasks": set(),
+    "reference": {"cells"},
+    "backends": {"cells", "tiles", "reference", "kernels", "_C", "backends"},
+    "dispatch": {"backends", "cells"},
+    "ops": {"dispatch", "cells", "reference"},
+    "scan": {"ops", "cells", "reference"},
+    "stack": {"scan", "cells", "reference"},
+    "functional": {"stack", "dispatch", "cells", "reference"},
+    "modules": {"functional", "cells"},
+    "convert": {"modules", "functional", "dispatch"},
+    # on top of everything: they may see all below, and nothing below sees them
+    "report": {"cells", "modules"},
+    "monitor": {"modules", "functional", "cells", "reference", "plots", "report"},
+    "plots": set(),
+    "__main__": {
+        "modules",
+        "functional",
+        "dispatch",
+        "cells",
+        "convert",
+        "monitor",
+        "report",
+        "plots",
+        "tasks",
+        "init",
+    },
+    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitor"},
+}
+LATE = {"matplotlib", "sklearn", "tqdm"}
+
+
+def sources():
+    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
+
+
+def owner(path):
+    """The name in BELOW of a source file."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path, top_level_only=False):
+    """Every name that a file imports: `fastrnn.x` as ('fastrnn', 'x'), others as ('torch', None)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    depth = len(path.relative_to(PACKAGE).parts) - 1 if path.is_relative_to(PACKAGE) else 0
+    late = set()
+    if top_level_only:
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                late.update(map(id, ast.walk(node)))
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in late:
+            continue
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                head, _, rest = name.name.partition(".")
+                found.add((head, rest.split(".")[0] or None) if head == "fastrnn" else (head, None))
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".") if node.module else []
+            if node.level == 0:
+                head, *rest = parts
+                if head != "fastrnn":
+                    found.add((head, None))
+                else:
+                    found.update(("fastrnn", rest[0]) for _ in (0,) if rest)
+                    found.update(("fastrnn", n.name) for n in node.names if not rest)
+            elif node.level == depth + 1:  # relative to the package
+                found.update([("fastrnn", parts[0])] if parts else [("fastrnn", n.name) for n in node.names])
+            else:  # relative to a folder inside the package
+                found.add(("fastrnn", path.relative_to(PACKAGE).parts[0]))
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    name = owner(path)
+    assert name in BELOW, f"{name} is new: give it a place in the order above"
+    inside = {module for top, module in imported(path) if top == "fastrnn"}
+    modules = {owner(p) for p in sources()} | {"kernels", "_C"}
+    wrong = (inside & modules) - BELOW[name] - {name}
+    assert not wrong, f"{name} should not import {', '.join(sorted(wrong))}"
+
+
+def test_the_order_itself_has_no_cycle():
+    done: set[str] = set()
+    pending = {name: {d for d in below if d in BELOW and d != name} for name, below in BELOW.items()}
+    while pending:
+        ready = {name for name, below in pending.items() if below <= done}
+        assert ready, f"a cycle among {', '.join(sorted(pending))}"
+        done |= ready
+        pending = {name: below for name, below in pending.items() if name not in ready}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_imports_are_late(path):
+    """matplotlib and what draws with it, and Triton, are imported inside the functions that need them."""
+    tops = {top if top != "fastrnn" else module for top, module in imported(path, top_level_only=True)}
+    assert not tops & LATE, "import it inside the function that needs it"
+    if owner(path) != "backends":
+        assert "triton" not in tops and "kernels" not in tops
+
+
+def test_the_detector_sees_a_wrong_import(tmp_path, monkeypatch):
+    """The reading above, on a file that breaks the order in every spelling."""
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "cells.py").write_text(
+        "import torch.nn\nimport fastrnn.scan\nfrom fastrnn import ops\nfrom fastrnn.stack import run\n"
+        "from . import functional\nfrom .modules import LSTM\ndef f():\n    from .convert import convert\n"
+    )
+    inside = {"scan", "ops", "stack", "functional", "modules"}
+    found = imported(tmp_path / "cells.py")
+    assert found == {("torch", None), *(("fastrnn", m) for m in inside | {"convert"})}
+    assert ("fastrnn", "convert") not in imported(tmp_path / "cells.py", top_level_only=True)
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "cpu.py").write_text("from .. import scan\nfrom ..modules import LSTM\nfrom . import x\n")
+    found = imported(tmp_path / "backends" / "cpu.py")
+    assert found == {("fastrnn", "scan"), ("fastrnn", "modules"), ("fastrnn", "backends")}
+
+
+@pytest.mark.skipif(KERNELS is None, reason="the kernels are not installed beside the package")
+def test_kernels_import_only_triton_and_themselves():
+    files = sorted(KERNELS.glob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] == "triton", f"{path.name} imports {node.module}"
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, f"{path.name} reaches out of the package"
+            elif isinstance(node, ast.Import):
+                assert {n.name.split(".")[0] for n in node.names} <= {"triton"}, f"{path.name}: {node.names[0].name}"
+
+
+def fresh(code, **environment):
+    """stdout of a Python process that can import this fastrnn."""
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_loads_nothing_heavy_and_touches_no_device():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastrnn
+fastrnn.LSTM(2, 3)(torch.zeros(2, 2, 2))
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = new & {"triton", "matplotlib", "sklearn", "tqdm", "hypothesis"}
+print(sorted(heavy), torch.cuda.is_initialized(), "fastrnn.kernels" in sys.modules)
+"""
+    assert fresh(code) == "[] False False"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures in forked processes")
+def test_import_is_light():
+    """Under 0.1 s on top of `import torch`: the best of three, since a machine is sometimes busy with something else.
+
+    Three children of one process that has torch, so that nothing of fastrnn is there yet in any of them.
+    """
+    code = """
+import os, time, torch
+for _ in range(3):
+    if os.fork() == 0:
+        begin = time.perf_counter()
+        import fastrnn
+        print(time.perf_counter() - begin, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    seconds = min(map(float, fresh(code).split()))
+    assert seconds < 0.1, f"import fastrnn took {seconds:.3f} s"
+
+
+@pytest.mark.skipif(KERNELS is None, reason="the kernels are not installed beside the package")
+def test_kernels_refuse_to_be_a_top_level_package():
+    code = f"""
+import sys
+sys.path.insert(0, {str(KERNELS.parent)!r})
+try:
+    import kernels
+except ImportError as error:
+    print("fastrnn.kernels" in str(error) and "PyPI" in str(error))
+"""
+    assert fresh(code) == "True"
+
+
+def test_public_names_are_there():
+    assert set(fastrnn.__all__) <= set(dir(fastrnn))
+    assert all(isinstance(getattr(fastrnn, name), type) for name in ("LSTM", "GRU", "RNN", "LSTMCell"))
+    assert issubclass(fastrnn.LSTM, torch.nn.Module)

@@ -1,0 +1,317 @@
+"""Each Triton kernel against the reference: in Triton's interpreter on a CPU, natively on a GPU.
+
+The launcher's outputs are filled with NaN before each launch, so an element that no program wrote shows.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import fastrnn
+from fastrnn import tiles
+from fastrnn.backends import reference
+from fastrnn.backends import triton as launcher
+from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.dispatch import Request
+from fastrnn.kernels.cells import sigmoid, tanh
+from fastrnn.kernels.norms import row_norm
+from fastrnn.tiles import Tile
+
+# numpy, under the interpreter, tells of what the kernels count on: 1 / 0 and exp of a large number are infinite.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+T, B, H = 3, 3, 17
+SMALL = {mode: Tile(mode == "local", 16, 16, 16, 4, 1) for mode in ("local", "stepwise")}
+# Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
+FLOAT32 = 2e-5
+# Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
+# truncates where hardware rounds, so several units in the last place: 8 bits for bfloat16, 11 for float16.
+HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory from torch.empty and its kin holds NaN, and float32 is multiplied as float32."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    monkeypatch.setattr(launcher, "_precision", lambda: "ieee")
+
+
+def make_flags(generator, T, B, reverse):
+    """Lengths (one of them zero if there is room, one full) and resets, for the direction in which the scan walks."""
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths[0] = T
+    if B > 2:
+        lengths[-1] = 0
+    t = torch.arange(T)[:, None]
+    flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=generator) < 0.25)
+    if reverse:
+        flags += START * (t == lengths - 1)
+    return flags.to(torch.uint8)
+
+
+class Problem:
+    """Random arguments of one forward and one backward call. `extras`: names of what goes beyond the plain call."""
+
+    FORWARD = ("gx", "w_hh", "b_hh", "h0", "c0")
+    MASKS = ("flags", "recurrent", "zone_h", "zone_c")
+    ALL = ("flags", "recurrent", "zone_h", "zone_c", "clip_norm", "clip_value", "norms")
+
+    def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        (T, B, H), G, has_c = sizes, len(CELLS[cell].gates), "c" in CELLS[cell].states
+
+        def randn(*shape, dtype=dtype):
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
+        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, H) / H**0.5, randn(G * H)
+        self.h0, self.c0 = randn(B, H), randn(B, H, dtype=torch.float32) if has_c else None
+        self.dy, self.dh_n = randn(T, B, H) * scale, randn(B, H) * scale
+        self.dc = randn(T, B, H, dtype=torch.float32) * scale if has_c else None
+        self.dc_n = randn(B, H, dtype=torch.float32) * scale if has_c else None
+        self.flags = make_flags(generator, T, B, reverse).to(device) if "flags" in extras else None
+        keep = torch.rand(B, H, generator=generator) < 0.5
+        self.recurrent = (2.0 * keep).to(device, dtype) if "recurrent" in extras else None
+        zones = torch.rand(2, T, B, H, generator=generator).round(decimals=1).to(device, dtype)
+        self.zone_h = zones[0] if "zone_h" in extras else None
+        self.zone_c = zones[1] if "zone_c" in extras and has_c else None
+        # Bounds that some of the gradients exceed.
+        self.clip_norm = torch.tensor(0.9 * H**0.5 * scale, device=device) if "clip_norm" in extras else None
+        self.clip_value = 1.1 * scale if "clip_value" in extras else None
+
+    def converted(self, x, dtype):
+        return x.to(dtype) if dtype and torch.is_tensor(x) and x.is_floating_point() else x
+
+    def forward(self, backend, dtype=None, **options):
+        arguments = [getattr(self, name) for name in self.FORWARD] + [None] * 4
+        arguments += [getattr(self, name) for name in self.MASKS]
+        arguments = [self.converted(x, dtype) for x in arguments]
+        return backend.scan_forward(*arguments, self.cell, self.reverse, True, **options)
+
+    def backward(self, backend, y, c, saved, dtype=None, **options):
+        c = None if self.c0 is None else c
+        arguments = [self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, c, self.h0, self.c0, self.w_hh]
+        arguments += [None] * 6 + [getattr(self, name) for name in self.MASKS] + [self.clip_norm, self.clip_value]
+        arguments = [self.converted(x, dtype) for x in arguments]
+        return backend.scan_backward(*arguments, self.cell, self.reverse, self.norms, **options)
+
+
+def check(got, want, tolerance):
+    """Every output within `tolerance` of the largest element of the wanted one."""
+    for name, a, b in zip(("first", "second", "third", "fourth", "fifth", "sixth"), got, want, strict=False):
+        assert a.shape == b.shape, name
+        if a.numel():
+            error = (a.double() - b.double()).abs().max().item()
+            assert error <= tolerance * max(1e-30, b.double().abs().max().item()), f"{name} output is off by {error}"
+
+
+def check_against_reference(problem, tile, dtype=torch.float64, tolerance=FLOAT32):
+    """Forward and backward at one tile; returns all outputs. The backward starts from the reference's forward."""
+    forward = problem.forward(launcher, tile=tile)
+    want = problem.forward(reference, dtype)
+    check(forward, want, tolerance)
+    y, c, _, _, saved = want
+    rounded = y.to(forward[0].dtype), c.to(forward[1].dtype), saved.to(forward[4].dtype)
+    backward = problem.backward(launcher, *rounded, tile=tile)
+    check(backward, problem.backward(reference, y, c, saved, dtype), tolerance)
+    return forward + backward
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("reverse", "extras"), [(False, ()), (True, Problem.ALL)], ids=["forward-plain", "reverse-all"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
+    problem = Problem(cell, device, reverse=reverse, extras=extras)
+    local, stepwise = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, stepwise)
+
+
+@pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_each_extra_alone(cell, extra, device):
+    problem = Problem(cell, device, extras=(extra,), reverse=extra == "flags")
+    if extra == "no_bias":
+        problem.b_hh = None
+    if extra == "no_gradient_but_dy":
+        problem.dc = problem.dh_n = problem.dc_n = None
+    if extra == "no_dy":
+        problem.dy = None
+    check_against_reference(problem, SMALL["local"])
+
+
+@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize(
+    ("cell", "B", "H"),
+    [("lstm", 1, 1), ("gru", 17, 3), ("rnn_tanh", 16, 16), ("lstm", 2, 63), ("gru", 3, 65), ("rnn_elu", 33, 130)],
+)
+def test_odd_sizes(cell, B, H, mode, device):
+    block = min(64, max(16, triton.next_power_of_2(H)))
+    tile = Tile(mode == "local", 16, block, block if mode == "local" else 32, 4, 1)
+    check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_half_types(cell, dtype, device):
+    problem = Problem(cell, device, dtype=dtype, extras=Problem.ALL)
+    local, stepwise = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
+    assert same_bits(local, stepwise)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_the_tile_of_the_table_runs(cell, device):
+    check_against_reference(Problem(cell, device, sizes=(2, 2, 20), extras=("norms",)), None)
+
+
+@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
+    whole = Problem("lstm", device, reverse=reverse, extras=("norms", "clip_norm"))
+    y, c, h_n, c_n, saved = whole.forward(launcher, tile=SMALL[mode])
+    gradients = whole.backward(launcher, y, c, saved, tile=SMALL[mode])
+    early, late = (slice(2, None), slice(0, 2)) if reverse else (slice(0, 2), slice(2, None))
+    first, second = Problem("lstm", device), Problem("lstm", device)
+    for part, when in ((first, early), (second, late)):
+        vars(part).update(vars(whole))
+        part.gx, part.dy, part.dc = whole.gx[when], whole.dy[when], whole.dc[when]
+
+    states = first.forward(launcher, tile=SMALL[mode])
+    second.h0, second.c0 = states[2:4]
+    after = second.forward(launcher, tile=SMALL[mode])
+    assert same_bits(after[2:4], (h_n, c_n))
+    for outputs, when in ((states, early), (after, late)):
+        assert same_bits((outputs[0], outputs[1], outputs[4]), (y[when], c[when], saved[when]))
+
+    back = second.backward(launcher, y[late], c[late], saved[late], tile=SMALL[mode])
+    first.dh_n, first.dc_n = back[2:4]
+    front = first.backward(launcher, y[early], c[early], saved[early], tile=SMALL[mode])
+    assert same_bits(front[2:4], gradients[2:4])
+    for outputs, when in ((front, early), (back, late)):
+        assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
+
+
+@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_of_tiny_and_huge_gradients(scale, mode, device):
+    check_against_reference(Problem("lstm", device, extras=("norms", "clip_norm"), scale=scale), SMALL[mode])
+
+
+@pytest.mark.parametrize("mode", SMALL)
+def test_nan_stays_visible_and_in_its_sample(mode, device):
+    problem = Problem("gru", device, extras=("norms", "clip_norm", "clip_value"))
+    problem.dy[1, 1, 5] = float("nan")
+    y, c, _, _, saved = problem.forward(reference)
+    dgx, dgh, dh0, _, _, norms = problem.backward(launcher, y, c, saved, tile=SMALL[mode])
+    lost = torch.tensor([False, True, False], device=device)
+    for x in (dgx[:2], dgh[:2]):
+        assert torch.equal(x.isnan().any(0).any(-1), lost)
+    assert torch.equal(dh0.isnan().any(-1), lost)
+    assert norms[0, 0, :2, 1].isnan().all() and not norms[:, :, :, [0, 2]].isnan().any()
+
+
+@triton.jit
+def _pointwise(x_ptr, sigmoid_ptr, tanh_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    tl.store(sigmoid_ptr + at, sigmoid(x))
+    tl.store(tanh_ptr + at, tanh(x))
+
+
+def test_sigmoid_and_tanh(device):
+    sizes = torch.logspace(-30, 3, 2048 - 4)
+    special = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")])
+    x = torch.cat((sizes[::2], -sizes[1::2], special)).to(device)
+    got = torch.zeros(2, len(x), device=device)
+    _pointwise[(1,)](x_ptr=x, sigmoid_ptr=got[0], tanh_ptr=got[1], N=len(x))
+    # 4 units in the last place: a polynomial or a quotient of an exponential, each rounded a few times.
+    want = torch.stack((x.double().sigmoid(), x.double().tanh())).float()
+    torch.testing.assert_close(got, want, rtol=4 * 2**-23, atol=1e-38, equal_nan=True)
+
+
+@triton.jit
+def _row_norm(x_ptr, norm_ptr, R: tl.constexpr, N: tl.constexpr):
+    rows = tl.arange(0, R)
+    x = tl.load(x_ptr + rows[:, None] * N + tl.arange(0, N)[None, :])
+    tl.store(norm_ptr + rows, row_norm(x))
+
+
+def test_row_norm_over_the_whole_range(device):
+    scales = [0.0, 1e-38, 1e-30, 1e-19, 1e-15, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e15, 1e19, 1e30, 1e37, 1.0, 1.0]
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor(scales)[:, None]
+    x[14, 7], x[15, 7] = float("inf"), float("nan")
+    x = x.to(device)
+    norm = torch.zeros(16, device=device)
+    _row_norm[(1,)](x_ptr=x, norm_ptr=norm, R=16, N=64)
+    # 64 squares and their sums, rounded to 2**-24 each; at 1e-38, subnormal numbers have fewer bits.
+    torch.testing.assert_close(norm, x.double().norm(dim=-1).float(), rtol=2e-6, atol=1e-44, equal_nan=True)
+
+
+def test_an_empty_batch(device):
+    problem = Problem("lstm", device, sizes=(3, 0, 5), extras=("norms",))
+    y, c, h_n, _, saved = problem.forward(launcher)
+    assert y.shape == (3, 0, 5) and h_n.shape == (0, 5)
+    assert problem.backward(launcher, y, c, saved)[5].shape == (2, 2, 3, 0)
+
+
+def test_without_save_nothing_is_saved(device):
+    problem = Problem("lstm", device)
+    arguments = [problem.gx, problem.w_hh, problem.b_hh, problem.h0, problem.c0] + [None] * 8
+    y, c, h_n, c_n, saved = launcher.scan_forward(*arguments, "lstm", False, False)
+    assert c.numel() == saved.numel() == 0
+    check((y, h_n, c_n), [problem.forward(reference)[k] for k in (0, 2, 3)], FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_module_forced_to_this_backend_equals_torch(name, device):
+    module = getattr(fastrnn, name)(5, 9, bidirectional=True, backend="triton", device=device)
+    twin = getattr(torch.nn, name)(5, 9, bidirectional=True, device=device)
+    twin.load_state_dict(module.state_dict())
+    x = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    outputs = []
+    for m in (module, twin):
+        y, _ = m(x)
+        y.square().sum().backward()
+        outputs.append((y, *(p.grad for p in m.parameters())))
+    for got, want in zip(*outputs, strict=True):
+        check((got,), (want,), FLOAT32)
+
+
+def test_what_the_backend_refuses(monkeypatch):
+    def why_not(device="cuda", dtype=torch.float32, features=()):
+        return launcher.why_not(Request("lstm", device, dtype, 4, 8, features=frozenset(features)))
+
+    assert why_not() is None
+    assert why_not(dtype=torch.bfloat16, features=("tap", "clip", "lengths", "resets", "zoneout")) is None
+    assert "float64" in why_not(dtype=torch.float64)
+    assert "layer norm" in why_not(features=("layer_norm",))
+    assert "projection" in why_not(features=("projection",))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "on cpu" in why_not("cpu")
+    with pytest.raises(NotImplementedError, match="dsaved"):
+        launcher.scan_backward(*[None] * 4, torch.ones(1), *[None] * 18, "lstm", False, False)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_table_has_a_tile_for_everything(dtype, precision):
+    for cell in CELLS:
+        for hidden_size in (1, 16, 17, 64, 100, 128, 200, 256, 1000, 4096):
+            for batch_size in (1, 64, 5000):
+                tile = tiles.choose(cell, dtype, hidden_size, batch_size, precision)
+                assert not tile.local or tile.block_h == tile.block_k
+                assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs

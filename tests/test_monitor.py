@@ -1,0 +1,356 @@
+"""GradientMonitor: gains against closed forms, verdicts, every kind of call, and what it leaves behind."""
+
+import gc
+import math
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import GradientMonitor, monitor, plots
+
+T, B, I, H = 12, 4, 3, 6
+
+
+def watched(model, x, loss=lambda y: y.sum(), **call):
+    with GradientMonitor(model) as watch:
+        out = model(x, **call)
+        loss(out[0]).backward()
+    return watch
+
+
+def linear_rnn(alpha, size=4, **options):
+    """A ReLU network that stays positive is linear: dL/dh_{t-1} = alpha dL/dh_t."""
+    module = fastrnn.RNN(size, size, nonlinearity="relu", bias=False, **options)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(alpha * torch.eye(size))
+        module.weight_ih_l0.copy_(torch.eye(size))
+    return module
+
+
+# --------------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("loss", [lambda y: y[-1].sum(), lambda y: y.sum()], ids=["last", "every"])
+@pytest.mark.parametrize("alpha", [0.5, 0.97, 1.0, 1.3])
+def test_a_linear_network_has_gain_alpha(alpha, loss):
+    record = watched(linear_rnn(alpha), torch.rand(40, B, 4) + 0.1, loss).report()[0]
+    # float32 norms, one rounding or two per step: 1e-6 is ten of them.
+    torch.testing.assert_close(record.gain[:-1], torch.full((39,), alpha).double(), rtol=1e-6, atol=0)
+    assert math.isnan(record.gain[-1])
+    assert record.gain_median == pytest.approx(alpha, rel=1e-6)
+    if alpha < 1:
+        assert record.half_life == pytest.approx(math.log(2) / -math.log(alpha), rel=1e-4)
+    else:
+        assert record.half_life is None
+    assert record.horizon == (int(math.log(0.01) / math.log(alpha)) if alpha == 0.5 else 40)
+    assert record.verdict == {0.5: "vanishing", 1.3: "exploding"}.get(alpha, "healthy")
+
+
+def test_an_lstm_without_w_hh_has_the_forget_gate_as_gain():
+    module, b = fastrnn.LSTM(I, H), 1.3
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_ih_l0[H : 2 * H].zero_()
+        module.bias_ih_l0[H : 2 * H] = b
+        module.bias_hh_l0[H : 2 * H] = 0
+    with GradientMonitor(module) as watch:
+        module(torch.randn(T, B, I))[1][1].sum().backward()  # through c_n alone
+    h, c = watch.report()
+    sigma = 1 / (1 + math.exp(-b))
+    torch.testing.assert_close(
+        c.gain[:-1], torch.full((T - 1,), sigma).double(), rtol=1e-6, atol=0
+    )  # float32, as above
+    assert (h.total == 0).all() and (h.valid == 0).all() and (c.valid == B).all()
+    torch.testing.assert_close(h.gain, c.gain, equal_nan=True)
+
+
+def test_a_loss_at_every_step_does_not_hide_vanishing():
+    record = watched(linear_rnn(0.5), torch.rand(40, B, 4) + 0.1).report()[0]
+    assert record.total.min() > 0.4 * record.total.max()  # level: 1 + 0.5 + 0.25 + ..
+    assert record.verdict == "vanishing" and record.horizon == 6  # 0.5^6 > 1 % > 0.5^7
+
+
+def test_underflow_counts_as_vanishing_and_not_as_a_gain():
+    record = watched(linear_rnn(1e-3), torch.rand(40, B, 4) + 0.1, lambda y: y[-1].sum()).report()[0]
+    assert record.total[0] == 0 and record.valid[0] == 0
+    assert record.gain_median == pytest.approx(1e-3, rel=1e-5)
+    assert record.half_life == pytest.approx(math.log(2) / math.log(1000), rel=1e-5)
+    assert record.horizon == 0 and record.verdict == "vanishing"
+
+
+def test_gradients_that_reach_nothing_are_vanishing():
+    record = watched(linear_rnn(1.0), torch.rand(5, B, 4), lambda y: (y * 0).sum()).report()[0]
+    assert record.verdict == "vanishing" and (record.valid == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_not_finite_is_exploding_and_named(bad):
+    weight = torch.ones(T, 1, 1)
+    weight[5] = bad
+    record = watched(linear_rnn(0.9), torch.rand(T, B, 4), lambda y: (y * weight).sum()).report()[0]
+    assert record.verdict == "exploding" and record.first_nonfinite == 5
+
+
+def test_gain_overflows_to_exploding():
+    # 2 * 30^26 is the first norm beyond float32's 3.4e38; the input is small enough for the forward to stay within.
+    record = watched(linear_rnn(30.0), 1e-10 * torch.rand(28, B, 4), lambda y: y[-1].sum()).report()[0]
+    assert record.verdict == "exploding" and record.first_nonfinite == 27 - 26
+    assert record.gain_median == pytest.approx(30.0, rel=1e-6)
+
+
+def test_clipping_is_counted_and_undone_in_the_gain():
+    module = linear_rnn(1.5, clip_state_grad_norm=3.0)
+    record = watched(module, torch.rand(T, B, 4), lambda y: y[-1].sum()).report()[0]
+    # Norms: 2, 3, then 4.5 before every clipping.
+    assert record.total.tolist() == pytest.approx([4.5] * (T - 2) + [3.0, 2.0], rel=1e-6)
+    assert record.clipped == (T - 2) * B
+    torch.testing.assert_close(record.gain[:-1], torch.full((T - 1,), 1.5).double(), rtol=1e-6, atol=0)
+    assert watched(linear_rnn(1.5), torch.rand(T, B, 4)).report()[0].clipped is None
+
+
+# ----------------------------------------------------------------------------------------------- kinds of calls
+
+
+def same(a, b):
+    """The same records; float32 scans over the same numbers in another batch layout round alike to 1e-5."""
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        for name in ("total", "carried", "gain"):
+            torch.testing.assert_close(getattr(x, name), getattr(y, name), rtol=1e-5, atol=0, equal_nan=True)
+        assert (x.valid.tolist(), x.horizon, x.verdict) == (y.valid.tolist(), y.horizon, y.verdict)
+
+
+def test_layouts_agree():
+    x, module = torch.randn(T, 1, I), fastrnn.GRU(I, H, 2)
+    first = fastrnn.GRU(I, H, 2, batch_first=True)
+    first.load_state_dict(module.state_dict())
+    expected = watched(module, x).report()
+    same(watched(first, x.transpose(0, 1)).report(), expected)
+    same(watched(module, x[:, 0]).report(), expected)
+    with GradientMonitor(module) as watch:
+        module(input=x)[0].sum().backward()
+    same(watch.report(), expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_padding_does_not_count(bidirectional):
+    module, x, lengths = fastrnn.LSTM(I, H, bidirectional=bidirectional), torch.randn(T, B, I), [5, T, 1, 9]
+    report = watched(module, x, lengths=torch.tensor(lengths)).report()
+    for record in report:
+        assert record.valid.tolist() == [sum(n > t for n in lengths) for t in range(T)]
+    packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    same(watched(module, packed, lambda y: y.data.sum()).report(), report)
+    # One sequence alone is that sequence cut to its length.
+    alone = watched(module, x[:, :1], lengths=torch.tensor([5])).report()
+    cut = watched(module, x[:5, :1]).report()
+    for a, b in zip(alone, cut, strict=True):
+        torch.testing.assert_close(a.gain[:5], b.gain, rtol=1e-5, atol=0, equal_nan=True)
+        assert a.verdict == b.verdict
+
+
+def test_directions_are_told_apart():
+    report = watched(fastrnn.GRU(I, H, bidirectional=True), torch.randn(T, B, I)).report()
+    assert [r.name for r in report] == ["gru.l0", "gru.l0_reverse"]
+    assert math.isnan(report[0].gain[-1]) and math.isnan(report[1].gain[0])
+    assert (report[0].carried[:-1] > 0).all() and (report[1].carried[1:] > 0).all()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_resets_are_not_vanishing(bidirectional, batch_first):
+    module = linear_rnn(1.0, bidirectional=bidirectional, batch_first=batch_first)
+    if bidirectional:
+        module.load_state_dict({n: module.state_dict()[n.removesuffix("_reverse")] for n in module.state_dict()})
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[4] = resets[9] = True
+    x = torch.rand(T, B, 4)
+    if batch_first:
+        resets, x = resets.t(), x.transpose(0, 1)
+    for record in watched(module, x, reset_mask=resets).report():
+        reverse = record.direction == "reverse"
+        missing = {0, 4, 9} if reverse else {3, 8, T - 1}
+        assert {t for t in range(T) if math.isnan(record.gain[t])} == missing
+        assert record.verdict == "healthy"
+
+
+def test_several_calls_are_pooled():
+    module, x = fastrnn.RNN(I, H), torch.randn(T, 6, I)
+    expected = watched(module, x).report()
+    with GradientMonitor(module) as watch:
+        (module(x[:, :2])[0].sum() + module(x[:, 2:])[0].sum()).backward()
+    same(watch.report(), expected)
+    with GradientMonitor(module) as watch:
+        (module(x)[0].sum() + module(x[:5])[0].sum()).backward()
+    assert watch.report()[0].valid.tolist() == [12] * 5 + [6] * 7
+
+
+def test_the_report_is_about_the_last_backward():
+    module, x = fastrnn.RNN(I, H), torch.randn(T, B, I)
+    with GradientMonitor(module) as watch:
+        for scale in (1.0, 8.0):
+            (module(x)[0].sum() * scale).backward()
+            module(x)  # never goes backward
+    same(watch.report(), watched(module, x, lambda y: 8 * y.sum()).report())
+
+
+def test_modules_inside_a_model_are_named():
+    model = nn.ModuleDict({"encoder": fastrnn.LSTM(I, H, 2), "decoder": fastrnn.GRU(H, H), "head": nn.Linear(H, 1)})
+    with GradientMonitor(model) as watch:
+        model["head"](model["decoder"](model["encoder"](torch.randn(T, B, I))[0])[0]).sum().backward()
+    names = [(r.module, r.layer, r.state) for r in watch.report()]
+    assert names == [*(("encoder", layer, s) for layer in (0, 1) for s in "hc"), ("decoder", 0, "h")]
+
+
+def test_calls_without_gradient_are_left_alone():
+    module, x = fastrnn.LSTM(I, H), torch.randn(T, B, I)
+    with GradientMonitor(module) as watch:
+        with torch.no_grad():
+            assert not module(x)[0].requires_grad
+        module.requires_grad_(False)
+        assert not module(x)[0].requires_grad
+        assert watch.report() == []
+        module(x.requires_grad_())[0].sum().backward()
+        assert len(watch.report()) == 2
+
+
+def test_a_tap_of_the_caller_is_read_along():
+    module, x = fastrnn.GRU(I, H), torch.randn(T, B, I)
+    tap = torch.zeros(1, 2, 1, T, B, requires_grad=True)
+    report = watched(module, x, tap=tap).report()
+    same(report, watched(module, x).report())
+    torch.testing.assert_close(tap.grad[0, 0, 0].double().nanmedian(-1).values, report[0].total, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    report = watched(fastrnn.LSTM(I, H, dtype=dtype), torch.randn(T, B, I, dtype=dtype)).report()
+    assert len(report) == 2 and (report[0].total > 0).all()
+
+
+def test_the_gradients_are_not_changed():
+    module, x = fastrnn.LSTM(I, H, 2), torch.randn(T, B, I)
+    module(x)[0].sum().backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    watched(module, x)
+    for p, e in zip(module.parameters(), expected, strict=True):
+        # torch's own kernel without the monitor, the scan with it: float32 sums over T * B terms, of order 1 to 10.
+        torch.testing.assert_close(p.grad, e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_with_taps_allocated_beforehand():
+    module = fastrnn.GRU(I, H)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(T, B, I)
+    with GradientMonitor(compiled, max_steps=20, batch=8) as watch:
+        for _ in range(2):  # norms of two backwards must not add up
+            compiled(x)[0].sum().backward()
+    same(watch.report(), watched(module, x).report())
+    with GradientMonitor(module, max_steps=3, batch=8), pytest.raises(ValueError, match="room for T = 3"):
+        module(x)
+
+
+# ------------------------------------------------------------------------------------------------- housekeeping
+
+
+def test_nothing_is_left_behind():
+    module, x = fastrnn.LSTM(I, H), torch.randn(T, B, I)
+    watch = GradientMonitor(module)
+    assert not module._forward_pre_hooks
+    watch.enable()
+    watch.enable()
+    assert len(module._forward_pre_hooks) == 1
+    watch.disable()
+    assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+    module(x)[0].sum().backward()
+    assert watch.report() == []
+    with pytest.raises(KeyError), GradientMonitor(module):
+        raise KeyError
+    assert not module._forward_pre_hooks
+
+
+def test_memory_does_not_grow(monkeypatch):
+    """Every tap dies with its graph, whether it went backward or not; one backward's norms are kept."""
+    taps, create = [], torch.zeros
+
+    def counted(*args, **kwargs):
+        tap = create(*args, **kwargs)
+        taps.append(weakref.ref(tap))
+        return tap
+
+    module, x = fastrnn.RNN(1, 2), torch.randn(3, 1, 1)
+    with GradientMonitor(module) as watch:
+        monkeypatch.setattr(monitor.torch, "zeros", counted)
+        for _ in range(50):
+            module(x)
+            module(x)[0].sum().backward()
+        monkeypatch.undo()
+        gc.collect()
+        assert len(taps) >= 100
+        assert sum(tap() is not None for tap in taps) == 0
+        assert len(watch._norms["rnn"]) == 1
+
+
+def test_what_cannot_be_watched_is_refused():
+    with pytest.raises(ValueError, match=r"fastrnn\.convert"):
+        GradientMonitor(nn.LSTM(I, H))
+    with pytest.raises(ValueError, match="go together"):
+        GradientMonitor(fastrnn.LSTM(I, H), max_steps=5)
+
+
+# ------------------------------------------------------------------------------------------------------ output
+
+
+def test_report_prints_as_a_table():
+    watch = watched(fastrnn.LSTM(I, H, bidirectional=True, clip_state_grad_norm=1.0), torch.randn(T, B, I))
+    lines = str(watch.report()).splitlines()
+    assert len(lines) == 5 and lines[0].startswith("layer")
+    assert [line.split()[:2] for line in lines[1:]] == [[f"lstm.l0{d}", s] for d in ("", "_reverse") for s in "hc"]
+    assert all(line.endswith(("healthy", "vanishing", "exploding")) for line in lines[1:])
+    assert "no gradient recorded" in str(GradientMonitor(fastrnn.LSTM(I, H)).report())
+
+
+def test_scalars_are_flat_and_numbers():
+    scalars = watched(linear_rnn(0.5), torch.rand(40, B, 4) + 0.1).scalars()
+    assert all(type(v) is float and k.startswith("fastrnn/rnn.l0/h/") for k, v in scalars.items())
+    assert scalars["fastrnn/rnn.l0/h/gain_median"] == pytest.approx(0.5, rel=1e-6)
+    assert scalars["fastrnn/rnn.l0/h/vanishing"] == 1.0 and scalars["fastrnn/rnn.l0/h/horizon"] == 6.0
+    assert "fastrnn/rnn.l0/h/clipped" not in scalars
+
+
+def is_picture(path):
+    image = pytest.importorskip("matplotlib.image").imread(path)  # decodes the PNG
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and min(image.shape[:2]) > 200 and image.std() > 0.01
+
+
+def test_plot_writes_a_picture(tmp_path):
+    watch = watched(fastrnn.LSTM(I, H, bidirectional=True), torch.randn(T, B, I), lambda y: y[-1].sum())
+    watch.plot(tmp_path / "new" / "norms.png")
+    assert is_picture(tmp_path / "new" / "norms.png")
+    with pytest.raises(ValueError, match="no gradient to plot"):
+        GradientMonitor(fastrnn.LSTM(I, H)).plot(tmp_path / "none.png")
+
+
+def test_plot_copes_with_zeros_and_nan(tmp_path):
+    for factor in (0.0, math.nan):
+        watch = watched(linear_rnn(0.9), torch.rand(T, B, 4), lambda y, factor=factor: (y * factor).sum())
+        watch.plot(tmp_path / "norms.png")
+        assert is_picture(tmp_path / "norms.png")
+
+
+def test_learning_curves_write_a_picture(tmp_path):
+    row = {"train_loss": 2.0, "test_loss": 2.1, "train_accuracy": 0.3, "test_accuracy": 0.25}
+    plots.learning_curves(tmp_path / "curves.png", [row, row], "title")
+    assert is_picture(tmp_path / "curves.png")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install fastrnn\[plots\]"):
+        watched(fastrnn.RNN(I, H), torch.randn(T, B, I)).plot(tmp_path / "norms.png")

@@ -1,0 +1,229 @@
+"""What only shows over time or beside others: memory over many steps, very long sequences, threads, streams, graphs."""
+
+import gc
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import GradientMonitor
+from fastrnn.dispatch import BACKENDS, Request
+
+CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1, 1))
+needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+every_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu_backend)])
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the process's memory from Linux's /proc")
+@every_backend
+def test_memory_does_not_grow_over_a_thousand_steps(backend):
+    """With all that allocates on the way: monitor, a tap of the caller's, dropouts, lengths, clipping, an optimizer.
+
+    Python sees the tensors that something in Python still holds; the process's size also those that only a graph holds.
+    """
+    T, B, I, H = 2, 16, 16, 64
+    torch.manual_seed(0)
+    lstm = fastrnn.LSTM(I, H, recurrent_dropout=0.1, zoneout=0.1, clip_state_grad_norm=1.0, backend=backend)
+    optimizer = torch.optim.Adam(lstm.parameters(), 1e-3)
+    monitor, lengths = GradientMonitor(lstm), torch.arange(B) % (T + 1)
+    x = torch.randn(T, B, I)
+
+    def train(steps):
+        for step in range(steps):
+            tap = torch.zeros(1, 2, 2, T, B, requires_grad=True) if step % 3 else None
+            with monitor:
+                y, _ = lstm(x, lengths=lengths, tap=tap)
+                if step % 10:  # a call now and then that never goes backward
+                    optimizer.zero_grad()
+                    y.square().mean().backward()
+                    optimizer.step()
+            if step % 100 == 0:
+                monitor.scalars()
+
+    train(300)  # pools and caches fill up, by some 3 MiB
+    tensors, size = live_tensors(), resident_bytes()
+    train(1000)
+    assert live_tensors() == tensors
+    # One step's pre-activations of the LSTM alone are T * B * 4H * 4 = 32 KiB, so a graph that stays would add 32 MiB.
+    # An eighth of that is room for the allocator's own untidiness.
+    assert resident_bytes() - size < 4 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------------- long sequences
+
+
+@needs_cpu_backend
+def test_seventy_thousand_steps():
+    """More than the 65,535 at which cuDNN fails; forward and backward on both backends, which agree."""
+    T, B = 70_000, 1
+    torch.manual_seed(0)
+    module = fastrnn.RNN(1, 2)
+    x = torch.randn(T, B, 1)
+    found = {}
+    for backend in ("reference", "cpu"):
+        tap = torch.zeros(1, 2, 1, T, B, requires_grad=True)
+        with fastrnn.backend(backend):
+            y, h = module(x, tap=tap)
+        gradients = torch.autograd.grad(y.square().mean() + h.sum(), (tap, *module.parameters()))
+        found[backend] = [y.detach(), h.detach(), *gradients]
+        assert (y != 0).all() and (gradients[0][:, 0] > 0).all()
+    for got, want in zip(found["cpu"], found["reference"], strict=True):
+        # The network forgets, so float32 errors of 6e-8 do not pile up; sums over T*B of like terms: 1e-5 of them.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def work(kind, sizes, backend, steps, barrier):
+    """The outputs and gradients of `steps` calls on one backend, of a network of its own."""
+    T, B, I, H = sizes
+    rng = torch.Generator().manual_seed(T)
+    module = getattr(fastrnn, kind)(I, H, 2, bidirectional=True, dtype=torch.float64)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    found = []
+    barrier.wait()
+    with fastrnn.backend(backend), GradientMonitor(module) as monitor:
+        for _ in range(steps):
+            x = torch.randn(T, B, I, generator=rng, dtype=torch.float64, requires_grad=True)
+            y, _ = module(x, lengths=torch.arange(B) % (T + 1))
+            found += [y.detach(), *torch.autograd.grad(y.square().sum(), (x, *module.parameters()))]
+            found += [r.total for r in monitor.report()]
+    return found
+
+
+@needs_cpu_backend
+def test_threads_with_their_own_backends_and_sizes_get_their_own_results():
+    jobs = [
+        ("LSTM", (5, 3, 2, 4), "cpu", 20),
+        ("GRU", (9, 2, 3, 7), "reference", 20),
+        ("RNN", (3, 8, 1, 5), "cpu", 20),
+    ]
+    expected = [work(*job, threading.Barrier(1)) for job in jobs]
+    barrier = threading.Barrier(len(jobs), timeout=60)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = list(pool.map(lambda job: work(*job, barrier), jobs))
+    for got, want in zip(found, expected, strict=True):
+        assert len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+# ----------------------------------------------------------------------------------------------- streams, graphs, syncs
+
+ON_GPU = {"recurrent_dropout": 0.2, "zoneout": 0.1, "clip_state_grad_value": 1.0}
+
+
+def on_gpu(kind, backend="triton", **settings):
+    reason = BACKENDS[backend].reason(Request(kind.lower(), "cuda", torch.float32, 64))
+    if reason is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    torch.manual_seed(0)
+    return getattr(fastrnn, kind)(16, 64, backend=backend, device="cuda", **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_two_streams_at_once_give_the_results_of_one(kind, backend):
+    modules = [on_gpu(kind, backend), on_gpu(kind, backend, num_layers=2)]
+    inputs = [torch.randn(T, 32, 16, device="cuda") for T in (50, 20)]
+
+    def once(module, x):
+        y, _ = module(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), list(module.parameters()))]
+
+    expected = [once(*pair) for pair in zip(modules, inputs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in modules]
+    for _ in range(5):
+        found = []
+        for stream, module, x in zip(streams, modules, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(once(module, x))
+        torch.cuda.synchronize()
+        for got, want in zip(found, expected, strict=True):
+            assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_forward_and_backward_in_a_cuda_graph(kind):
+    """The whole step is captured, so it nowhere waits for the GPU; replayed on new input it gives what eager gives."""
+    module = on_gpu(kind, bidirectional=True, zoneout=0.1).eval()  # eval: without masks, which a replay draws afresh
+    T, B = 12, 8
+    x, lengths = torch.randn(T, B, 16, device="cuda"), torch.arange(B, device="cuda") + 5
+    tap = torch.zeros(2, 2, len(module(x)[1]) if kind == "LSTM" else 1, T, B, device="cuda", requires_grad=True)
+    leaves = [tap, *module.parameters()]
+
+    def step():
+        y, _ = module(x, lengths=lengths, tap=tap)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles the kernels, sets cuBLAS up
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        lengths.copy_(torch.randint(0, T + 1, (B,), device="cuda"))
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            # float32; cuBLAS may choose another GEMM while capturing, which sums some 1e2 terms in another order.
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clip_norm", ["none", "float", "tensor"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_nothing_waits_for_the_gpu(kind, backend, clip_norm):
+    """Lengths, resets, masks, clipping, a tap: no value is read back, nothing is copied from pageable memory."""
+    bound = {"none": None, "float": 0.5, "tensor": torch.tensor(0.5, device="cuda")}[clip_norm]
+    module = on_gpu(kind, backend, num_layers=2, bidirectional=True, clip_state_grad_norm=bound, **ON_GPU)
+    T, B = 12, 8
+    x, lengths = torch.randn(T, B, 16, device="cuda"), torch.arange(B, device="cuda")
+    reset = torch.rand(T, B, device="cuda") < 0.2
+    tap = torch.zeros(4, 2, 2 if kind == "LSTM" else 1, T, B, device="cuda", requires_grad=True)
+
+    def step():
+        y, _ = module(x, lengths=lengths, reset_mask=reset, tap=tap)
+        y.square().sum().backward()
+
+    step()  # compiles the kernels, loads modules
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tap.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_lengths_beyond_the_range_are_clamped_on_the_gpu():
+    module = on_gpu("GRU", "reference")
+    x, T = torch.randn(6, 3, 16, device="cuda"), 6
+    wrong, right = torch.tensor([-2, 9, 4], device="cuda"), torch.tensor([0, T, 4], device="cuda")
+    assert torch.equal(module(x, lengths=wrong)[0], module(x, lengths=right)[0])
