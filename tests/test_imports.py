@@ -28,7 +28,7 @@ BELOW = {
     "ops": {"dispatch", "cells", "reference"},
     "scan": {"ops", "cells", "reference"},
     "stack": {"scan", "cells", "reference"},
-    "functional": {"stack", "dispatch", "cells", "reference"},
+    "functional": {"stack", "scan", "dispatch", "cells", "reference"},
     "modules": {"functional", "cells"},
     "convert": {"modules", "functional", "dispatch"},
     # on top of everything: they may see all below, and nothing below sees them

@@ -12,7 +12,7 @@ def _layer_norm(weight, bias):
     if weight is None:
         return None
     acc = accumulate_dtype(weight.dtype)
-    return LayerNorm(weight.to(acc), bias.to(acc))
+    return LayerNorm(weight.to(acc).contiguous(), bias.to(acc).contiguous())
 
 
 def scan_forward(
