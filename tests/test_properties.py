@@ -210,9 +210,7 @@ def agree(got, expected, tolerance, slack=None):
         finite = b.double().abs().nan_to_num(0, 0, 0)
         scale = max(1, finite.max().item()) if b.numel() else 1
         allowed = tolerance * scale + (10 * slack[name] if slack else 0)
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(a, b, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def finite(found):
