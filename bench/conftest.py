@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from . import feature_cases, machine, report
+from . import feature_cases, machine, report, rivals
 from .cases import CASES, DEVICE, SESSION_SECONDS
 from .measure import measure
 
@@ -15,17 +15,18 @@ class Session:
 
     def __init__(self):
         self.begin: dict[Callable, float] = {}
-        self.records: dict[str, dict] = {}
+        self.records: dict[tuple[Callable, str], dict] = {}
         self.not_run: dict[str, str] = {}
 
     def record(self, case, measure: Callable = measure, seconds: float = SESSION_SECONDS) -> dict:
         """Measures a case the first time it is asked for; skips the test once the suite's time is spent."""
-        if case.name not in self.records:
+        key = measure, case.name
+        if key not in self.records:
             if time.monotonic() - self.begin.setdefault(measure, time.monotonic()) > seconds:
                 self.not_run[case.name] = f"the time budget of {seconds:.0f} s was spent"
                 pytest.skip(self.not_run[case.name])
-            self.records[case.name] = measure(case)
-        return self.records[case.name]
+            self.records[key] = measure(case)
+        return self.records[key]
 
 
 SESSION = pytest.StashKey[Session]()
@@ -42,8 +43,13 @@ def session(request) -> Session:
 
 def pytest_collection_modifyitems(items):
     """Each case's acceptance right behind its measurement, so that a spent budget drops whole cases."""
-    order = {case.name: k for k, case in enumerate([*CASES, *feature_cases.CASES])}
-    items.sort(key=lambda item: order[item.callspec.params["case"].name] if hasattr(item, "callspec") else -1)
+    order = {id(case): k for k, case in enumerate([*CASES, *feature_cases.CASES, *rivals.RIVAL_CASES])}
+
+    def place(item) -> int:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return order.get(id(parameters.get("case")), -1)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -65,12 +71,9 @@ def pytest_terminal_summary(terminalreporter, config):
     session = config.stash[SESSION]
     if not session.records:
         return
-    throughput, gains = report.split(list(session.records.values()))
-    if throughput:
-        terminalreporter.section(f"time relative to torch.nn, {machine.device_name(DEVICE)}")
-        terminalreporter.write_line(report.table(throughput))
-    if gains:
-        terminalreporter.section(f"speed relative to the Python loop, {machine.device_name(DEVICE)}")
-        terminalreporter.write_line(report.feature_table(gains))
+    for suite, records in report.by_suite(list(session.records.values())).items():
+        title, table = report.SUITES[suite]
+        terminalreporter.section(f"{title}, {machine.device_name(DEVICE)}")
+        terminalreporter.write_line(table(records))
     for name, reason in session.not_run.items():
         terminalreporter.write_line(f"not run: {name}: {reason}")

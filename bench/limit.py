@@ -32,7 +32,22 @@ class Device:
     source: dict[str, str]
 
 
+_ESTIMATES = {
+    "exchange_rate": "estimate: 64 bytes per SM and clock",
+    "agree": "estimates, not measured yet",
+}
 DEVICES = (
+    Device(
+        match="H100",
+        sms=132,
+        shared_memory=227 * 1024,
+        cluster=16,
+        peak={"half": 989e12, "tf32": 494e12, "fp32": 67e12},
+        memory_rate=3.35e12,
+        exchange_rate=64 * 1.755e9,
+        agree={"none": 0.0, "cluster": 0.25e-6, "flag": 0.55e-6, "kernel edge": 1.3e-6},
+        source={"everything but what follows": "the vendor's data sheet, SXM, dense", **_ESTIMATES},
+    ),
     Device(
         match="H200",
         sms=132,
@@ -46,8 +61,7 @@ DEVICES = (
             "sms, shared_memory, cluster": "the vendor's data sheet",
             "peak": "the vendor's data sheet, dense; a large bf16 GEMM on random data was measured at 790e12",
             "memory_rate": "measured: device-to-device copy",
-            "exchange_rate": "estimate: 64 bytes per SM and clock",
-            "agree": "estimates, not measured yet",
+            **_ESTIMATES,
         },
     ),
 )

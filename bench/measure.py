@@ -85,16 +85,16 @@ def truth(case, module: torch.nn.Module, inputs: Inputs, features: frozenset[str
 # ------------------------------------------------------------------------------------------------------- one case
 
 
-def measure(case) -> dict:
-    """The record of a case; see `bench/report.py` for what is made of it."""
+def measure(case, contestants: tuple[Contestant, ...] = CONTESTANTS) -> dict:
+    """The record of a case; see `bench/report.py` for what is made of it. The first contestant is the yardstick."""
     torch.manual_seed(SEED)
     with precision(case.tf32):
         module = yardstick_module(case, DEVICE)
         inputs = random_inputs(case)
         record = _describe(case, module, inputs)
-        models = _build(case, module, record["contestants"])
+        models = _build(case, module, contestants, record["contestants"])
         models = _agree(case, module, inputs, models, record["contestants"])
-        _time(case, inputs, models, record)
+        _time(case, inputs, models, {row.name for row in contestants if row.brief}, record)
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -103,6 +103,7 @@ def measure(case) -> dict:
 
 def _describe(case, module, inputs: Inputs) -> dict:
     return {
+        "suite": "throughput",
         "case": case.name,
         "cell": case.cell,
         **{name: getattr(case, name) for name in ("B", "T", "I", "H", "num_layers", "bidirectional", "mode", "tf32")},
@@ -118,9 +119,9 @@ def _describe(case, module, inputs: Inputs) -> dict:
     }
 
 
-def _build(case, module, entries: dict) -> dict[str, tuple[Contestant, Model]]:
+def _build(case, module, contestants, entries: dict) -> dict[str, tuple[Contestant, Model]]:
     models = {}
-    for row in CONTESTANTS:
+    for row in contestants:
         entry = entries[row.name] = {}
         try:
             models[row.name] = row, row.model(case, module)
@@ -164,7 +165,7 @@ def _agree(case, module, inputs, models, entries):
     return right
 
 
-def _time(case, inputs: Inputs, models: dict[str, Model], record: dict) -> None:
+def _time(case, inputs: Inputs, models: dict[str, Model], brief: set[str], record: dict) -> None:
     bytes_per_set = inputs.x.nbytes + inputs.gradients[0].nbytes
     sets = [inputs, *(random_inputs(case) for _ in range(timing.input_sets(bytes_per_set, DEVICE) - 1))]
 
@@ -173,8 +174,7 @@ def _time(case, inputs: Inputs, models: dict[str, Model], record: dict) -> None:
 
     load, clocks = os.getloadavg()[0], machine.clocks(DEVICE)
     calls = {name: timed(model) for name, model in models.items()}
-    brief = {row.name for row in CONTESTANTS if row.brief} - {bound.contestant for bound in case.bounds}
-    samples = timing.interleave(calls, DEVICE, CASE_SECONDS, brief)
+    samples = timing.interleave(calls, DEVICE, CASE_SECONDS, brief - {bound.contestant for bound in case.bounds})
     record |= {"input_sets": len(sets), "load": [load, os.getloadavg()[0]], "clocks": [clocks, machine.clocks(DEVICE)]}
     least = record["limit"] = floor(device_model(machine.device_name(DEVICE)), case)
     yardstick = samples.get(CONTESTANTS[0].name)

@@ -21,10 +21,10 @@ def load(path: str | Path) -> tuple[dict, list[dict]]:
     return data, [benchmark["extra_info"] for benchmark in data["benchmarks"]]
 
 
-def split(records: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Those of the throughput suite, and those of the features."""
-    features = [record for record in records if record.get("suite") == "features"]
-    return [record for record in records if record.get("suite") != "features"], features
+def by_suite(records: list[dict]) -> dict[str, list[dict]]:
+    """The records of each of `SUITES` that has any, in that order."""
+    found = {suite: [record for record in records if record["suite"] == suite] for suite in SUITES}
+    return {suite: rows for suite, rows in found.items() if rows}
 
 
 def title(record: dict) -> str:
@@ -108,6 +108,13 @@ def feature_table(records: list[dict]) -> str:
     return markdown(rows)
 
 
+SUITES = {
+    "throughput": ("time relative to torch.nn's plain call (below 1 is faster)", table),
+    "features": ("speed relative to the faster of two Python loops (above 1 is faster)", feature_table),
+    "rivals": ("time relative to torch.nn (below 1 is faster), beside other people's kernels", table),
+}
+
+
 def caption(data: dict, path: str) -> str:
     """What was measured, on what, and how to make the table again."""
     info, commit = data["machine_info"], data["commit_info"]
@@ -116,8 +123,7 @@ def caption(data: dict, path: str) -> str:
     lines = [
         f"{info['device']}{threads}; {versions}; commit {(commit.get('id') or 'unknown')[:10]}"
         f"{' with changes' if commit.get('dirty') else ''}, {data['datetime'][:10]}.",
-        "First table: time relative to torch.nn's plain call (below 1 is faster). Second: speed relative to the faster",
-        "of two Python loops (above 1 is faster). Medians of interleaved rounds (their 95 % intervals).",
+        "Medians of interleaved rounds (their 95 % intervals).",
         f"Made by `python bench/report.py {path} --readme README.md`.",
     ]
     missing = data.get("not_run") or {}
@@ -171,15 +177,18 @@ def main() -> None:
     parser.add_argument("--picture")
     arguments = parser.parse_args()
     data, records = load(arguments.results)
-    records, features = split(records)
+    suites = by_suite(records)
     path = os.path.relpath(arguments.results)
-    tables = [make(rows) for make, rows in ((table, records), (feature_table, features)) if rows]
+    tables = []
+    for suite, rows in suites.items():
+        headline, make = SUITES[suite]
+        tables.append(f"{headline[0].upper()}{headline[1:]}:\n\n{make(rows)}")
     block = "\n\n".join([*tables, caption(data, path)])
     print(block)
     if arguments.readme:
         rewrite(arguments.readme, block)
     if arguments.picture:
-        picture(records, arguments.picture)
+        picture(suites["throughput"], arguments.picture)
 
 
 if __name__ == "__main__":

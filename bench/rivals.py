@@ -1,0 +1,140 @@
+"""Other people's fused kernels as contestants: FlashRNN, TorchRL's Triton LSTM and GRU, and a Python loop over a cell
+that `torch.compile` has fused. They run where they are installed, at the sizes of `RIVAL_CASES`.
+
+`pip install flashrnn torchrl` brings the first two; FlashRNN compiles its kernels with nvcc at the first call of every
+shape. Written against flashrnn 1.0.8 and torchrl 0.14.1, from their own signatures.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cases import DEVICE, Case
+from .contestants import CONTESTANTS, CannotRun, Contestant, Model
+
+SIZES = ((64, 512, 128), (64, 512, 256), (64, 512, 512), (16, 1024, 768))  # B, T, H; I = H
+"""Up to where FlashRNN's Triton kernels and TorchRL's find room, and the size of FlashRNN's own figures."""
+
+
+def _one_layer(case, module: nn.Module, cells: tuple[str, ...]) -> list[torch.Tensor]:
+    """weight_ih, weight_hh, bias_ih, bias_hh of a plain one-layer network, or CannotRun."""
+    if case.cell not in cells:
+        raise CannotRun(f"has no {case.cell}")
+    if case.num_layers > 1 or case.bidirectional:
+        raise CannotRun("its kernels take one layer in one direction")
+    return module.all_weights[0]
+
+
+def _installed(package: str) -> None:
+    if find_spec(package) is None:
+        raise CannotRun(f"{package} is not installed")
+
+
+def flashrnn(backend: str):
+    """FlashRNN (Pöppel, Beck, Hochreiter 2024) with one head. Its GRU keeps W_hn h apart, so its four gates are
+    `W_hn h + b_hn`, r, z, and `W_in x + b_in`."""
+
+    def build(case, module: nn.Module) -> Model:
+        w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm", "gru"))
+        _installed("flashrnn")
+        if DEVICE == "cpu" and backend != "vanilla":
+            raise CannotRun("its kernels need a GPU")
+        from flashrnn import flashrnn as run
+
+        G, dtype = w_hh.shape[0] // case.H, str(case.dtype).removeprefix("torch.")
+
+        def forward(x):
+            T, B, _ = x.shape
+            wx = F.linear(x, w_ih).view(T, B, G, 1, case.H).transpose(0, 1)
+            r, (x_bias, h_bias) = w_hh.view(G, 1, case.H, case.H), (b.view(G, 1, case.H) for b in (b_ih, b_hh))
+            if case.cell == "gru":
+                r = torch.cat((r[2:], r[:2]))
+                bias = torch.cat((h_bias[2:], x_bias[:2] + h_bias[:2], x_bias[2:]))
+            else:
+                bias = x_bias + h_bias
+            states, last = run(wx, r, bias, function=case.cell, backend=backend, dtype=dtype)
+            y = states[0].squeeze(2).transpose(0, 1)  # [S, B, T, heads, H] -> [T, B, H]
+            return (y, *(last[k].transpose(0, 1).reshape(1, B, case.H) for k in range(len(last)))), None
+
+        return Model(forward, tuple(module.parameters()), f"flashrnn, backend {backend}")
+
+    return build
+
+
+def torchrl(case, module: nn.Module) -> Model:
+    """The kernels behind TorchRL's `recurrent_backend="triton"`, which take float32 and multiply in bfloat16 on wish."""
+    w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm", "gru"))
+    _installed("torchrl")
+    if DEVICE == "cpu":
+        raise CannotRun("its kernels need a GPU")
+    if case.dtype == torch.float16:
+        raise CannotRun("its products are float32 or bfloat16")
+    from torchrl.modules.tensordict_module import _rnn_triton
+
+    kernel = getattr(_rnn_triton, f"{case.cell}_triton")
+    precision = "tf32" if case.tf32 else "ieee"
+
+    def forward(x):
+        weights = [w.float() for w in (w_ih, w_hh, b_ih, b_hh)]
+        states = [x.new_zeros(case.B, case.T, case.H, dtype=torch.float32)] * (2 if case.cell == "lstm" else 1)
+        starts = torch.zeros(case.B, case.T, dtype=torch.bool, device=x.device)
+        outputs = kernel(
+            x.transpose(0, 1).float(), *states, *weights, starts, compute_dtype=case.dtype, input_precision=precision
+        )
+        y, final = outputs[0], outputs[len(outputs) // 2 :]
+        return (y.transpose(0, 1).to(x.dtype), *(s.unsqueeze(0).to(x.dtype) for s in final)), None
+
+    return Model(forward, tuple(module.parameters()), "torchrl's kernels; casts from and to float32 included")
+
+
+def compiled_loop(backend: str):
+    """What a user gets from `torch.compile` on one step, called T times: the loop itself would take minutes to trace."""
+
+    def build(case, module: nn.Module) -> Model:
+        w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm",))
+
+        @torch.compile(backend=backend, fullgraph=True, dynamic=False)
+        def step(gx, h, c):
+            i, f, g, o = (gx + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o) * torch.tanh(c), c
+
+        def forward(x):
+            h = c = x.new_zeros(case.B, case.H)
+            ys = []
+            for gx in F.linear(x, w_ih, b_ih).unbind():
+                h, c = step(gx, h, c)
+                ys.append(h)
+            return (torch.stack(ys), h.unsqueeze(0), c.unsqueeze(0)), None
+
+        return Model(forward, tuple(module.parameters()), "one compiled step per call, T calls")
+
+    return build
+
+
+RIVALS = (
+    Contestant("FlashRNN cuda_fused", flashrnn("cuda_fused")),
+    Contestant("FlashRNN triton_fused", flashrnn("triton_fused")),
+    Contestant("TorchRL triton", torchrl),
+    Contestant("compiled loop", compiled_loop("inductor"), brief=True),
+)
+OURS = tuple(row for row in CONTESTANTS if row.name == "torch.nn" or row.name.startswith("fastrnn"))
+CONTESTANTS_OF_RIVAL_CASES = (*OURS, *RIVALS)
+
+
+def _case(cell: str, B: int, T: int, H: int) -> Case:
+    """In bfloat16. The reference loop is left out for time."""
+    return Case(cell, B, T, H, H, dtype=torch.bfloat16, without={"fastrnn:reference": "left out for time"})
+
+
+RIVAL_CASES = [_case(cell, *size) for cell in ("lstm", "gru") for size in SIZES] if DEVICE == "cuda" else []
+SESSION_SECONDS = 300.0  # FlashRNN's nvcc runs come out of it; cases that no longer fit are recorded as not run
+
+SMALL_TOLERANCE = 64 * 2.0**-23  # 64 float32 roundings of numbers of order one
+
+
+def small_case(cell: str) -> Case:
+    """A tiny case in float32 that shows on any machine that the adapters hand over the right weights."""
+    return Case(cell, 3, 5, 4, 8)
