@@ -1,4 +1,4 @@
-"""fastrnn beside other people's fused kernels; see `rivals.py`. `pytest bench/bench_rivals.py --benchmark-json=FILE`."""
+"""fastrnn beside other people's fused kernels; see `rivals.py`."""
 
 from importlib.util import find_spec
 

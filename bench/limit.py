@@ -10,10 +10,14 @@ a kernel edge. Everything else (pointwise work, memory traffic of gx and of what
 a forecast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from . import latency
+
+RESULTS = Path(__file__).with_name("results")
 GEMM_EFFICIENCY = 0.65  # estimate: what a library GEMM reaches of the data sheet's peak, at the sizes here
 
 
@@ -32,44 +36,37 @@ class Device:
     source: dict[str, str]
 
 
-_ESTIMATES = {
-    "exchange_rate": "estimate: 64 bytes per SM and clock",
-    "agree": "estimates, not measured yet",
-}
-DEVICES = (
-    Device(
-        match="H100",
-        sms=132,
-        shared_memory=227 * 1024,
-        cluster=16,
-        peak={"half": 989e12, "tf32": 494e12, "fp32": 67e12},
-        memory_rate=3.35e12,
-        exchange_rate=64 * 1.755e9,
-        agree={"none": 0.0, "cluster": 0.25e-6, "flag": 0.55e-6, "kernel edge": 1.3e-6},
-        source={"everything but what follows": "the vendor's data sheet, SXM, dense", **_ESTIMATES},
-    ),
-    Device(
-        match="H200",
-        sms=132,
-        shared_memory=227 * 1024,
-        cluster=16,
-        peak={"half": 989e12, "tf32": 494e12, "fp32": 67e12},
-        memory_rate=4.3e12,
-        exchange_rate=64 * 1.755e9,
-        agree={"none": 0.0, "cluster": 0.25e-6, "flag": 0.55e-6, "kernel edge": 1.3e-6},
-        source={
-            "sms, shared_memory, cluster": "the vendor's data sheet",
-            "peak": "the vendor's data sheet, dense; a large bf16 GEMM on random data was measured at 790e12",
-            "memory_rate": "measured: device-to-device copy",
-            **_ESTIMATES,
-        },
-    ),
+H100 = Device(
+    match="H100",
+    sms=132,
+    shared_memory=227 * 1024,
+    cluster=16,
+    peak={"half": 989e12, "tf32": 494e12, "fp32": 67e12},
+    memory_rate=3.35e12,
+    exchange_rate=64 * 1.755e9,
+    agree={"none": 0.0, "cluster": 0.25e-6, "flag": 0.55e-6, "kernel edge": 1.3e-6},
+    source={
+        "sms, shared_memory, cluster, memory_rate": "the vendor's data sheet (SXM)",
+        "peak": "the vendor's data sheet, dense; a large bf16 GEMM on random data was measured at 790e12 on an H200",
+        "exchange_rate": "estimate: 64 bytes per SM and clock",
+        "agree": "estimates, not measured yet",
+    },
 )
+H200 = replace(
+    H100, match="H200", memory_rate=4.3e12, source=H100.source | {"memory_rate": "measured: device-to-device copy"}
+)
+DEVICES = (H100, H200)
 
 
 def device_model(name: str) -> Device | None:
-    """The model of the device with this name; None where there is none, as for every CPU."""
-    return next((device for device in DEVICES if device.match in name), None)
+    """The model of the device with this name, with the latencies of agreement that were measured on one such (see
+    `latency.py`); None where there is no model, as for every CPU."""
+    device = next((device for device in DEVICES if device.match in name), None)
+    measured = latency.typical(RESULTS, name) if device else {}
+    if not measured:
+        return device
+    source = device.source | {"agree": f"measured ({', '.join(measured)}): python -m bench.latency"}
+    return replace(device, agree=device.agree | measured, source=source)
 
 
 def _gates(cell: str) -> int:

@@ -64,7 +64,7 @@ def flashrnn(backend: str):
 
 
 def torchrl(case, module: nn.Module) -> Model:
-    """The kernels behind TorchRL's `recurrent_backend="triton"`, which take float32 and multiply in bfloat16 on wish."""
+    """The kernels behind TorchRL's `recurrent_backend="triton"`: float32 in and out, products in bfloat16 on wish."""
     w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm", "gru"))
     _installed("torchrl")
     if DEVICE == "cpu":
@@ -90,7 +90,7 @@ def torchrl(case, module: nn.Module) -> Model:
 
 
 def compiled_loop(backend: str):
-    """What a user gets from `torch.compile` on one step, called T times: the loop itself would take minutes to trace."""
+    """What a user gets from `torch.compile` on one step, called T times: the whole loop takes minutes to trace."""
 
     def build(case, module: nn.Module) -> Model:
         w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm",))

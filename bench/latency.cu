@@ -1,0 +1,169 @@
+// How long a group of CTAs takes to agree that a step is complete, by each of the means that a persistent
+// kernel has. Every kernel runs `rounds` rounds of nothing but the agreement; the caller divides. Built and
+// called by latency.py.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace cg = cooperative_groups;
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr long long kBound = 1LL << 31;  // clocks: about a second, after which a wait gives up
+
+__device__ void add_release(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ unsigned load_acquire(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// Waits until ready() or the bound; false when it gave up.
+template <class Ready>
+__device__ bool wait(Ready ready) {
+  for (long long begin = clock64(); !ready();) {
+    if (clock64() - begin > kBound) return false;
+  }
+  return true;
+}
+
+// One counter per group, one arrival per CTA and round.
+__global__ void counter_barrier(unsigned* counters, int ctas, int rounds, int* failed) {
+  unsigned* counter = counters + blockIdx.x / ctas * 32;  // a cache line of its own
+  for (unsigned round = 1; round <= rounds; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      add_release(counter);
+      if (!wait([&] { return load_acquire(counter) >= round * ctas; })) *failed = 1;
+    }
+    __syncthreads();
+  }
+}
+
+// Every CTA publishes a word that holds the round's number, and reads those of its group: the data are their
+// own flag.
+__global__ void data_as_flag(unsigned* words, int ctas, int rounds, int* failed) {
+  const int total = gridDim.x, first = blockIdx.x / ctas * ctas;
+  for (unsigned round = 1; round <= rounds; ++round) {
+    volatile unsigned* slot = words + round % 3 * total;
+    if (threadIdx.x == 0) slot[blockIdx.x] = round;
+    if (threadIdx.x < ctas && !wait([&] { return slot[first + threadIdx.x] == round; })) *failed = 1;
+    __syncthreads();
+  }
+}
+
+// A thread-block cluster: a word to the neighbour through distributed shared memory, then the hardware's
+// barrier.
+__global__ void cluster_barrier(unsigned*, int ctas, int rounds, int* failed) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ unsigned received[2];
+  cg::cluster_group cluster = cg::this_cluster();
+  unsigned* neighbour = cluster.map_shared_rank(received, (cluster.block_rank() + 1) % ctas);
+  cluster.sync();
+  for (unsigned round = 1; round <= rounds; ++round) {
+    if (threadIdx.x == 0) neighbour[round % 2] = round;
+    cluster.sync();
+    if (threadIdx.x == 0 && received[round % 2] != round) *failed = 1;
+  }
+#else
+  *failed = 1;
+#endif
+}
+
+__global__ void nothing(unsigned*) {}
+
+#define CHECK(call)                                     \
+  do {                                                  \
+    cudaError_t status = (call);                        \
+    if (status != cudaSuccess) return -1000.0 - status; \
+  } while (0)
+
+// Seconds that `launch` takes on the stream, after a first run that is not timed.
+template <class Launch>
+double timed(cudaStream_t stream, Launch launch) {
+  cudaEvent_t begin, end;
+  CHECK(cudaEventCreate(&begin));
+  CHECK(cudaEventCreate(&end));
+  float milliseconds = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    CHECK(cudaEventRecord(begin, stream));
+    CHECK(launch());
+    CHECK(cudaEventRecord(end, stream));
+    CHECK(cudaEventSynchronize(end));
+  }
+  CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+  CHECK(cudaEventDestroy(begin));
+  CHECK(cudaEventDestroy(end));
+  return milliseconds * 1e-3;
+}
+
+// A graph of `rounds` empty kernels, each behind the one before it.
+double kernel_edges(cudaStream_t stream, int blocks, int rounds) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int round = 0; round < rounds; ++round) nothing<<<blocks, kThreads, 0, stream>>>(nullptr);
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  double seconds = timed(stream, [&] { return cudaGraphLaunch(executable, stream); });
+  CHECK(cudaGraphExecDestroy(executable));
+  CHECK(cudaGraphDestroy(graph));
+  return seconds / rounds;
+}
+
+}  // namespace
+
+// Seconds per agreement of `groups` groups of `ctas` CTAs each. kind: 0 counter, 1 data as flag, 2 cluster, 3
+// kernel edge. Negative: -1 a wait gave up, -2 the groups do not fit the device at once, else -1000 - the
+// CUDA error.
+extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) {
+  cudaStream_t stream;
+  CHECK(cudaStreamCreate(&stream));
+  if (kind == 3) {
+    double seconds = kernel_edges(stream, ctas * groups, rounds);
+    CHECK(cudaStreamDestroy(stream));
+    return seconds;
+  }
+  void (*kernels[])(unsigned*, int, int, int*) = {counter_barrier, data_as_flag, cluster_barrier};
+  auto kernel = kernels[kind];
+  unsigned* words;
+  int *failed, device, sms, per_sm, gave_up;
+  const size_t bytes = 3 * 32 * sizeof(unsigned) * ctas * groups;
+  CHECK(cudaMalloc(&words, bytes));
+  CHECK(cudaMalloc(&failed, sizeof(int)));
+  CHECK(cudaMemset(failed, 0, sizeof(int)));
+  CHECK(cudaGetDevice(&device));
+  CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0));
+  if (ctas * groups > sms * per_sm) return -2;
+
+  cudaLaunchAttribute attribute{};
+  attribute.id = kind == 2 ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
+  if (kind == 2) {
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    attribute.val.clusterDim.x = ctas;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas * groups);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  double seconds = timed(stream, [&] {
+    cudaError_t status = cudaMemsetAsync(words, 0, bytes, stream);
+    return status != cudaSuccess ? status : cudaLaunchKernelEx(&config, kernel, words, ctas, rounds, failed);
+  });
+  CHECK(cudaMemcpy(&gave_up, failed, sizeof(int), cudaMemcpyDeviceToHost));
+  CHECK(cudaFree(words));
+  CHECK(cudaFree(failed));
+  CHECK(cudaStreamDestroy(stream));
+  return gave_up ? -1 : seconds / rounds;
+}
