@@ -15,7 +15,7 @@ JOBS   ?= 2
 PYTEST_ARGS ?=
 # Where `make gpu` leaves its logs and JSON, and which of its stages it runs
 OUT    ?= bench/results
-STAGES ?= build test bench
+STAGES ?= build test latency bench rivals
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -72,7 +72,9 @@ bench: $(READY)
 # kernels that wait for each other within a bounded time must not share the GPU with another process.
 stage_build = $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
 stage_test  = $(PYTHON) -m pytest tests -m 'gpu or not gpu' -p no:benchmark --durations=20 $(PYTEST_ARGS)
-stage_bench = $(PYTHON) -m pytest bench --benchmark-json='$(OUT)/bench-gpu.json' $(PYTEST_ARGS)
+stage_latency = $(PYTHON) -m bench.latency '$(OUT)'
+stage_bench = $(PYTHON) -m pytest bench --ignore=bench/bench_rivals.py --benchmark-json='$(OUT)/bench-gpu.json' $(PYTEST_ARGS)
+stage_rivals = $(PYTHON) -m pytest bench/bench_rivals.py --benchmark-json='$(OUT)/rivals-gpu.json' $(PYTEST_ARGS)
 gpu: export FASTRNN_TEST_DEVICE := cuda
 gpu: export PYTHONUNBUFFERED := 1
 gpu:
