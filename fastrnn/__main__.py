@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from . import dispatch, plots
+from . import dispatch, init, plots
 from .cells import NONLINEARITIES
 from .monitor import GradientMonitor, Report
 from .tasks import Digits, sequential_digits
@@ -132,26 +132,16 @@ def build(options: argparse.Namespace) -> Classifier:
 
 @torch.no_grad()
 def remember(rnn: nn.Module, T: int) -> None:
-    """Initialises for memories of up to T steps.
-
-    Forget gates b_f = log U(1, T - 1) and input gates -b_f, which keep the cell for 1 / (1 - sigmoid(b_f)) steps, and
-    likewise the GRU's z (Tallec & Ollivier 2018); W_hh orthogonal per gate (Saxe et al. 2014); W_ih of the first layer
-    U(-1, 1), the scale for one input.
-    """
-    H = rnn.hidden_size
+    """Initialises for memories of up to T steps: W_hh orthogonal, chrono gates, every other bias 0, and W_ih of the
+    first layer U(-1, 1), the scale for one input."""
     for name, p in rnn.named_parameters():
-        if name.startswith("weight_hh"):
-            for gate in p.split(H):
-                nn.init.orthogonal_(gate)
-        elif name.startswith("weight_ih_l0"):
+        if name.startswith("weight_ih_l0"):
             nn.init.uniform_(p, -1, 1)
         elif name.startswith("bias"):
             nn.init.zeros_(p)
-            keep = torch.empty(H).uniform_(1, T - 1).log()
-            if name.startswith("bias_ih") and isinstance(rnn, fastrnn.LSTM):
-                p[:H], p[H : 2 * H] = -keep, keep
-            elif name.startswith("bias_ih") and isinstance(rnn, fastrnn.GRU):
-                p[H : 2 * H] = keep
+    init.orthogonal_(rnn)
+    if not isinstance(rnn, fastrnn.RNN):
+        init.chrono_(rnn, t_max=T)
 
 
 def watch(model: Classifier, data: Digits) -> Report:

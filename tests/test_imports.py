@@ -20,7 +20,6 @@ KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if 
 BELOW = {
     "cells": set(),
     "tiles": {"cells"},
-    "init": set(),
     "tasks": set(),
     "reference": {"cells"},
     "backends": {"cells", "tiles", "reference", "kernels", "_C", "backends"},
@@ -31,6 +30,7 @@ BELOW = {
     "functional": {"stack", "scan", "dispatch", "cells", "reference"},
     "modules": {"functional", "cells"},
     "convert": {"modules", "functional", "dispatch"},
+    "init": {"modules", "cells"},
     # on top of everything: they may see all below, and nothing below sees them
     "report": {"cells", "modules"},
     "monitor": {"modules", "functional", "cells", "reference", "plots", "report"},

@@ -1,0 +1,213 @@
+"""Initialisation gate by gate: `torch.nn.init` on each gate's own rows of a recurrent network's weights and biases.
+
+    rnn = fastrnn.init.orthogonal_(fastrnn.LSTM(32, 128))
+    fastrnn.init.chrono_(rnn, t_max=200)
+
+torch.nn stacks the gates of a cell in one matrix `[G*H, I]`; drawn as a whole it has the wrong fan-out and is
+orthogonal across the gates. Every function here takes fastrnn's and torch.nn's LSTM, GRU, RNN and their cells, and any
+model that holds some: then all of them, every layer and direction. It writes in place, so optimisers and shared weights
+see it, draws from torch's global generator, returns the module, and changes only what its equation names:
+
+| function       | changes                          | on            |
+|----------------|----------------------------------|---------------|
+| `xavier_`      | W_ih, W_hh, and W_hr             | every cell    |
+| `kaiming_`     | W_ih, W_hh, and W_hr             | every cell    |
+| `orthogonal_`  | W_hh                             | every cell    |
+| `identity_`    | W_hh; all biases to 0            | RNN           |
+| `forget_bias_` | both biases of f                 | LSTM          |
+| `chrono_`      | both biases of i and f, or of z  | LSTM, GRU     |
+
+All raise ValueError, before anything is changed, where the model holds no recurrent module, one of a cell that the
+function is not for, one without the biases it sets, or one whose weights are parametrized.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .cells import CELLS
+from .modules import _Cell, _Recurrent
+
+RNNS = tuple(name for name in CELLS if name.startswith("rnn_"))
+ACTIVATION = {"g": "tanh", "n": "tanh"} | {CELLS[name].gates[0]: CELLS[name].gates[0] for name in RNNS}
+"""What follows a gate's pre-activation; the logistic function where nothing is said."""
+
+
+class _Layer(NamedTuple):
+    """One layer in one direction: the rows of each gate, `{gate: [H, ...]}`, views of the parameters."""
+
+    cell: str
+    W_ih: dict[str, Tensor]
+    W_hh: dict[str, Tensor]
+    b_ih: dict[str, Tensor]  # empty without biases
+    b_hh: dict[str, Tensor]
+    W_hr: Tensor | None  # [P, H]
+
+
+def _cell(module: nn.Module) -> str | None:
+    """The row of the cell table; None for what is not recurrent."""
+    if isinstance(module, (_Recurrent, _Cell)):
+        return module._cell
+    if isinstance(module, nn.RNNBase):
+        return module.mode.lower()
+    if isinstance(module, nn.RNNCell):
+        return f"rnn_{module.nonlinearity}"
+    return "lstm" if isinstance(module, nn.LSTMCell) else "gru" if isinstance(module, nn.GRUCell) else None
+
+
+def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS), biases: bool = False) -> list[_Layer]:
+    """All layers and directions of all recurrent modules; raises what the head of this file promises."""
+    found = [(name, module, _cell(module)) for name, module in model.named_modules() if _cell(module)]
+    if not found:
+        raise ValueError(f"{function}: {type(model).__name__} holds no LSTM, GRU, RNN or cell of fastrnn or torch.nn")
+    layers = []
+    for name, module, cell in found:
+        where = f"{function}: {name or 'the model'} ({type(module).__name__})"
+        if cell not in cells:
+            raise ValueError(f"{where} is of cell {cell!r}; this initialisation is for {', '.join(cells)}")
+        if biases and not module.bias:
+            raise ValueError(f"{where} has no biases, which this initialisation sets: build it with bias=True")
+        if is_parametrized(module):
+            raise ValueError(f"{where} has parametrized weights: initialise it before you parametrize it")
+        parameters, gates = dict(module.named_parameters(recurse=False)), CELLS[cell].gates
+        for end in (key.removeprefix("weight_hh") for key in parameters if key.startswith("weight_hh")):
+            split = {
+                kind: dict(zip(gates, parameters[kind + end].split(module.hidden_size), strict=True))
+                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                if parameters.get(kind + end) is not None
+            }
+            layers.append(
+                _Layer(
+                    cell, split["weight_ih"], split["weight_hh"], split.get("bias_ih", {}), split.get("bias_hh", {}),
+                    parameters.get("weight_hr" + end),
+                )
+            )  # fmt: skip
+    return layers
+
+
+def _gain(activation: str) -> float:
+    """`torch.nn.init.calculate_gain`, and for the ELU, which it lacks, 1 / sqrt(E[elu(z)²]) with z from N(0, 1)."""
+    if activation != "elu":
+        return nn.init.calculate_gain(activation)
+
+    def below(z: float) -> float:  # P(N(0, 1) < z)
+        return (1 + math.erf(z / math.sqrt(2))) / 2
+
+    # E[z²; z > 0] + E[(exp(z) - 1)²; z < 0]
+    return 1 / math.sqrt(0.5 + math.exp(2) * below(-2) - 2 * math.exp(0.5) * below(-1) + 0.5)
+
+
+def _set_bias(layer: _Layer, gate: str, value: Tensor | float) -> None:
+    """b_ih + b_hh = value."""
+    layer.b_ih[gate].copy_(torch.as_tensor(value))
+    nn.init.zeros_(layer.b_hh[gate])
+
+
+@torch.no_grad()
+def xavier_(module: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(6 / (fan_in + fan_out)).
+
+    Keeps the variance level in both directions while the activations are near linear. A projection's W_hr likewise.
+    X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+    """
+    for layer in _layers(module, "xavier_"):
+        for block in (*layer.W_ih.values(), *layer.W_hh.values()):
+            nn.init.xavier_uniform_(block, gain)
+        if layer.W_hr is not None:
+            nn.init.xavier_uniform_(layer.W_hr, gain)
+    return module
+
+
+@torch.no_grad()
+def kaiming_(module: nn.Module) -> nn.Module:
+    """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(3 / fan_in).
+
+    The gain is that of the activation behind the gate: logistic 1, tanh 5/3, ReLU sqrt(2), leaky ReLU
+    sqrt(2 / (1 + 0.01²)), ELU 1.245 (1 / sqrt(E[elu(z)²]) over a standard normal z). A projection's W_hr has gain 1.
+    K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", 2015. W_hh is applied T times, so its gain above 1
+    compounds: for long sequences follow it by `orthogonal_` or `identity_`.
+    """
+    for layer in _layers(module, "kaiming_"):
+        for gates in (layer.W_ih, layer.W_hh):
+            for gate, block in gates.items():
+                nn.init.kaiming_uniform_(block, nonlinearity="linear").mul_(_gain(ACTIVATION.get(gate, "sigmoid")))
+        if layer.W_hr is not None:
+            nn.init.kaiming_uniform_(layer.W_hr, nonlinearity="linear")
+    return module
+
+
+@torch.no_grad()
+def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Each gate's block of W_hh: gain times a random orthogonal `[H, H]` matrix; with a projection, `[H, P]`,
+    orthonormal columns.
+
+    All its singular values are `gain`, so W_hh by itself keeps a gradient's length at gain 1; the activations do not.
+    A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep linear neural
+    networks", 2014.
+    """
+    for layer in _layers(module, "orthogonal_"):
+        for block in layer.W_hh.values():
+            nn.init.orthogonal_(block, gain)
+    return module
+
+
+@torch.no_grad()
+def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
+    """RNN: W_hh = scale I and all biases 0, so that without input a ReLU keeps its state, h_t = scale h_{t-1}.
+
+    With ReLU this is the IRNN: Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize recurrent networks of rectified
+    linear units", 2015. They draw W_ih from N(0, 0.001) (leave that to `torch.nn.init.normal_`; here it stays) and take
+    scale = 0.01 for tasks that need little memory.
+    """
+    for layer in _layers(module, "identity_", RNNS):
+        for block in layer.W_hh.values():
+            nn.init.eye_(block).mul_(scale)
+        for bias in (*layer.b_ih.values(), *layer.b_hh.values()):
+            nn.init.zeros_(bias)
+    return module
+
+
+@torch.no_grad()
+def forget_bias_(module: nn.Module, value: float = 1.0) -> nn.Module:
+    """LSTM: the bias of the forget gate, b_ih + b_hh, is `value` (in b_ih; b_hh is 0 there).
+
+    At the start the cell then keeps sigmoid(value) of itself per step instead of a half.
+    R. Jozefowicz, W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures", 2015, who
+    recommend 1, after F. Gers, J. Schmidhuber, F. Cummins, "Learning to forget", 2000.
+    """
+    for layer in _layers(module, "forget_bias_", ("lstm",), biases=True):
+        _set_bias(layer, "f", value)
+    return module
+
+
+@torch.no_grad()
+def chrono_(module: nn.Module, t_max: float) -> nn.Module:
+    """LSTM, GRU: biases for memories of 2 to `t_max` steps, one draw per unit.
+
+        LSTM   b_f = log U(1, t_max - 1),  b_i = -b_f
+        GRU    b_z = log U(1, t_max - 1)
+
+    (b_ih + b_hh; the draw is in b_ih, and b_hh is 0 there.) A gate with bias b keeps the state for about
+    1 / (1 - sigmoid(b)) = 1 + exp(b) steps. The GRU's z is what it keeps, so it is minus the gate of the paper.
+    C. Tallec, Y. Ollivier, "Can recurrent neural networks warp time?", 2018.
+
+    Args:
+        module: as for all functions here.
+        t_max: the longest dependency to expect in steps, at least 2; the sequence length if nothing better is known.
+
+    Raises:
+        ValueError: also where t_max is below 2 or not finite.
+    """
+    if not 2 <= t_max < math.inf:
+        raise ValueError(f"t_max should be a finite number of steps, at least 2, got {t_max}")
+    for layer in _layers(module, "chrono_", ("lstm", "gru"), biases=True):
+        keep = "f" if layer.cell == "lstm" else "z"
+        bias = nn.init.uniform_(torch.empty_like(layer.b_ih[keep]), 1, t_max - 1).log_()
+        _set_bias(layer, keep, bias)
+        if layer.cell == "lstm":
+            _set_bias(layer, "i", -bias)
+    return module
