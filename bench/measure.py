@@ -165,6 +165,16 @@ def _agree(case, module, inputs, models, entries):
     return right
 
 
+def _peak_bytes(run) -> int:
+    """What one call allocates on the GPU at its height, beyond what was there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _time(case, inputs: Inputs, models: dict[str, Model], brief: set[str], record: dict) -> None:
     bytes_per_set = inputs.x.nbytes + inputs.gradients[0].nbytes
     sets = [inputs, *(random_inputs(case) for _ in range(timing.input_sets(bytes_per_set, DEVICE) - 1))]
@@ -192,3 +202,5 @@ def _time(case, inputs: Inputs, models: dict[str, Model], brief: set[str], recor
             entry |= {"ratio": found.median, "interval": [found.low, found.high]}
         if least:
             entry["ratio_to_limit"] = statistics.median(own.seconds) / least["seconds"]
+        if DEVICE == "cuda":
+            entry["peak_bytes"] = _peak_bytes(calls[name])

@@ -73,6 +73,18 @@ def table(records: list[dict]) -> str:
     return markdown(rows)
 
 
+def memory_table(records: list[dict]) -> str:
+    """Markdown: what torch.nn allocates at its height during a call, and everybody relative to it."""
+    names = contestants(records)
+    rows = [["case", "torch.nn, MiB", *names]]
+    for record in records:
+        peaks = {name: entry["peak_bytes"] for name, entry in record["contestants"].items() if "peak_bytes" in entry}
+        if YARDSTICK in peaks:
+            own = [f"{peaks[name] / peaks[YARDSTICK]:.2f}" if name in peaks else "–" for name in names]
+            rows.append([title(record), f"{peaks[YARDSTICK] / 2**20:.0f}", *own])
+    return markdown(rows) if len(rows) > 1 else ""
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A table; the first row is its head."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -182,7 +194,10 @@ def main() -> None:
     tables = []
     for suite, rows in suites.items():
         headline, make = SUITES[suite]
+        memory = memory_table(rows) if make is table else ""
         tables.append(f"{headline[0].upper()}{headline[1:]}:\n\n{make(rows)}")
+        if memory:
+            tables.append(f"Peak memory relative to torch.nn's (below 1 is less):\n\n{memory}")
     block = "\n\n".join([*tables, caption(data, path)])
     print(block)
     if arguments.readme:
