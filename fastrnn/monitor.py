@@ -1,18 +1,21 @@
 """`GradientMonitor`: what the gradient does on its way back through time, module by module and step by step.
 
 Inside the monitor every `fastrnn.LSTM`, `GRU` and `RNN` of a model gets a tap per call, whose "gradient" is the norms
-that the backward scan reduces as it goes; `report.py` turns them into gains and verdicts.
+that the backward scan reduces as it goes; `report.py` turns them into gains and verdicts, `advice.py` into words.
 """
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import plots, report
-from .cells import CELLS
+from . import advice, calls, plots
+from .history import History
 from .modules import _Recurrent
 from .reference import accumulate_dtype
-from .report import Report
+from .report import Norms, Record, Report, records, unscaled
 
 
 class GradientMonitor:
@@ -22,26 +25,49 @@ class GradientMonitor:
             loss_of(model(x)).backward()
         print(monitor.report())
 
-    The report is about the last `backward()`; older ones are forgotten. Several calls of one module in it are pooled as
-    further samples (a shorter call counts as padded). Calls that need no gradient are left alone. A tap that the caller
-    passes himself is read along. The single-step cells have no tap. Off, it costs nothing; on, a call that could have
-    gone to torch's own kernels goes through the scan.
+    A training step is one `backward()`, or `accumulate` of them; `report()` is about the last one that was observed,
+    `history` about all of them. Several calls of one module in a step are pooled as further samples (a shorter call
+    counts as padded). Calls that need no gradient are left alone. A tap that the caller passes himself is read along.
+    The single-step cells have no tap. Off, and in the steps that `every` leaves out, no call has a tap and plain calls
+    go to torch's own kernels; in an observed step they go through the scan, and its end waits for the device.
+
+    Under DistributedDataParallel each rank's monitor sees its own samples and its own loss; `report(all_ranks=True)`
+    pools them. Under activation checkpointing the gradient is seen once, whichever variant.
 
     A compiled forward cannot create a leaf, so for `torch.compile` the taps are allocated here, for up to `max_steps`
-    steps and `batch` sequences. Enter the monitor before the first call. One call per module and backward then (norms
-    of several would add up), T is counted up to the last step that a gradient reached, and resets look like gain 0.
+    steps and `batch` sequences, and stay in the graph whatever `every` says. Enter the monitor before the first call.
+    One call per module and backward then (norms of several would add up), T is counted up to the last step that a
+    gradient reached, and resets look like gain 0.
 
     Args:
         model: any module, compiled or not.
+        every: observe the first of every so many training steps.
+        accumulate: backwards per training step, for gradient accumulation.
+        loss_scale: what the loss was multiplied by before `backward()`, a number or a `torch.amp.GradScaler`; the norms
+            are divided by it.
         max_steps, batch: largest T and B, both or neither; only for compiled models.
 
     Raises:
-        ValueError: there is nothing to watch in the model, or only one of max_steps and batch is given.
+        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, or a count is
+            below 1.
     """
 
-    def __init__(self, model: nn.Module, *, max_steps: int | None = None, batch: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        accumulate: int = 1,
+        loss_scale: "float | torch.amp.GradScaler" = 1.0,
+        max_steps: int | None = None,
+        batch: int | None = None,
+    ):
         if (max_steps is None) != (batch is None):
             raise ValueError(f"max_steps and batch go together, got max_steps={max_steps}, batch={batch}")
+        for name, count in (("every", every), ("accumulate", accumulate)):
+            if count < 1:
+                raise ValueError(f"{name} counts training steps or backwards and is at least 1, got {count}")
+        self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)
         self._modules: dict[str, _Recurrent] = {}
         for name, module in model.named_modules():
@@ -53,9 +79,16 @@ class GradientMonitor:
                 f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; fastrnn.convert(model) puts them in place "
                 "of torch.nn's"
             )
+        self.history = History()
         self._handles: list = []
-        self._backward: int | None = None  # the engine's number of the backward that `_norms` is about
-        self._norms: dict[str, list[tuple[Tensor, Tensor | None]]] = {}  # per call: [L*D, 2, S, T, B], resets [T, B]
+        self._sinks: list[Callable[[int, Report], None]] = []
+        self._norm_sinks: list[Callable[[str, Tensor], None]] = []
+        self._backwards = 0
+        self._observing = True
+        self._running: int | None = None  # the engine's number of the backward under way
+        self._taps: list[tuple[str, Tensor, Tensor | None]] = []  # of that backward: module, [L*D, 2, S, T, B], resets
+        self._open: dict[str, list[Norms]] = {}  # of the training step under way
+        self._norms: dict[str, list[Norms]] = {}  # of the last one
 
     def enable(self) -> None:
         """Installs the hooks; `with` does it for you."""
@@ -64,6 +97,8 @@ class GradientMonitor:
         for name, module in self._modules.items():
             hook = self._fresh_tap(name) if self._sizes is None else self._sliced_tap(name, module)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.every > 1 and self._sizes is None:
+                self._handles.append(module.register_forward_hook(self._count_untapped))
 
     def disable(self) -> None:
         """Removes the hooks. What has been recorded stays readable."""
@@ -78,21 +113,24 @@ class GradientMonitor:
     def __exit__(self, *exception) -> None:
         self.disable()
 
+    # ------------------------------------------------------------------------------------------------------- hooks
+
     def _fresh_tap(self, name: str):
         def hook(module, args, kwargs):
-            sizes = _steps_and_batch(module, args, kwargs)
-            if sizes is None or not _needs_gradient(module, args, kwargs):
+            self._before_call()
+            sizes = calls.steps_and_batch(module, args, kwargs)
+            if not self._observing or sizes is None or not calls.needs_gradient(module, args, kwargs):
                 return None
             tap = kwargs.get("tap")
             if tap is None:
-                x = _data(args, kwargs)
-                tap = torch.zeros(*_rows(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
+                x = calls.data(args, kwargs)
+                tap = torch.zeros(*calls.rows(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
                 tap.requires_grad_()
             elif not tap.requires_grad:
                 return None
             # Read through a view: it dies with the graph, so nothing is held for calls that never go backward.
             view = tap.view_as(tap)
-            resets = _resets(module, args, kwargs)
+            resets = calls.resets(module, args, kwargs)
             view.register_hook(lambda norms: self._keep(name, norms, resets))
             return args, {**kwargs, "tap": view}
 
@@ -102,7 +140,9 @@ class GradientMonitor:
         weight = module.weight_hh_l0
         max_steps, max_batch = self._sizes
         dtype = accumulate_dtype(weight.dtype)
-        leaf = torch.zeros(*_rows(module), max_steps, max_batch, dtype=dtype, device=weight.device, requires_grad=True)
+        leaf = torch.zeros(
+            *calls.rows(module), max_steps, max_batch, dtype=dtype, device=weight.device, requires_grad=True
+        )
 
         def collect(leaf):
             self._keep(name, leaf.grad, None)
@@ -111,7 +151,7 @@ class GradientMonitor:
         self._handles.append(leaf.register_post_accumulate_grad_hook(collect))
 
         def hook(module, args, kwargs):
-            sizes = _steps_and_batch(module, args, kwargs)
+            sizes = calls.steps_and_batch(module, args, kwargs)
             if sizes is None or kwargs.get("tap") is not None or not torch.is_grad_enabled():
                 return None
             T, B = sizes
@@ -121,15 +161,69 @@ class GradientMonitor:
 
         return hook
 
+    def _count_untapped(self, module, args, output) -> None:
+        """In the steps that `every` leaves out, a backward is known by the outputs that it comes through."""
+        if self._observing or torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        y, *states = output
+        hidden = states[0] if isinstance(states[0], tuple) else states[:1]
+        for tensor in (y.data if isinstance(y, PackedSequence) else y, *hidden):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda grad: self._enter_backward())
+
+    def _before_call(self) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            self._enter_backward()  # a checkpoint computes again, in a backward inside of the one under way
+        elif self._running is not None:  # which therefore ended in an exception
+            self._running = None
+            self._taps.clear()
+
     def _keep(self, name: str, norms: Tensor, resets: Tensor | None) -> None:
-        backward = torch._C._current_graph_task_id()
-        if backward != self._backward:
-            self._backward = backward
-            self._norms.clear()
-        self._norms.setdefault(name, []).append((norms.detach(), resets))
+        self._enter_backward()
+        if self._observing or self._sizes is None:
+            self._taps.append((name, norms.detach(), resets))
+
+    def _enter_backward(self) -> None:
+        """Called by everything that happens in a backward; the first time it asks to be told of the end."""
+        task = torch._C._current_graph_task_id()
+        nested = self._sizes is None  # the only way to meet another number; in compiled models one that ended early
+        if self._running is None or (task != self._running and not nested):
+            self._running = task
+            self._taps.clear()
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        self._running = None
+        scaler = getattr(self.loss_scale, "get_scale", None)
+        scale = float(self.loss_scale) if scaler is None else scaler()
+        for name, norms, resets in self._taps:
+            bound = self._modules[name].clip_state_grad_norm
+            self._open.setdefault(name, []).append(unscaled(norms, resets, bound, scale))
+        for sink in self._norm_sinks:
+            for name, norms, _ in self._taps:
+                sink(name, norms)
+        self._taps.clear()
+        self._backwards += 1
+        if self._backwards % self.accumulate == 0 and self._open:
+            self._norms, self._open = self._open, {}
+            self._close_step(self._backwards // self.accumulate - 1)
+        self._observing = self._backwards // self.accumulate % self.every == 0
+
+    def _close_step(self, step: int) -> None:
+        observed = Report(self._last_records())
+        self.history.append(step, observed)
+        for sink in self._sinks:
+            sink(step, observed)
+
+    # ----------------------------------------------------------------------------------------------------- results
+
+    def _last_records(self, all_ranks: bool = False) -> list[Record]:
+        norms, trim = _gathered(self._norms) if all_ranks else self._norms, self._sizes is not None
+        return [r for name, m in self._modules.items() if name in norms for r in records(name, m, norms[name], trim)]
 
     def report(self, *, all_ranks: bool = False) -> Report:
-        """The records of the last backward, by module (in the model's order), layer, direction and state.
+        """The records of the last observed step, by module (in the model's order), layer, direction and state; and one
+        finding per layer and direction, with advice from the weights as they are now.
 
         Args:
             all_ranks: over the samples of all processes of torch.distributed's default group, as if they were one
@@ -139,99 +233,59 @@ class GradientMonitor:
         Raises:
             RuntimeError: all_ranks without an initialised process group.
         """
-        norms = self._norms if not all_ranks else _gathered(self._norms)
-        records = Report()
-        for name, module in self._modules.items():
-            if name in norms:
-                records += report.records(name, module, *report.pool(norms[name], self._sizes is not None))
-        return records
+        found = self._last_records(all_ranks)
+        return Report(found, advice.findings(self._modules, found))
 
     def scalars(self, *, all_ranks: bool = False) -> dict[str, float]:
-        """The report as numbers for a logger, under names like `fastrnn/lstm.l0/h/gain_median`; `all_ranks` as there.
+        """`Report.scalars()` of the last observed step; `all_ranks` as in `report`."""
+        return Report(self._last_records(all_ranks)).scalars()
 
-        horizon, total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding`
-        and `nonfinite` as 0 or 1; gain_median, half_life and clipped where there is one.
+    def log_to(self, sink) -> None:
+        """Sends `Report.scalars()` to `sink` at the end of every observed step.
+
+        Args:
+            sink: anything with TensorBoard's `add_scalar(name, value, step)`; or a callable, which gets a dict that
+                also holds the training step under `fastrnn/step`, like `wandb.log` or `list.append`.
+
+        Raises:
+            TypeError: it is neither.
         """
-        values: dict[str, float] = {}
-        for r in self.report(all_ranks=all_ranks):
-            reached = r.total[r.valid > 0]
-            entries = {
-                "gain_median": r.gain_median,
-                "half_life": r.half_life,
-                "horizon": r.horizon,
-                "total_max": float(reached.max()) if len(reached) else 0.0,
-                "total_min": float(reached.min()) if len(reached) else 0.0,
-                "clipped": r.clipped,
-                "vanishing": r.verdict == "vanishing",
-                "exploding": r.verdict == "exploding",
-                "nonfinite": r.first_nonfinite is not None,
-            }
-            values |= {
-                f"fastrnn/{r.name}/{r.state}/{k}": float(v) for k, v in entries.items() if v is not None and v == v
-            }
-        return values
+        if hasattr(sink, "add_scalar"):
+            self._sinks.append(lambda step, r: [sink.add_scalar(k, v, step) for k, v in r.scalars().items()])
+        elif callable(sink):
+            self._sinks.append(lambda step, r: sink({**r.scalars(), "fastrnn/step": step}))
+        else:
+            raise TypeError(f"log_to takes a callable or a SummaryWriter, got {type(sink).__name__}")
+
+    def norms_to(self, sink: Callable[[str, Tensor], None]) -> None:
+        """Calls `sink(module's name, norms [L*D, 2, S, T, B])` for every call, at the end of an observed backward.
+
+        The norms are on the device, not yet unscaled; `penalties.AdaptiveClip.update` takes them.
+        """
+        self._norm_sinks.append(sink)
 
     def plot(self, path) -> None:
-        """Writes the norms against the time step as a picture (needs matplotlib)."""
+        """Writes the norms of the last observed step against the time step as a picture (needs matplotlib)."""
         plots.gradient_norms(path, {"": self.report()})
 
+    def plot_layers(self, folder) -> list[Path]:
+        """Writes one picture per layer and direction, `folder/lstm.l0.png`: norms of h and of c in the last observed
+        step, their heat maps over training step and time step, and the gain (needs matplotlib).
 
-def _gathered(norms):
-    """`GradientMonitor._norms` of all ranks, each module's calls in the order of the ranks."""
+        Returns:
+            The paths.
+        """
+        return plots.layers(folder, self.report(), self.history)
+
+
+def _gathered(norms: dict[str, list[Norms]]) -> dict[str, list[Norms]]:
+    """The norms of all ranks, each module's calls in the order of the ranks."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "all_ranks=True gathers over torch.distributed, which is not initialised: call "
             "torch.distributed.init_process_group first, or leave all_ranks out for this process alone"
         )
-    # On the CPU: a tensor on a GPU would arrive on the sender's.
-    mine = {
-        name: [(n.cpu(), None if resets is None else resets.cpu()) for n, resets in calls]
-        for name, calls in norms.items()
-    }
     ranks: list = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    dist.all_gather_object(ranks, norms)
     return {name: [call for rank in ranks for call in rank.get(name, ())] for rank in ranks for name in rank}
-
-
-# ------------------------------------------------------------------------------------------------------------ calls
-
-
-def _data(args, kwargs):
-    """The input tensor of a call; None where there is none."""
-    x = args[0] if args else kwargs.get("input")
-    return x.data if isinstance(x, PackedSequence) else x
-
-
-def _rows(module: _Recurrent) -> tuple[int, int, int]:
-    """`L*D, 2, S`."""
-    return module.num_layers * (2 if module.bidirectional else 1), 2, len(CELLS[module._cell].states)
-
-
-def _steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
-    """T and B of a call; None for input that the module is about to refuse."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, PackedSequence):
-        return len(x.batch_sizes), int(x.batch_sizes[0])
-    if not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_floating_point():
-        return None
-    if x.dim() == 2:
-        return x.shape[0], 1
-    return (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
-
-
-def _needs_gradient(module: _Recurrent, args, kwargs) -> bool:
-    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    hx = args[1] if len(args) > 1 else kwargs.get("hx")
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    tensors = (_data(args, kwargs), *states, *module.parameters())
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _resets(module: _Recurrent, args, kwargs) -> Tensor | None:
-    """The call's reset mask as `[T, B]`."""
-    mask, x = kwargs.get("reset_mask"), args[0] if args else kwargs.get("input")
-    if mask is None or mask.dim() == 1:
-        return None if mask is None else mask.unsqueeze(1)
-    return mask.transpose(0, 1) if module.batch_first and isinstance(x, Tensor) and x.dim() == 3 else mask

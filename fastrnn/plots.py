@@ -1,10 +1,18 @@
-"""Pictures: the state gradient's norm against the time step, and learning curves. matplotlib is imported late."""
+"""Pictures: the state gradient's norm against the time step and over training, and learning curves.
 
+matplotlib is imported late.
+"""
+
+import math
+from itertools import pairwise
 from pathlib import Path
+
+from .history import History
 
 # Two hues of Okabe & Ito's palette, which people with any colour vision tell apart; solid and dashed says it again.
 COLORS = {"h": "#0072B2", "c": "#D55E00"}
 TRAIN, TEST = "#0072B2", "#D55E00"
+HEAT, NOTHING = "cividis", "#E8E8E8"  # for eyes without red or green; grey where no gradient arrives
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 MAX_DECADES = 30
 """Norms this many powers of ten below the largest in the picture are left out: float32 ends near 38."""
@@ -71,6 +79,86 @@ def gradient_norms(path, reports) -> None:
         handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(reports)), frameon=False, fontsize=9
     )
     _save(figure, path)
+
+
+def layers(folder, report, history: History) -> list[Path]:
+    """Writes one picture per layer and direction, `folder/lstm.l0.png`.
+
+    A row per state (h, c): its norms in the last observed step, and their heat map over training step and time step.
+    The last row: the gain at every time step of that step, and its mean over the time steps through training.
+
+    Args:
+        folder: where to; it is made.
+        report: the last observed step's.
+        history: of the same monitor.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: nothing was observed.
+    """
+    figure_type = figure_class()
+    if not report:
+        raise ValueError("no gradient to plot: run the model and loss.backward() inside the monitor first")
+    paths = []
+    for name in dict.fromkeys(r.name for r in report):
+        records = [r for r in report if r.name == name]
+        figure = figure_type(figsize=(10.4, 0.9 + 2.6 * (len(records) + 1)), layout="constrained")
+        panels = figure.subplots(len(records) + 1, 2, squeeze=False)
+        for (profile, heat), record in zip(panels, records, strict=False):
+            _clean(profile)
+            _norm_lines(profile, record)
+            _log_scale(profile, {"": [record]})
+            profile.set_ylabel(f"norm of dL / d{record.state}")
+            profile.legend(frameon=False, fontsize=8)
+            _heat_map(figure, heat, history, record)
+        _gains(*panels[-1], history, records[0])
+        for axes in panels[-1][:1].tolist() + panels[:-1, 1].tolist():
+            axes.set_xlabel("time step t")
+        figure.suptitle(_summary(records[0]), fontsize=11, x=0.01, ha="left")
+        paths.append(Path(folder) / f"{name}.png")
+        _save(figure, paths[-1])
+    return paths
+
+
+def _edges(steps: list[int]) -> list[float]:
+    """The borders between rows that stand at `steps`, and outside of the first and last one."""
+    between = [(a + b) / 2 for a, b in pairwise(steps)]
+    first, last = (between[0] - steps[0], steps[-1] - between[-1]) if between else (0.5, 0.5)
+    return [steps[0] - first, *between, steps[-1] + last]
+
+
+def _heat_map(figure, axes, history: History, record) -> None:
+    """log10 of the total norm, training step against time step; grey where it is zero, infinite or NaN."""
+    norms = history.map(record.name, record.state)
+    shown = norms.masked_fill(~(norms > 0) | norms.isinf(), math.nan).log10()
+    known = shown[~shown.isnan()]
+    axes.set_facecolor(NOTHING)
+    if len(known):
+        low = max(float(known.min()), float(known.max()) - MAX_DECADES)
+        columns = [t - 0.5 for t in range(norms.shape[1] + 1)]
+        mesh = axes.pcolormesh(columns, _edges(history.steps), shown.numpy(), cmap=HEAT, vmin=low)
+        figure.colorbar(mesh, ax=axes, label=f"log10 of dL / d{record.state}, total")
+    axes.set_ylabel("training step")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    if history.first_nonfinite() is not None:
+        axes.set_title(f"first not finite in training step {history.first_nonfinite()}", fontsize=9, loc="left")
+
+
+def _gains(now, through_training, history: History, record) -> None:
+    curve = history.curve(record.name, record.state)
+    few = {"marker": "o", "markersize": 4} if len(curve) < 3 else {}
+    now.plot(record.gain.tolist(), color=TRAIN, linewidth=1.5)
+    through_training.plot(history.steps, curve, color=TRAIN, linewidth=1.5, **few)
+    for axes, label in ((now, "gain, last observed step"), (through_training, "gain, mean over the time steps")):
+        _clean(axes)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    through_training.set_xlabel("training step")
 
 
 def _norm_lines(axes, record) -> None:

@@ -8,7 +8,8 @@ networks", 2013, eq. 5-7). The totals alone cannot tell: a loss at every step ke
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ class Record:
     valid: Tensor  # int64 [T], samples that a gradient reached
     half_life: float | None  # steps in which a gradient halves; None when it does not shrink
     horizon: int  # steps back over which it keeps HORIZON_FRACTION of its norm; T if it never falls under
+    growth: float  # the largest factor by which it outgrew its start on the way; at least 1
     clipped: int | None  # (step, sample) pairs over clip_state_grad_norm; None without it
+    clip_rate: float | None  # their share of the pairs that a gradient reached
     first_nonfinite: int | None  # where, walking back, the first infinite or NaN norm turns up
     verdict: str  # "vanishing", "exploding" or "healthy"
 
@@ -59,8 +62,25 @@ class Record:
         return f"{self.module}.l{self.layer}" + ("_reverse" if self.direction == "reverse" else "")
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a layer and direction suffers from and what may help, in words; see `advice.py`."""
+
+    name: str  # as of `Record`
+    verdict: str
+    summary: str
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join((f"{self.name}: {self.verdict}: {self.summary}", *(f"  - {text}" for text in self.advice)))
+
+
 class Report(list):
-    """A list of `Record`s that prints as a table."""
+    """A list of `Record`s, and `findings` per layer and direction; prints as a table with the findings under it."""
+
+    def __init__(self, records=(), findings=()):
+        super().__init__(records)
+        self.findings: list[Finding] = list(findings)
 
     def __str__(self) -> str:
         if not self:
@@ -74,43 +94,104 @@ class Report(list):
             rows.append((
                 r.name, r.state, f"{r.total[0]:.2e}", f"{r.total[-1]:.2e}", f"{r.gain_median:.3f}",
                 "-" if r.half_life is None else f"{r.half_life:.1f}", f"{r.horizon} of {len(r.total)}",
-                "-" if r.clipped is None else str(r.clipped), verdict,
+                "-" if r.clip_rate is None else f"{100 * r.clip_rate:.0f} %", verdict,
             ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n\n".join((table(rows), *map(str, self.findings)))
+
+    def as_dict(self) -> dict:
+        """`{"records": [..], "findings": [..]}` of plain numbers, lists and strings, as `json.dumps` takes them.
+
+        What JSON has no word for (NaN, infinity) is None.
+        """
+        records = [{"name": r.name, **{key: _plain(value) for key, value in vars(r).items()}} for r in self]
+        return {"records": records, "findings": [{**asdict(f), "advice": list(f.advice)} for f in self.findings]}
+
+    def scalars(self) -> dict[str, float]:
+        """The records as numbers for a logger, under names like `fastrnn/lstm.l0/h/gain_median`.
+
+        horizon, total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding`
+        and `nonfinite` as 0 or 1; gain_median, half_life, clipped and clip_rate where there is one.
+        """
+        values: dict[str, float] = {}
+        for r in self:
+            reached = r.total[r.valid > 0]
+            entries = {
+                "gain_median": r.gain_median,
+                "half_life": r.half_life,
+                "horizon": r.horizon,
+                "total_max": float(reached.max()) if len(reached) else 0.0,
+                "total_min": float(reached.min()) if len(reached) else 0.0,
+                "clipped": r.clipped,
+                "clip_rate": r.clip_rate,
+                "vanishing": r.verdict == "vanishing",
+                "exploding": r.verdict == "exploding",
+                "nonfinite": r.first_nonfinite is not None,
+            }
+            values |= {
+                f"fastrnn/{r.name}/{r.state}/{k}": float(v) for k, v in entries.items() if v is not None and v == v
+            }
+        return values
 
 
-def pool(calls, trim: bool) -> tuple[Tensor, Tensor | None, float]:
-    """The calls of one backward side by side along the batch.
+def table(rows) -> str:
+    """Rows of strings, the first one the head, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
-    Returns norms float64 `[L*D, 2, S, T, N]`, resets bool `[T, N]` or None, and the smallest norm with full precision.
-    """
-    tiny = torch.finfo(calls[0][0].dtype).tiny
-    T = max(norms.shape[-2] for norms, _ in calls)
-    norms = torch.cat([nn.functional.pad(n.double().cpu(), (0, 0, 0, T - n.shape[-2])) for n, _ in calls], -1)
-    if all(resets is None for _, resets in calls):
-        resets = None
-    else:
-        masks = [torch.zeros(n.shape[-2:], dtype=torch.bool) if m is None else m.cpu() for n, m in calls]
+
+def _plain(value):
+    if isinstance(value, Tensor):
+        return [_plain(v) for v in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Norms(NamedTuple):
+    """The tap of one call, on the CPU and in units of the loss itself."""
+
+    norms: Tensor  # float64 [L*D, 2, S, T, B], total and carried
+    resets: Tensor | None  # bool [T, B]
+    bound: float  # clip_state_grad_norm as it was; infinite without one
+    tiny: float  # the smallest norm with all its digits
+
+
+def unscaled(norms: Tensor, resets: Tensor | None, bound: float | Tensor | None, scale: float) -> Norms:
+    """A tap's gradient as `Norms`: whatever comes out of a loss times `scale` is divided by it."""
+    return Norms(
+        norms.double().cpu() / scale,
+        None if resets is None else resets.cpu(),
+        math.inf if bound is None else float(bound) / scale,
+        torch.finfo(norms.dtype).tiny / scale,
+    )
+
+
+def pool(calls: list[Norms], trim: bool) -> tuple[Tensor, Tensor | None, Tensor, float]:
+    """Calls side by side along the batch: norms `[L*D, 2, S, T, N]`, resets `[T, N]` or None, bound `[N]`, and tiny."""
+    T = max(call.norms.shape[-2] for call in calls)
+    norms = torch.cat([nn.functional.pad(c.norms, (0, 0, 0, T - c.norms.shape[-2])) for c in calls], -1)
+    resets = None
+    if any(call.resets is not None for call in calls):
+        masks = [torch.zeros(c.norms.shape[-2:], dtype=torch.bool) if c.resets is None else c.resets for c in calls]
         resets = torch.cat([nn.functional.pad(m, (0, 0, 0, T - m.shape[0])) for m in masks], -1)
     if trim:
         reached = (norms != 0).flatten(0, 2).any(-1).any(0).nonzero()
         norms = norms[..., : int(reached.max()) + 1 if len(reached) else 1, :]
-    return norms, resets, tiny
+    bound = torch.cat([c.norms.new_full(c.norms.shape[-1:], c.bound) for c in calls])
+    return norms, resets, bound, max(call.tiny for call in calls)
 
 
-def records(name: str, module: _Recurrent, norms: Tensor, resets: Tensor | None, tiny: float) -> list[Record]:
+def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = False) -> list[Record]:
+    """The records of one module from its calls; `trim` cuts T down to the last step that a gradient reached."""
+    norms, resets, bound, tiny = pool(calls, trim)
     directions = ("forward", "reverse") if module.bidirectional else ("forward",)
     found = []
     for row, norm in enumerate(norms):
         layer, d = divmod(row, len(directions))
         reverse = d == 1
         joint = norm[0].norm(dim=0)
-        bound = module.clip_state_grad_norm
-        passed_on = None if bound is None else float(bound) / joint.clamp(min=float(bound))
+        passed_on = torch.where(joint > bound, bound / joint, 1.0)
         log_gain = log_gains(norm, resets, reverse, tiny, passed_on)
-        steps_back = log_gain if reverse else log_gain.flip(0)
-        mean, horizon, verdict = _judge(steps_back, norm)
+        mean, horizon, growth, verdict = _judge(log_gain if reverse else log_gain.flip(0), norm)
+        clipped = None if bool(bound.isinf().all()) else int((joint > bound).sum())
         for s, state in enumerate(CELLS[module._cell].states):
             total, carried = norm[0, s], norm[1, s]
             valid = (total != 0) | (carried != 0)
@@ -128,7 +209,9 @@ def records(name: str, module: _Recurrent, norms: Tensor, resets: Tensor | None,
                     valid=valid.sum(-1),
                     half_life=math.log(2) / -mean if mean < -GAIN_RESOLUTION else None,
                     horizon=horizon,
-                    clipped=None if bound is None else int((joint > float(bound)).sum()),
+                    growth=growth,
+                    clipped=clipped,
+                    clip_rate=None if clipped is None else clipped / max(1, int((joint != 0).sum())),
                     first_nonfinite=None if not bad else bad[0] if reverse else bad[-1],
                     verdict="exploding" if bad else verdict,
                 )
@@ -136,7 +219,7 @@ def records(name: str, module: _Recurrent, norms: Tensor, resets: Tensor | None,
     return found
 
 
-def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, passed_on: Tensor | None) -> Tensor:
+def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, passed_on: Tensor) -> Tensor:
     """log(carried_t / total_{t+1}) over all states of the cell, float64 `[T, N]`; NaN where there is none.
 
     For an LSTM sqrt(carried_h² + carried_c²)_t / sqrt(total_h² + carried_c²)_{t+1}, because total_c already holds what
@@ -147,15 +230,14 @@ def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, 
     Args:
         norms: float64 `[2, S, T, N]`, total and carried.
         resets: bool `[T, N]`.
-        passed_on: float64 `[T, N]`, the share of the total that clipping by norm let through; None without it.
+        passed_on: float64 `[T, N]`, the share of the total that clipping by norm let through.
     """
     (total, carried), T = norms, norms.shape[2]
     if len(total) == 2:
         total, carried = torch.hypot(total[0], carried[1]), torch.hypot(carried[0], carried[1])
     else:
         total, carried = total[0], carried[0]
-    if passed_on is not None:
-        total = total * passed_on
+    total = total * passed_on
     here, ahead = (slice(1, T), slice(0, T - 1)) if reverse else (slice(0, T - 1), slice(1, T))
     carried, total = carried[here], total[ahead]
     known = (total >= tiny) & total.isfinite() & carried.isfinite()
@@ -166,12 +248,12 @@ def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, 
     return log_gain
 
 
-def _judge(steps_back: Tensor, norms: Tensor) -> tuple[float, int, str]:
-    """Mean log gain (NaN without any), horizon and verdict, from log gains `[T, N]` in the order of the backward."""
+def _judge(steps_back: Tensor, norms: Tensor) -> tuple[float, int, float, str]:
+    """Mean log gain (NaN without any), horizon, growth and verdict, from log gains `[T, N]` in backward order."""
     T, known = len(steps_back), ~steps_back.isnan()
     steps = known.sum(0)
     if not bool(known.any()):
-        return math.nan, T, "healthy" if bool((norms != 0).any()) else "vanishing"
+        return math.nan, T, 1.0, "healthy" if bool((norms != 0).any()) else "vanishing"
     # A gain of exactly 0 ends the horizon, but would swallow the mean over the other steps.
     mean = torch.where(steps_back.isfinite(), steps_back, math.nan).nanmean(0)
     mean = torch.where(mean.isnan() & (steps > 0), -math.inf, mean)
@@ -182,9 +264,10 @@ def _judge(steps_back: Tensor, norms: Tensor) -> tuple[float, int, str]:
     reached = steps > 0
     horizon = torch.where(fell, kept, T)[reached].median()
     vanishing = (fell & (kept < VANISHING_SPAN * steps))[reached]
-    exploding = (product.amax(0) > math.log(EXPLODING_GROWTH))[reached]
+    growth = product.amax(0).clamp(min=0)[reached]
+    exploding = growth > math.log(EXPLODING_GROWTH)
     verdict = "exploding" if _most(exploding) else "vanishing" if _most(vanishing) else "healthy"
-    return float(mean[reached].median()), int(horizon), verdict
+    return float(mean[reached].median()), int(horizon), float(growth.median().exp()), verdict
 
 
 def _most(votes: Tensor) -> bool:

@@ -33,8 +33,13 @@ BELOW = {
     "init": {"modules", "cells"},
     # on top of everything: they may see all below, and nothing below sees them
     "report": {"cells", "modules"},
-    "monitor": {"modules", "functional", "cells", "reference", "plots", "report"},
-    "plots": set(),
+    "advice": {"cells", "modules", "report"},
+    "history": {"report"},
+    "calls": {"cells", "modules"},
+    "plots": {"history"},
+    "monitor": {"modules", "reference", "plots", "report", "advice", "history", "calls"},
+    "penalties": {"modules", "dispatch"},
+    "flow": {"modules", "monitor", "report", "plots", "init"},
     "__main__": {
         "modules",
         "functional",
@@ -46,8 +51,9 @@ BELOW = {
         "plots",
         "tasks",
         "init",
+        "flow",
     },
-    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitor"},
+    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitor", "penalties"},
 }
 LATE = {"matplotlib", "sklearn", "tqdm"}
 

@@ -1,0 +1,218 @@
+"""From a record to words: what a layer suffers from, and what may help, each piece of advice with the number behind it.
+
+The advice is a table, `RULES`: a rule speaks about some cells, under a condition on the numbers, and quotes them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS
+from .modules import _Recurrent
+from .report import HORIZON_FRACTION, Finding, Record
+
+MEMORY_GATE = {"lstm": "f", "gru": "z"}
+"""The gate whose sigmoid is the share of the state that is kept."""
+KEEPS_LENGTH = 0.95
+"""A W_hh whose mean singular value is above this does not explain a vanishing gradient: 0.95^90 is 1 %."""
+CLIPPED_THROUGHOUT = 0.9
+"""Where more than this share of the (step, sample) pairs is clipped, the bound decides how long the gradient is."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at and quote, about one layer in one direction."""
+
+    cell: str  # as in the cell table
+    bias: bool
+    layer_norm: bool
+    T: int
+    gain: float  # geometric mean over the steps; NaN without any
+    half_life: float  # infinite where the gradient does not shrink
+    horizon: int
+    growth: float
+    clip_rate: float | None
+    start: float  # the norm at the step where the backward starts
+    nonfinite: int | None
+    sigma: float  # largest singular value of W_hh, of any gate's block; NaN where it is sharded or not finite
+    mean_sigma: float  # root mean square of all of them: what a vector of random direction keeps of its length
+    ln_gain: float  # mean size of the layer norm's weight on W_hh h; NaN without one
+    memory: float  # 1 / (1 - sigmoid(b)), in steps, of the unit that the biases let keep its state longest; or NaN
+
+    @property
+    def doubling(self) -> float:
+        return math.log(2) / math.log(self.gain)
+
+
+class Rule(NamedTuple):
+    verdict: str
+    cells: str | tuple[str, ...]  # what their names in the cell table start with
+    applies: Callable[[Facts], bool]
+    text: str  # a format string; `f` is the facts
+
+
+ANY, GATED, ONE_SIDED = "", ("lstm", "gru"), ("rnn_relu", "rnn_leaky_relu", "rnn_elu")
+VANISHING, EXPLODING, HEALTHY = "vanishing", "exploding", "healthy"
+
+
+def _always(facts: Facts) -> bool:
+    return True
+
+
+SUMMARIES = (
+    Rule(EXPLODING, ANY, lambda f: f.nonfinite is not None, "the norm is not finite from step {f.nonfinite} back"),
+    Rule(
+        EXPLODING, ANY, lambda f: f.gain > 1,
+        "the carried gradient doubles every {f.doubling:.1f} steps and grows {f.growth:.1e}-fold on its way back",
+    ),
+    Rule(EXPLODING, ANY, _always, "the carried gradient grows {f.growth:.1e}-fold on its way back before it shrinks"),
+    Rule(VANISHING, ANY, lambda f: math.isnan(f.gain), "no gradient arrives at all"),
+    Rule(VANISHING, ANY, lambda f: f.gain == 0, "nothing is carried back from one step to the one before"),
+    Rule(
+        VANISHING, ANY, lambda f: f.half_life < math.inf,
+        "the carried gradient halves every {f.half_life:.1f} steps: beyond {f.horizon} of {f.T} steps this layer "
+        f"learns nothing (under {100 * HORIZON_FRACTION:.0f} % is left)",
+    ),
+    Rule(
+        VANISHING, ANY, _always,
+        "the carried gradient is lost after {f.horizon} of {f.T} steps, although on average it does not shrink",
+    ),
+    Rule(HEALTHY, ANY, lambda f: math.isnan(f.gain), "the gradient has no step to travel"),
+    Rule(HEALTHY, ANY, _always, "gain {f.gain:.3f} a step, {f.horizon} of {f.T} steps within reach"),
+)  # fmt: skip
+"""The first that applies is the summary."""
+
+RULES = (
+    # A step back multiplies by W_hh and by slopes of at most 1 (Pascanu, Mikolov & Bengio 2013, section 2.1).
+    Rule(
+        VANISHING, "rnn_tanh", lambda f: f.mean_sigma < KEEPS_LENGTH and not f.layer_norm,
+        "W_hh alone shortens a vector to {f.mean_sigma:.2f} of its length a step (mean singular value; the largest is "
+        "{f.sigma:.2f}): fastrnn.init.orthogonal_ makes them all 1",
+    ),
+    Rule(
+        VANISHING, "rnn_tanh", lambda f: f.mean_sigma >= KEEPS_LENGTH and not f.layer_norm,
+        "W_hh keeps lengths (mean singular value {f.mean_sigma:.2f}) and the gain is still {f.gain:.2f}, so tanh is "
+        "saturated: smaller inputs, or layer_norm=True",
+    ),
+    Rule(
+        VANISHING, ONE_SIDED, lambda f: not f.layer_norm,
+        "units that are off pass nothing back and W_hh does not make up for it (gain {f.gain:.2f}): "
+        "fastrnn.init.identity_ starts at 1 (Le et al. 2015)",
+    ),
+    Rule(
+        VANISHING, "rnn", _always,
+        "a gated state passes {f.T} steps by itself: fastrnn.LSTM or GRU, with fastrnn.init.chrono_ and t_max = {f.T}",
+    ),
+    Rule(
+        VANISHING, "lstm", lambda f: f.bias and f.memory < f.T / 2,
+        "by their biases the forget gates remember at most {f.memory:.1f} of {f.T} steps: fastrnn.init.chrono_ with "
+        "t_max = {f.T}, or the milder fastrnn.init.forget_bias_",
+    ),
+    Rule(
+        VANISHING, "gru", lambda f: f.bias and f.memory < f.T / 2,
+        "by their biases the update gates remember at most {f.memory:.1f} of {f.T} steps: fastrnn.init.chrono_ with "
+        "t_max = {f.T}",
+    ),
+    Rule(
+        VANISHING, GATED, lambda f: not f.bias,
+        "a gate without bias is half open, which is a memory of {f.memory:.0f} of {f.T} steps: bias=True, then "
+        "fastrnn.init.chrono_ with t_max = {f.T}",
+    ),
+    Rule(
+        VANISHING, GATED, lambda f: f.memory >= f.T / 2 and not f.layer_norm,
+        "the biases alone would remember {f.memory:.0f} steps, so input and state close the gates (largest singular "
+        "value of W_hh {f.sigma:.2f}): smaller inputs, or layer_norm=True",
+    ),
+    Rule(
+        EXPLODING, ANY, lambda f: f.nonfinite is None and f.clip_rate is None,
+        "clip inside the recursion: clip_state_grad_norm={f.start:.1e} is the norm before it grew {f.growth:.1e}-fold",
+    ),
+    Rule(
+        EXPLODING, ANY, lambda f: f.sigma > 1 and not f.layer_norm,
+        "the largest singular value of W_hh is {f.sigma:.2f}: fastrnn.init.orthogonal_ makes it 1, a lower learning "
+        "rate keeps it near",
+    ),
+    Rule(
+        EXPLODING, ANY, lambda f: f.layer_norm,
+        "under layer norm the size of W_hh cancels and its weight ln_hh decides (now {f.ln_gain:.2f} on average): "
+        "start it lower",
+    ),
+    Rule(
+        EXPLODING, ANY, lambda f: f.nonfinite is not None,
+        "look at what step {f.nonfinite} meets: lower the learning rate or the loss scale; "
+        "torch.autograd.set_detect_anomaly(True) names the operation",
+    ),
+    *(
+        Rule(
+            verdict, ANY, lambda f: f.clip_rate is not None and f.clip_rate > CLIPPED_THROUGHOUT,
+            "clip_state_grad_norm shortens {f.clip_rate:.0%} of the gradients: a larger bound keeps their proportions",
+        )
+        for verdict in (VANISHING, EXPLODING, HEALTHY)
+    ),
+)  # fmt: skip
+
+
+def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Finding]:
+    """One finding per module, layer and direction, in the order of the records. Reads the weights as they are now."""
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(record.name, []).append(record)
+    found = []
+    for name, states in by_name.items():
+        facts = facts_of(modules[states[0].module], states)
+        verdict = EXPLODING if facts.nonfinite is not None else states[0].verdict
+        summary, *_ = _texts(SUMMARIES, verdict, facts)
+        found.append(Finding(name, verdict, summary, tuple(_texts(RULES, verdict, facts))))
+    return found
+
+
+def _texts(rules, verdict: str, facts: Facts) -> list[str]:
+    said = (r for r in rules if r.verdict == verdict and facts.cell.startswith(r.cells) and r.applies(facts))
+    return [rule.text.format(f=facts) for rule in said]
+
+
+@torch.no_grad()
+def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
+    """The facts about one layer and direction, from the records of its states."""
+    record, gates = states[0], CELLS[module._cell].gates
+    reverse = record.direction == "reverse"
+    suffix = f"l{record.layer}" + ("_reverse" if reverse else "")
+    w_hh, ln_hh, *biases = (
+        _readable(getattr(module, f"{kind}_{suffix}", None)) for kind in ("weight_hh", "ln_hh", "bias_ih", "bias_hh")
+    )
+    memory = math.nan
+    if module._cell in MEMORY_GATE and (not module.bias or all(b is not None for b in biases)):
+        rows = gates.index(MEMORY_GATE[module._cell])
+        bias = sum(b.chunk(len(gates))[rows] for b in biases) if module.bias else torch.zeros(1)
+        memory = 1 / (1 - float(torch.sigmoid(bias).max()))
+    sigmas = torch.full((1,), math.nan)
+    if w_hh is not None:
+        sigmas = torch.stack([torch.linalg.svdvals(block) for block in w_hh.chunk(len(gates))])
+    return Facts(
+        cell=module._cell,
+        bias=module.bias,
+        layer_norm=module.layer_norm,
+        T=len(record.total),
+        gain=record.gain_median,
+        half_life=math.inf if record.half_life is None else record.half_life,
+        horizon=record.horizon,
+        growth=record.growth,
+        clip_rate=record.clip_rate,
+        start=float(torch.stack([r.total[0 if reverse else -1] for r in states]).norm()),
+        nonfinite=next((r.first_nonfinite for r in states if r.first_nonfinite is not None), None),
+        sigma=float(sigmas.max()),
+        mean_sigma=float(sigmas.square().mean().sqrt()),
+        ln_gain=math.nan if ln_hh is None else float(ln_hh.abs().mean()),
+        memory=memory,
+    )
+
+
+def _readable(parameter: Tensor | None) -> Tensor | None:
+    """In float64; None where it is not there, not finite, or sharded over ranks, so that reading it is a collective."""
+    if parameter is None or hasattr(parameter, "full_tensor") or not bool(parameter.isfinite().all()):
+        return None
+    return parameter.double()

@@ -1,0 +1,48 @@
+"""What a call of a `fastrnn.LSTM`, `GRU` or `RNN` is about, read off its arguments by the monitor's hooks."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .cells import CELLS
+from .modules import _Recurrent
+
+
+def data(args, kwargs):
+    """The input tensor of a call; None where there is none."""
+    x = args[0] if args else kwargs.get("input")
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def rows(module: _Recurrent) -> tuple[int, int, int]:
+    """`L*D, 2, S`."""
+    return module.num_layers * (2 if module.bidirectional else 1), 2, len(CELLS[module._cell].states)
+
+
+def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
+    """T and B of a call; None for input that the module is about to refuse."""
+    x = args[0] if args else kwargs.get("input")
+    if isinstance(x, PackedSequence):
+        return len(x.batch_sizes), int(x.batch_sizes[0])
+    if not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_floating_point():
+        return None
+    if x.dim() == 2:
+        return x.shape[0], 1
+    return (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+
+
+def needs_gradient(module: _Recurrent, args, kwargs) -> bool:
+    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    hx = args[1] if len(args) > 1 else kwargs.get("hx")
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    tensors = (data(args, kwargs), *states, *module.parameters())
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def resets(module: _Recurrent, args, kwargs) -> Tensor | None:
+    """The call's reset mask as `[T, B]`."""
+    mask, x = kwargs.get("reset_mask"), args[0] if args else kwargs.get("input")
+    if mask is None or mask.dim() == 1:
+        return None if mask is None else mask.unsqueeze(1)
+    return mask.transpose(0, 1) if module.batch_first and isinstance(x, Tensor) and x.dim() == 3 else mask

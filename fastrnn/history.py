@@ -1,0 +1,67 @@
+"""What a `GradientMonitor` remembers of training: the records of the steps that it observed, evenly thinned."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .report import Record, Report
+
+ROOM = 512
+"""Observed steps that are kept: more rows than a heat map has pixels to show, and a few MB for T = 1000."""
+
+
+class History:
+    """Reports by training step; when ROOM is full every second one is dropped, and of later steps every second is kept.
+
+    Attributes:
+        steps: the training steps (counted from 0) of `reports`.
+        reports: one `Report` per step, without findings.
+    """
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.reports: list[Report] = []
+        self._seen, self._stride = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def append(self, step: int, report: Report) -> None:
+        if self._seen % self._stride == 0:
+            self.steps.append(step)
+            self.reports.append(report)
+        self._seen += 1
+        if len(self.steps) == ROOM:
+            self.steps, self.reports, self._stride = self.steps[::2], self.reports[::2], 2 * self._stride
+
+    @property
+    def names(self) -> list[str]:
+        """The layers and directions that occur, as `Record.name`."""
+        return list(dict.fromkeys(record.name for report in self.reports for record in report))
+
+    def states(self, name: str) -> list[str]:
+        return list(dict.fromkeys(r.state for report in self.reports for r in report if r.name == name))
+
+    def _records(self, name: str, state: str) -> list[Record | None]:
+        return [next((r for r in report if (r.name, r.state) == (name, state)), None) for report in self.reports]
+
+    def map(self, name: str, state: str, quantity: str = "total") -> Tensor:
+        """`total`, `carried` or `gain` by observed step, float64 `[steps, T]`; NaN beyond a shorter call's end."""
+        rows = [torch.empty(0) if r is None else getattr(r, quantity) for r in self._records(name, state)]
+        table = torch.full((len(rows), max(map(len, rows), default=0)), math.nan, dtype=torch.float64)
+        for row, values in zip(table, rows, strict=True):
+            row[: len(values)] = values
+        return table
+
+    def curve(self, name: str, state: str, quantity: str = "gain_median") -> list[float]:
+        """A number of every observed step, like `gain_median`, `horizon` or `clip_rate`; NaN where there is none."""
+        values = (None if r is None else getattr(r, quantity) for r in self._records(name, state))
+        return [math.nan if v is None else float(v) for v in values]
+
+    def first_nonfinite(self) -> int | None:
+        """The first observed training step with an infinite or NaN norm."""
+        for step, report in zip(self.steps, self.reports, strict=True):
+            if any(r.first_nonfinite is not None for r in report):
+                return step
+        return None
