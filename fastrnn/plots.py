@@ -153,7 +153,7 @@ def _gains(now, through_training, history: History, record) -> None:
     few = {"marker": "o", "markersize": 4} if len(curve) < 3 else {}
     now.plot(record.gain.tolist(), color=TRAIN, linewidth=1.5)
     through_training.plot(history.steps, curve, color=TRAIN, linewidth=1.5, **few)
-    for axes, label in ((now, "gain, last observed step"), (through_training, "gain, mean over the time steps")):
+    for axes, label in ((now, "gain, last step seen"), (through_training, "gain, mean over t")):
         _clean(axes)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_ylabel(label)

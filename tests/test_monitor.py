@@ -108,7 +108,7 @@ def test_clipping_is_counted_and_undone_in_the_gain():
     record = watched(module, torch.rand(T, B, 4), lambda y: y[-1].sum()).report()[0]
     # Norms: 2, 3, then 4.5 before every clipping.
     assert record.total.tolist() == pytest.approx([4.5] * (T - 2) + [3.0, 2.0], rel=1e-6)
-    assert record.clipped == (T - 2) * B
+    assert record.clipped == (T - 2) * B and record.clip_rate == (T - 2) / T
     torch.testing.assert_close(record.gain[:-1], torch.full((T - 1,), 1.5).double(), rtol=1e-6, atol=0)
     assert watched(linear_rnn(1.5), torch.rand(T, B, 4)).report()[0].clipped is None
 
@@ -309,8 +309,10 @@ def test_what_cannot_be_watched_is_refused():
 
 def test_report_prints_as_a_table():
     watch = watched(fastrnn.LSTM(I, H, bidirectional=True, clip_state_grad_norm=1.0), torch.randn(T, B, I))
-    lines = str(watch.report()).splitlines()
+    table, *findings = str(watch.report()).split("\n\n")
+    lines = table.splitlines()
     assert len(lines) == 5 and lines[0].startswith("layer")
+    assert [f.splitlines()[0].split(":")[0] for f in findings] == ["lstm.l0", "lstm.l0_reverse"]
     assert [line.split()[:2] for line in lines[1:]] == [[f"lstm.l0{d}", s] for d in ("", "_reverse") for s in "hc"]
     assert all(line.endswith(("healthy", "vanishing", "exploding")) for line in lines[1:])
     assert "no gradient recorded" in str(GradientMonitor(fastrnn.LSTM(I, H)).report())
