@@ -1,6 +1,6 @@
 """fastrnn: recurrent networks that train fast and show what the gradient does on its way back through time."""
 
-from . import functional, init
+from . import functional, init, penalties
 from .convert import convert, explain
 from .dispatch import backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -21,4 +21,5 @@ __all__ = [
     "explain",
     "functional",
     "init",
+    "penalties",
 ]

@@ -1,5 +1,6 @@
 """The command line: `python -m fastrnn train` trains a network on handwritten digits read pixel by pixel and pictures
-its gradients; `python -m fastrnn info` says what is installed and which backends can run here.
+its gradients; `python -m fastrnn flow` sets cells and remedies side by side; `python -m fastrnn info` says what is
+installed and which backends can run here.
 
 Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from . import dispatch, init, plots
+from . import dispatch, flow, init, plots
 from .cells import NONLINEARITIES
 from .monitor import GradientMonitor, Report
 from .tasks import Digits, sequential_digits
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fastrnn", description="Recurrent networks that show what their gradient does.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,info}")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser(
         "train", formatter_class=formatter, help="train on sequential digits (T = 64), with pictures of the gradient"
@@ -73,6 +74,17 @@ def parser() -> argparse.ArgumentParser:
     remedy("--recurrent-dropout", type=float, default=0.0, metavar="P", help="of h on its way into W_hh")
     remedy("--weight-dropout", type=float, default=0.0, metavar="P", help="of the entries of W_hh")
     train.set_defaults(run=_train)
+    side_by_side = commands.add_parser(
+        "flow", formatter_class=formatter, help="how far back the gradient comes: cells and remedies in one picture"
+    )
+    add = side_by_side.add_argument
+    add("--steps", type=_several, default=200, metavar="T", help="length of the sequence")
+    add("--hidden", type=_count, default=64, metavar="H", help="hidden units")
+    add("--batch", type=_count, default=32, metavar="B", help="sequences; what is shown is their median")
+    add("--seed", type=int, default=0, help="of weights, input and readout")
+    add("--threads", type=_count, default=1, help="CPU threads; the tensors are too small to share")
+    add("--out", type=Path, default=Path("flow.png"), metavar="PNG", help="the picture")
+    side_by_side.set_defaults(run=_flow)
     info = commands.add_parser("info", help="versions, GPU, and which backends can run here, or why not")
     info.set_defaults(run=_info)
     return top
@@ -82,6 +94,13 @@ def _count(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _several(text: str) -> int:
+    value = _count(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {text!r}")
     return value
 
 
@@ -212,10 +231,7 @@ def prepare(options: argparse.Namespace) -> tuple[Classifier, Digits]:
 
 def _train(options: argparse.Namespace) -> None:
     plots.figure_class()
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install fastrnn[train]") from error
+    tqdm = _progress_bar()
     try:
         model, data = prepare(options)
         before = watch(model, data)
@@ -235,6 +251,37 @@ def _train(options: argparse.Namespace) -> None:
     print(f"\nbefore training\n{before}\n\nafter training\n{after}\n")
     print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after {len(history)} epochs in {seconds:.0f} s")
     print(f"pictures: {curves}, {norms}")
+
+
+def _progress_bar():
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install fastrnn[train]") from error
+    return tqdm
+
+
+# ------------------------------------------------------------------------------------------------------------- flow
+
+
+def _flow(options: argparse.Namespace) -> None:
+    plots.figure_class()
+    tqdm = _progress_bar()
+    torch.set_num_threads(options.threads)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("ab").close()  # before the work, not after it
+    except OSError as error:
+        raise _BadOption(f"--out: {error}") from error
+    started, flows = time.perf_counter(), []
+    with tqdm(flow.ARMS, unit="network", dynamic_ncols=True) as bar:
+        for arm in bar:
+            bar.set_postfix_str(f"{arm.network}: {arm.name}")
+            flows.append(flow.flow(arm, options.steps, options.hidden, options.batch, options.seed))
+    plots.flows(options.out, flow.by_network(flows))
+    seconds = time.perf_counter() - started
+    print(f"\n{flow.as_table(flows)}\n\n{len(flows)} networks in {seconds:.0f} s, T = {options.steps}")
+    print(f"picture: {options.out}")
 
 
 # ------------------------------------------------------------------------------------------------------------- info

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import advice, calls, plots
+from . import calls
 from .history import History
 from .modules import _Recurrent
 from .reference import accumulate_dtype
@@ -233,6 +233,8 @@ class GradientMonitor:
         Raises:
             RuntimeError: all_ranks without an initialised process group.
         """
+        from . import advice  # late, like the pictures: `import fastrnn` stays light
+
         found = self._last_records(all_ranks)
         return Report(found, advice.findings(self._modules, found))
 
@@ -266,6 +268,8 @@ class GradientMonitor:
 
     def plot(self, path) -> None:
         """Writes the norms of the last observed step against the time step as a picture (needs matplotlib)."""
+        from . import plots
+
         plots.gradient_norms(path, {"": self.report()})
 
     def plot_layers(self, folder) -> list[Path]:
@@ -275,6 +279,8 @@ class GradientMonitor:
         Returns:
             The paths.
         """
+        from . import plots
+
         return plots.layers(folder, self.report(), self.history)
 
 

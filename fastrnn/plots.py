@@ -13,6 +13,9 @@ from .history import History
 COLORS = {"h": "#0072B2", "c": "#D55E00"}
 TRAIN, TEST = "#0072B2", "#D55E00"
 HEAT, NOTHING = "cividis", "#E8E8E8"  # for eyes without red or green; grey where no gradient arrives
+# Five more of Okabe & Ito's hues and as many strokes, for the lines of one panel.
+FLOW_STYLES = (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#000000", ":"))
+FLOW_RANGE, FLOW_LEGEND = (1e-12, 1e12), "upper left"
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 MAX_DECADES = 30
 """Norms this many powers of ten below the largest in the picture are left out: float32 ends near 38."""
@@ -191,6 +194,39 @@ def _log_scale(axes, reports) -> None:
         low, high = max(min(values), max(values) * 10.0**-MAX_DECADES), max(values)
         axes.set_yscale("log")
         axes.set_ylim(low / 3, high * 3)
+
+
+def flows(path, networks: dict[str, dict[str, list[float]]]) -> None:
+    """Writes a panel per network, a line per remedy: the state gradient's norm against the time step, on one log axis.
+
+    Args:
+        path: where to; folders are made.
+        networks: by title of the panel and label of the line, the norms by time step in units of the one at the loss.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(11.5, 7.6), layout="constrained")
+    panels = figure.subplots(math.ceil(len(networks) / 3), 3, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (title, lines) in zip(panels, networks.items(), strict=False):
+        _clean(axes)
+        axes.axhline(0.01, color="black", linewidth=0.8, linestyle=":")
+        for (label, norms), (color, style) in zip(lines.items(), FLOW_STYLES, strict=False):
+            values = [v if v > 0 else math.nan for v in norms]
+            axes.plot(values, color=color, linestyle=style, linewidth=2, label=label)
+        axes.set_title(title.replace("W_hh", "$W_{hh}$"), fontsize=11, loc="left", weight="bold")
+        axes.legend(frameon=False, fontsize=9, loc=FLOW_LEGEND)
+    first = panels[0]
+    first.set_yscale("log")
+    first.set_ylim(*FLOW_RANGE)
+    for axes in panels[::3]:
+        axes.set_ylabel("norm of dL / d state, 1 at the loss")
+    for axes in panels[-3:]:
+        axes.set_xlabel("time step t; the loss is at the right")
+    figure.suptitle(
+        "How far back a gradient comes, before any training; dotted: 1 % of it", fontsize=12, x=0.01, ha="left"
+    )
+    _save(figure, path)
 
 
 def learning_curves(path, history, title: str = "") -> None:

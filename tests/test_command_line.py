@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn import flow
 from fastrnn.__main__ import main, parser
 
 pytest.importorskip("matplotlib")
@@ -103,6 +104,73 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 def test_defaults_fit_the_demo():
     options = parser().parse_args(["train"])
     assert str(options.out) == "demo" and options.cell == "lstm" and options.clip_state_norm is None
+
+
+SMALL = ("flow", "--steps", "20", "--hidden", "8", "--batch", "3")
+
+
+def test_flow_writes_a_picture_and_a_table(tmp_path, capsys):
+    from matplotlib.image import imread
+
+    assert main([*SMALL, "--out", str(tmp_path / "made" / "flow.png")]) == 0
+    assert min(imread(tmp_path / "made" / "flow.png").shape[:2]) > 200
+    out, err = capsys.readouterr()
+    rows = [line for line in out.splitlines() if line.endswith(("vanishing", "exploding", "healthy"))]
+    assert len(rows) == len(flow.ARMS) and f"picture: {tmp_path}" in out
+    assert "network/s" in err or "s/network" in err  # the progress bar
+
+
+def test_flow_tells_the_story():
+    """At a size that takes a second per arm and is long enough: what the remedies are for."""
+    found = {(arm.network, arm.name): flow.flow(arm, 100, 32, 8, seed=0) for arm in flow.ARMS}
+    verdicts = {key: f.record.verdict for key, f in found.items()}
+    tanh, large = "tanh RNN: how W_hh starts", "tanh RNN: a large W_hh"
+    for network in (tanh, "ReLU RNN", "LSTM", "GRU"):
+        assert verdicts[network, "torch.nn's"] == "vanishing"
+    for cured in (("ReLU RNN", "identity"), ("LSTM", "chrono"), ("LSTM", "layer norm"), ("GRU", "chrono")):
+        assert verdicts[cured] == "healthy"
+    reach = {key: f.record.horizon for key, f in found.items()}
+    assert reach[tanh, "torch.nn's"] < reach[tanh, "orthogonal"]
+    assert reach["LSTM", "torch.nn's"] < reach["LSTM", "forget bias 1"] < reach["LSTM", "chrono"]
+    assert found[large, "as it is"].norms.max() > 100
+    # One step of gain over the bound is what clipping leaves; 5 is far beyond the gain of any step here.
+    assert found[large, "clipped in the recursion"].norms.max() < 5
+    assert found[large, "layer norm"].norms.max() < 5
+    stack = f"bottom of {flow.LAYERS} GRUs"
+    assert found[stack, "chrono, residual"].norms.min() > 10 * found[stack, "chrono"].norms.min()
+
+
+def test_flow_of_one_seed_is_one_result_and_leaves_the_global_seed_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, c = (flow.flow(flow.ARMS[0], 10, 4, 2, seed).norms for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
+
+
+FLOW_BAD = {
+    "--steps 1": "expected at least 2, got '1'",
+    "--hidden none": "at least 1, got 'none'",
+    "--out .": "--out: ",
+    "--cell lstm": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("options", FLOW_BAD)
+def test_a_bad_option_of_flow_gets_one_line_and_code_2(tmp_path, capsys, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main([*SMALL, *options.split()])
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2 and FLOW_BAD[options] in err and len(err.splitlines()) == 1 and err.startswith("fastrnn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_flow_without_a_package_says_which(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main([*SMALL, "--out", str(tmp_path / "flow.png")]) == 1
+    assert "pip install fastrnn[train]" in capsys.readouterr().err
 
 
 def test_info_names_every_backend_and_version(capsys):

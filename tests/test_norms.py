@@ -124,3 +124,89 @@ def test_the_whole_range_of_float32_is_reported(cell, exponent):
     # float32 arithmetic rounds at 6e-8 a step, over T steps and H terms; no power of two, so digits differ.
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
     assert (norms[1][0, 0] > 0).all()
+
+
+# --------------------------------------------------------------------------------------------------- closed forms
+
+
+def linear(alpha, dtype=torch.float64):
+    """A ReLU network that stays positive is linear: h_t = alpha h_{t-1} + x_t."""
+    module = fastrnn.RNN(H, H, nonlinearity="relu", bias=False, dtype=dtype)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(alpha * torch.eye(H))
+        module.weight_ih_l0.copy_(torch.eye(H))
+    return module
+
+
+def tapped(module, x, loss):
+    tap = tap_for(module, len(x), x.shape[1], x.dtype)
+    loss(*module(x, tap=tap)).backward()
+    return tap.grad[0, :, :, :, 0].double()  # [2, S, T] of the first sample
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9, 1.0, 1.4])
+def test_a_linear_network_by_the_last_step(alpha):
+    """dL/dh_t = alpha^(T-1-t) dL/dh_{T-1}: all of it carried, but for the last step, where nothing is."""
+    total, carried = tapped(linear(alpha), torch.rand(T, B, H).double() + 0.1, lambda y, h: y[-1].sum())[:, 0]
+    expected = H**0.5 * alpha ** torch.arange(T - 1, -1, -1).double()
+    torch.testing.assert_close(total, expected, rtol=RTOL, atol=0)
+    torch.testing.assert_close(carried[:-1], expected[:-1], rtol=RTOL, atol=0)
+    assert carried[-1] == 0
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9, 1.0, 1.4])
+def test_a_linear_network_by_every_step(alpha):
+    """dL/dh_t = (1 + alpha + .. + alpha^(T-1-t)) dL/dy; carried is alpha times the next total."""
+    total, carried = tapped(linear(alpha), torch.rand(T, B, H).double() + 0.1, lambda y, h: y.sum())[:, 0]
+    sums = torch.stack([sum(alpha**k for k in range(T - t)) * torch.ones(()).double() for t in range(T)])
+    torch.testing.assert_close(total, H**0.5 * sums, rtol=RTOL, atol=0)
+    torch.testing.assert_close(carried[:-1], alpha * total[1:], rtol=RTOL, atol=0)
+
+
+def gate_bias(module, gate, value):
+    """Closes everything but one bias: W_hh = 0 and the gate hears no input."""
+    k = {"lstm": "ifgo", "gru": "rzn"}[module._cell].index(gate)
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_ih_l0[k * H : (k + 1) * H] = 0
+        module.bias_ih_l0[k * H : (k + 1) * H] = value
+        module.bias_hh_l0[k * H : (k + 1) * H] = 0
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 1.0, 4.0])
+def test_an_lstm_without_w_hh_keeps_the_forget_gate_of_c(bias):
+    """dL/dc_{t-1} = sigmoid(b_f) dL/dc_t, and nothing goes through h."""
+    module = build("lstm")
+    gate_bias(module, "f", bias)
+    (total_h, total_c), (carried_h, carried_c) = tapped(
+        module, torch.randn(T, B, I).double(), lambda y, state: state[1].sum()
+    )
+    kept = torch.sigmoid(torch.tensor(bias).double())
+    expected = H**0.5 * kept ** torch.arange(T - 1, -1, -1)
+    torch.testing.assert_close(total_c, expected, rtol=RTOL, atol=0)
+    torch.testing.assert_close(carried_c, expected, rtol=RTOL, atol=0)  # at the last step it came from c_n
+    assert (total_h == 0).all() and (carried_h == 0).all()
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 1.0, 4.0])
+def test_a_gru_without_w_hh_keeps_the_update_gate_of_h(bias):
+    """dL/dh_{t-1} = sigmoid(b_z) dL/dh_t: r and z hear nothing of h, and b_hn alone is behind r."""
+    module = build("gru")
+    gate_bias(module, "z", bias)
+    total, carried = tapped(module, torch.randn(T, B, I).double(), lambda y, h: y[-1].sum())[:, 0]
+    kept = torch.sigmoid(torch.tensor(bias).double())
+    torch.testing.assert_close(total, H**0.5 * kept ** torch.arange(T - 1, -1, -1), rtol=RTOL, atol=0)
+    torch.testing.assert_close(carried[:-1], total[:-1], rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("first", [1e-30, 1e30])
+def test_a_linear_network_across_the_range_of_float32(first):
+    """From 1 at the last step to 1e-30 or 1e+30 at the first, whose squares float32 does not know."""
+    steps = 31
+    alpha = first ** (1 / (steps - 1))
+    x = 1e-6 * (torch.rand(steps, B, H) + 0.1)  # the forward grows as fast as the backward
+    total, carried = tapped(linear(alpha, torch.float32), x, lambda y, h: y[-1].sum() / H**0.5)[:, 0]
+    expected = torch.tensor(alpha).double() ** torch.arange(steps - 1, -1, -1)
+    # alpha rounded to float32, 6e-8, to the 30th power; as much again for 30 roundings
+    torch.testing.assert_close(total, expected, rtol=4e-6, atol=0)
+    torch.testing.assert_close(carried[:-1], expected[:-1], rtol=4e-6, atol=0)

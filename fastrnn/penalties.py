@@ -1,0 +1,198 @@
+"""Terms to add to a loss, and a clip threshold that follows the norms: what torch.nn.utils and the optimisers lack.
+
+L1 and L2 on parameters, weight decay and `clip_grad_norm_` are there already; docs/recipes.md shows them side by side.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend
+from .modules import _Recurrent
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Over `[T, B, ...]`, of the (step, sequence) pairs that are real, bool `[T, B]`."""
+    if real is None:
+        return values.mean()
+    width = values.shape[2:].numel()
+    return torch.where(real.unsqueeze(-1), values, 0).sum() / (real.sum() * width).clamp(min=1)
+
+
+def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
+    if lengths is None:
+        return None
+    return torch.arange(len(output), device=output.device).unsqueeze(1) < lengths.to(output.device)
+
+
+def activation(output: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Activation regularisation, the mean of h_t²: keeps activations small.
+
+    Merity et al. take it of the output behind dropout; a factor of 2 served them on language models.
+    S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017.
+
+    Args:
+        output: `[T, B, H]`.
+        lengths: integer `[B]`; the padding then does not count. No host sync.
+
+    Returns:
+        A scalar, of output's dtype.
+    """
+    return _mean(output.square(), _real(output, lengths))
+
+
+def temporal_activation(output: Tensor, lengths: Tensor | None = None, reset_mask: Tensor | None = None) -> Tensor:
+    """Temporal activation regularisation, the mean of (h_t - h_{t-1})²: keeps the state from jumping.
+
+    Merity et al. take it of the output before dropout; a factor of 1 served them. Same paper as `activation`.
+
+    Args:
+        output: `[T, B, H]`, T at least 2.
+        lengths: integer `[B]`; pairs that reach into the padding then do not count.
+        reset_mask: bool `[T, B]`; pairs across the start of a segment then do not count.
+
+    Returns:
+        A scalar, of output's dtype.
+    """
+    real = _real(output[1:], None if lengths is None else lengths - 1)
+    if reset_mask is not None:
+        real = ~reset_mask[1:] if real is None else real & ~reset_mask[1:]
+    return _mean((output[1:] - output[:-1]).square(), real)
+
+
+def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], hx=None) -> Tensor:
+    """Pascanu's Ω: how far every step back is from keeping the norm of the gradient.
+
+        Ω = Σ_t (‖δ_{t+1} ∂s_{t+1}/∂s_t‖ / ‖δ_{t+1}‖ - 1)²,   δ_{t+1} = ∂L/∂s_{t+1},   the mean over the samples
+
+    s is the state, h or the pair (h, c), so that the fraction is the gain of `report.py`; a sample whose δ_{t+1} is
+    zero has no term there. As in the paper, where this is called the immediate derivative, s_t and δ_{t+1} are held
+    constant: the result can be differentiated with respect to the parameters (and the input), through the one step
+    from s_t to s_{t+1} and not through how they shape the states before or the gradient behind. The paper's x_t is the
+    pre-activation, ours the state: for an RNN its Jacobian is W diag(φ'(x_t)), ours diag(φ'(x_{t+1})) W, and φ' is
+    differentiated along.
+
+    It takes T forward calls of one step for δ, and one call of one step on T * B samples for the Jacobians, on the
+    reference backend, whose backward can be differentiated again.
+    R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks", 2013, eq. 9 and 10.
+
+    Args:
+        module: a fastrnn LSTM, GRU or RNN of one layer and one direction, without projection, without clipping inside
+            the recursion, and without masks that are drawn (they would differ between the two passes).
+        input: `[T, B, I]`.
+        loss: from the outputs `[T, B, H]` to a scalar that is a sum over samples or a mean: a factor cancels.
+        hx: the initial state, as for the module.
+
+    Returns:
+        A scalar; add it to the loss with a factor (the paper: 0.5 to 4).
+
+    Raises:
+        ValueError: the module or the input is of another kind.
+    """
+    _check_omega(module, input)
+    gated = module._cell == "lstm"
+    states = [tuple(input.new_zeros(1, input.shape[1], module.hidden_size) for _ in range(1 + gated))]
+    if hx is not None:
+        states[0] = tuple(hx) if gated else (hx,)
+
+    def step(x: Tensor, state):
+        # Not by __call__: a monitor's hooks shall not take these calls for the model's own.
+        _, after = module.forward(x, state if gated else state[0])
+        return after if gated else (after,)
+
+    with torch.enable_grad():
+        for x in input.detach().split(1):
+            states.append(step(x, states[-1]))
+        flat = [s for state in states[1:] for s in state]
+        found = torch.autograd.grad(loss(torch.cat([state[0] for state in states[1:]])), flat, allow_unused=True)
+        found = [torch.zeros_like(s) if g is None else g for s, g in zip(flat, found, strict=True)]
+        kinds = 1 + gated
+        delta = tuple(torch.cat(found[kinds + k :: kinds], 1) for k in range(kinds))  # [1, (T-1)*B, H], of s_2 ..
+        before = tuple(
+            torch.cat([state[k] for state in states[1:-1]], 1).detach().requires_grad_() for k in range(kinds)
+        )
+        with backend("reference"):
+            after = step(input[1:].flatten(0, 1).unsqueeze(0), before)
+        carried = torch.autograd.grad(after, before, delta, create_graph=True)
+    arrived, carried = (torch.linalg.vector_norm(torch.cat(g, -1), dim=-1) for g in (delta, carried))
+    known = arrived > 0
+    terms = torch.where(known, carried / torch.where(known, arrived, 1) - 1, 0).square()
+    return terms.sum() / input.shape[1]
+
+
+def _check_omega(module: _Recurrent, input: Tensor) -> None:
+    if not isinstance(module, _Recurrent):
+        raise ValueError(f"omega takes a fastrnn LSTM, GRU or RNN, got {type(module).__name__}")
+    wrong = [
+        name
+        for name, on in {
+            "num_layers": module.num_layers > 1,
+            "bidirectional": module.bidirectional,
+            "proj_size": module.proj_size > 0,
+            "batch_first": module.batch_first,
+            "clip_state_grad_norm": module.clip_state_grad_norm is not None,
+            "clip_state_grad_value": module.clip_state_grad_value is not None,
+            "zoneout": module.training and module.zoneout not in (0, (0, 0)),
+            "recurrent_dropout": module.training and module.recurrent_dropout > 0,
+            "weight_dropout": module.training and module.weight_dropout > 0,
+        }.items()
+        if on
+    ]
+    if wrong:
+        raise ValueError(f"omega is defined here for one plain layer and direction; turn off {', '.join(wrong)}")
+    if input.dim() != 3 or len(input) < 2:
+        raise ValueError(f"input should be [T, B, I] with T of at least 2, got {list(input.shape)}")
+
+
+class AdaptiveClip:
+    """A bound for `clip_state_grad_norm` that follows the norms: a percentile of those of the last training steps.
+
+        clip = fastrnn.penalties.AdaptiveClip(percentile=90)
+        model = fastrnn.LSTM(32, 128, clip_state_grad_norm=clip.threshold)
+        ...
+        loss.backward()
+        clip.update(tap.grad)
+
+    AutoClip (P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: adaptive gradient clipping for source
+    separation networks", 2020) for the state gradient: of every training step the history keeps one number, the largest
+    joint norm of (dL/dh_t, dL/dc_t) over t, its median over the samples; norms that are not finite are left out. Until
+    the first `update` nothing is clipped. The norms are those before clipping at their own step, and after clipping at
+    the steps behind.
+
+    Everything stays on the device: `threshold` is a 0-d float32 tensor, overwritten in place, so nothing waits and
+    nothing is compiled again. Update it between a backward and the next forward.
+
+    Args:
+        percentile: 0 to 100; the paper took 10 for the parameters' gradient.
+        window: training steps remembered; the paper remembers all.
+        device: where the model is.
+
+    Attributes:
+        threshold: the bound.
+
+    Raises:
+        ValueError: percentile outside [0, 100], or window below 1.
+    """
+
+    def __init__(self, percentile: float = 90.0, window: int = 1000, device=None):
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentile should lie within [0, 100], got {percentile}")
+        if window < 1:
+            raise ValueError(f"window counts training steps and is at least 1, got {window}")
+        self.percentile, self.window = percentile, window
+        self.threshold = torch.full((), torch.finfo(torch.float32).max, device=device)
+        self._past = torch.full((window,), torch.nan, device=device)
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, norms: Tensor) -> None:
+        """Takes the norms of one training step, `[L*D, 2, S, T, B]`: the tap's gradient, or what
+        `GradientMonitor.norms_to` hands on."""
+        total = norms[:, 0].float()  # [L*D, S, T, B]
+        joint = total[:, 0] if total.shape[1] == 1 else torch.hypot(total[:, 0], total[:, 1])
+        largest = torch.where(joint.isfinite(), joint, 0).amax((0, 1))  # [B]
+        self._past[self._updates % self.window] = torch.where(largest > 0, largest, torch.nan).nanmedian()
+        self._updates += 1
+        bound = torch.nanquantile(self._past, self.percentile / 100)
+        self.threshold.copy_(torch.where(bound.isnan(), self.threshold, bound))
