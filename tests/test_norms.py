@@ -133,7 +133,7 @@ def linear(alpha, dtype=torch.float64):
     """A ReLU network that stays positive is linear: h_t = alpha h_{t-1} + x_t."""
     module = fastrnn.RNN(H, H, nonlinearity="relu", bias=False, dtype=dtype)
     with torch.no_grad():
-        module.weight_hh_l0.copy_(alpha * torch.eye(H))
+        module.weight_hh_l0.copy_(alpha * torch.eye(H, dtype=dtype))
         module.weight_ih_l0.copy_(torch.eye(H))
     return module
 
