@@ -111,12 +111,39 @@ def monitored(rank):
     return everywhere, here, scalars, [r.name for r in monitor.report()], plain(monitor.report(all_ranks=True))
 
 
+def accumulated(rank):
+    """Under DDP: two backwards per training step, the first without synchronisation; every second step is observed."""
+    network, logged = nn.parallel.DistributedDataParallel(model()), []
+    monitor = GradientMonitor(network, every=2, accumulate=2)
+    monitor.log_to(logged.append)
+    with monitor:
+        for step in range(STEPS):
+            halves = [half.chunk(RANKS, 1)[rank] for half in batch(step).chunk(2, 1)]  # 2 or 1 sequences
+            with network.no_sync():
+                loss_of(network, halves[0], None).backward()
+            loss_of(network, halves[1], None).backward()
+    return monitor.history.steps, logged, plain(monitor.report(all_ranks=True))
+
+
+def sharded(rank):
+    """The words about a sharded module: its weights are not read, which would take all ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    network = model()
+    fully_shard(network.lower)
+    fully_shard(network)
+    with GradientMonitor(network, every=2) as monitor:
+        for step in range(STEPS):
+            loss_of(network, batch(step), LENGTHS).backward()
+    return monitor.history.steps, monitor.report().findings if rank == 0 else None
+
+
 def silent(rank):
     """No rank has recorded anything."""
     return GradientMonitor(model()).report(all_ranks=True)
 
 
-SCENARIOS = {f.__name__: f for f in (ddp, monitored, silent, fsdp2)}
+SCENARIOS = {f.__name__: f for f in (ddp, monitored, accumulated, silent, fsdp2, sharded)}
 
 
 def work(rank, folder):
@@ -225,6 +252,24 @@ def test_a_module_that_one_rank_left_out_is_reported_by_all(ranks):
     check_reports(everywhere, other_everywhere)
     valid = {r[0]: int(r[4].max()) for r in everywhere}
     assert valid["upper.l0"] == 5 and valid["lower.l1"] == 5 + B
+
+
+def test_accumulation_and_logging_under_ddp(ranks):
+    results = ranks("accumulated")
+    wanted = watched(batch(2), None)
+    for steps, logged, everywhere in results:
+        assert steps == [0, 2] and [entry["fastrnn/step"] for entry in logged] == [0, 2]
+        by_name = {r[:2]: r for r in everywhere}
+        for r in plain(wanted.report()):  # the same samples, in another order
+            torch.testing.assert_close(by_name[r[:2]][4:], r[4:], equal_nan=True, **TOLERANCE)
+    assert results[0][1] != results[1][1]  # each rank logs its own samples
+
+
+def test_a_sharded_module_is_watched(ranks):
+    (steps, findings), (other_steps, _) = ranks("sharded")
+    assert steps == other_steps == [0, 2]
+    assert len(findings) == 5 and all(f.verdict and f.summary for f in findings)
+    assert not any("nan" in text for f in findings for text in f.advice)
 
 
 def test_a_report_of_all_ranks_without_any_backward_is_empty(ranks):
