@@ -105,7 +105,8 @@ RULES = (
     ),
     Rule(
         VANISHING, "rnn", _always,
-        "a gated state passes {f.T} steps by itself: fastrnn.LSTM or GRU, with fastrnn.init.chrono_ and t_max = {f.T}",
+        "a gated state can carry a gradient over {f.T} steps: fastrnn.LSTM or GRU, with fastrnn.init.chrono_ and "
+        "t_max = {f.T}",
     ),
     Rule(
         VANISHING, "lstm", lambda f: f.bias and f.memory < f.T / 2,
