@@ -166,14 +166,14 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
     for name, states in by_name.items():
         facts = facts_of(modules[states[0].module], states)
         verdict = EXPLODING if facts.nonfinite is not None else states[0].verdict
-        summary, *_ = _texts(SUMMARIES, verdict, facts)
-        found.append(Finding(name, verdict, summary, tuple(_texts(RULES, verdict, facts))))
+        summary, *_ = matching(SUMMARIES, verdict, facts)
+        texts = (rule.text.format(f=facts) for rule in matching(RULES, verdict, facts))
+        found.append(Finding(name, verdict, summary.text.format(f=facts), tuple(texts)))
     return found
 
 
-def _texts(rules, verdict: str, facts: Facts) -> list[str]:
-    said = (r for r in rules if r.verdict == verdict and facts.cell.startswith(r.cells) and r.applies(facts))
-    return [rule.text.format(f=facts) for rule in said]
+def matching(rules: tuple[Rule, ...], verdict: str, facts: Facts) -> list[Rule]:
+    return [r for r in rules if r.verdict == verdict and facts.cell.startswith(r.cells) and r.applies(facts)]
 
 
 @torch.no_grad()

@@ -59,6 +59,10 @@ class History:
         values = (None if r is None else getattr(r, quantity) for r in self._records(name, state))
         return [math.nan if v is None else float(v) for v in values]
 
+    def as_list(self) -> list[dict]:
+        """`Report.as_dict()` of every observed step, with the step under "step"; for `json.dumps`."""
+        return [{"step": step, **r.as_dict()} for step, r in zip(self.steps, self.reports, strict=True)]
+
     def first_nonfinite(self) -> int | None:
         """The first observed training step with an infinite or NaN norm."""
         for step, report in zip(self.steps, self.reports, strict=True):

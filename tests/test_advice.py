@@ -1,5 +1,6 @@
 """Advice: right for the module, from the gain, and with the number behind it."""
 
+import itertools
 import math
 import re
 
@@ -87,6 +88,30 @@ def test_no_gated_cell_is_told_to_become_one():
 def test_every_rule_quotes_a_number():
     for rule in advice.RULES:
         assert "{f." in rule.text
+
+
+def test_whatever_the_numbers_are_there_are_words_for_them():
+    """Over a grid of facts: one summary at least, every text can be written, and no rule is never said."""
+    nan, inf = math.nan, math.inf
+    grid = itertools.product(
+        ("rnn_tanh", "rnn_relu", "lstm", "gru"), (True, False), (True, False), (nan, 0.0, 0.5, 1.0, 1.5), (3.0, inf),
+        (None, 0.1, 1.0), (None, 3), (nan, 0.5, 2.0), (nan, 2.0, 500.0),
+    )  # fmt: skip
+    said = set()
+    for cell, bias, layer_norm, gain, half_life, clip_rate, nonfinite, sigma, memory in grid:
+        facts = advice.Facts(
+            cell=cell, bias=bias, layer_norm=layer_norm, T=100, gain=gain, half_life=half_life, horizon=9, growth=1e3,
+            clip_rate=clip_rate, start=1.0, nonfinite=nonfinite, sigma=sigma, mean_sigma=sigma, ln_gain=1.0,
+            memory=memory,
+        )  # fmt: skip
+        for verdict in ("vanishing", "exploding", "healthy"):
+            for rules in (advice.SUMMARIES, advice.RULES):
+                chosen = advice.matching(rules, verdict, facts)
+                assert chosen or rules is advice.RULES
+                for rule in chosen:
+                    assert rule.text.format(f=facts)
+                    said.add(rule.text)
+    assert said == {rule.text for rule in (*advice.SUMMARIES, *advice.RULES)}
 
 
 def test_every_initialisation_that_is_advised_exists():

@@ -194,7 +194,7 @@ def test_the_bound_is_that_of_the_backward():
 
 
 def test_history_holds_maps_and_curves_of_the_observed_steps():
-    module, monitor = fastrnn.LSTM(I, H, bidirectional=True), None
+    module = fastrnn.LSTM(I, H, bidirectional=True)
     monitor = GradientMonitor(module)
     with monitor:
         for steps in (T, 5, T):
@@ -206,11 +206,13 @@ def test_history_holds_maps_and_curves_of_the_observed_steps():
     torch.testing.assert_close(table[2], monitor.report()[1].total, rtol=0, atol=0)
     assert past.curve("lstm.l0", "h")[2] == monitor.report()[0].gain_median
     assert all(math.isnan(v) for v in past.curve("lstm.l0", "h", "clip_rate"))
+    kept = json.loads(json.dumps(past.as_list(), allow_nan=False))
+    assert [k["step"] for k in kept] == [0, 1, 2] and kept[1]["records"][0]["horizon"] == past.reports[1][0].horizon
     assert past.curve("nobody", "h") == pytest.approx([math.nan] * 3, nan_ok=True)
 
 
 def test_the_first_training_step_that_is_not_finite():
-    module, monitor, x = fastrnn.GRU(I, H), None, torch.randn(T, B, I)
+    module, x = fastrnn.GRU(I, H), torch.randn(T, B, I)
     monitor = GradientMonitor(module, every=2)
     assert monitor.history.first_nonfinite() is None
     with monitor:
