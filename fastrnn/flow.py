@@ -18,8 +18,8 @@ from .report import Record, Report, table
 
 INPUTS = 8
 LARGE = 2.0
-"""Recurrent weights of N(0, LARGE² / H) make random tanh networks of more than a few units chaotic, which starts at 1
-(Sompolinsky, Crisanti, Sommers, "Chaos in random neural networks", 1988); the gradient then explodes."""
+"""W_hh drawn from N(0, LARGE² / H). Above 1 a wide tanh network without input is chaotic, so that its gradient explodes
+(H. Sompolinsky, A. Crisanti, H. Sommers, "Chaos in random neural networks", 1988); noise at the input takes more."""
 LAYERS = 4
 
 Initialise = Callable[[nn.Module, int], object]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .report import Record, Report
 
-ROOM = 512
-"""Observed steps that are kept: more rows than a heat map has pixels to show, and a few MB for T = 1000."""
+ROOM = 256
+"""Observed steps that are kept: as many rows as a heat map can show. Each takes 32 bytes per state and time step."""
 
 
 class History:

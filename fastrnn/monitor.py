@@ -41,7 +41,8 @@ class GradientMonitor:
 
     Args:
         model: any module, compiled or not.
-        every: observe the first of every so many training steps.
+        every: observe the first of every so many training steps. In those left out, `torch.autograd.grad` through a
+            module counts as a backward.
         accumulate: backwards per training step, for gradient accumulation.
         loss_scale: what the loss was multiplied by before `backward()`, a number or a `torch.amp.GradScaler`; the norms
             are divided by it.
@@ -58,7 +59,7 @@ class GradientMonitor:
         *,
         every: int = 1,
         accumulate: int = 1,
-        loss_scale: "float | torch.amp.GradScaler" = 1.0,
+        loss_scale: float | torch.amp.GradScaler = 1.0,
         max_steps: int | None = None,
         batch: int | None = None,
     ):

@@ -29,8 +29,9 @@ def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
 def activation(output: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Activation regularisation, the mean of h_t²: keeps activations small.
 
-    Merity et al. take it of the output behind dropout; a factor of 2 served them on language models.
-    S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017.
+    S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017, who take it of the
+    output behind dropout. S. Merity, N. Keskar, R. Socher, "Regularizing and optimizing LSTM language models", 2018,
+    add it with a factor of 2.
 
     Args:
         output: `[T, B, H]`.
@@ -45,7 +46,7 @@ def activation(output: Tensor, lengths: Tensor | None = None) -> Tensor:
 def temporal_activation(output: Tensor, lengths: Tensor | None = None, reset_mask: Tensor | None = None) -> Tensor:
     """Temporal activation regularisation, the mean of (h_t - h_{t-1})²: keeps the state from jumping.
 
-    Merity et al. take it of the output before dropout; a factor of 1 served them. Same paper as `activation`.
+    The papers of `activation`, who take it of the output before dropout; with a factor of 1.
 
     Args:
         output: `[T, B, H]`, T at least 2.
@@ -85,7 +86,7 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         hx: the initial state, as for the module.
 
     Returns:
-        A scalar; add it to the loss with a factor (the paper: 0.5 to 4).
+        A scalar, to be added to the loss with a factor.
 
     Raises:
         ValueError: the module or the input is of another kind.
