@@ -3,6 +3,7 @@
 The only place where user input is checked. Exceptions are of the type that torch.nn raises for the same mistake.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -285,8 +286,8 @@ def check_bound(name: str, bound, tensor: bool = False):
         if bound.dim() != 0 or not bound.is_floating_point():
             raise ValueError(f"{name} should be a float or a 0-d float tensor, got {bound.dtype} {list(bound.shape)}")
         return bound  # never read back from the device
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
-        raise ValueError(f"{name} should be a positive number, but got {bound!r}")
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
+        raise ValueError(f"{name} should be a positive number, and finite, but got {bound!r}; None clips nothing")
     return bound
 
 

@@ -190,6 +190,7 @@ OWN = [
     ),
     ("clip norm negative", build("GRU", I, H, clip_state_grad_norm=-1.0), ValueError, "clip_state_grad_norm should be"),
     ("clip norm NaN", build("GRU", I, H, clip_state_grad_norm=float("nan")), ValueError, "clip_state_grad_norm"),
+    ("clip norm infinite", build("GRU", I, H, clip_state_grad_norm=float("inf")), ValueError, "finite"),
     ("clip norm bool", build("RNN", I, H, clip_state_grad_norm=True), ValueError, "clip_state_grad_norm"),
     ("clip norm 1-D", build("LSTM", I, H, clip_state_grad_norm=torch.ones(2)), ValueError, "0-d float tensor"),
     ("clip norm of ints", build("LSTM", I, H, clip_state_grad_norm=torch.tensor(1)), ValueError, "0-d float tensor"),
