@@ -1,0 +1,116 @@
+// Rows of the batch times a matrix that stays the same for all steps.
+//
+// The matrix is packed once per call into panels of a fixed number of columns, so that the product reads it
+// in one stream. An element of the result is always summed in the same order, whatever rows are multiplied
+// beside it and on however many threads.
+#pragma once
+
+#include <cstring>
+#include <new>
+
+#include "../step/rows.cuh"
+#include "vectors.h"
+
+namespace fastrnn {
+
+constexpr int64_t panel_bytes = 128;  // of one row of a panel: two AVX-512 vectors, four AVX2 vectors
+
+template <class A>
+constexpr int64_t panel_width = panel_bytes / sizeof(A);
+
+// columns, up to whole panels
+template <class A>
+int64_t padded(int64_t columns) {
+  return (columns + panel_width<A> - 1) / panel_width<A> * panel_width<A>;
+}
+
+// Uninitialised memory that starts at a cache line.
+template <class A>
+class Aligned {
+ public:
+  explicit Aligned(int64_t count)
+      : data_(static_cast<A*>(::operator new(count * sizeof(A), std::align_val_t{64}))) {}
+  ~Aligned() { ::operator delete(data_, std::align_val_t{64}); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// A matrix [K, N] in panels: panel p holds the columns from p * panel_width on, row by row, zeros behind the
+// last.
+template <class A>
+struct Packed {
+  int64_t K, N;
+  Aligned<A> panels,
+      start;  // [padded(N) / panel_width, K, panel_width]; [padded(N)], what is added to each row
+
+  // The element in row k and column n stands at matrix[k * k_stride + n * n_stride]. `bias` [N] or null.
+  template <class S>
+  Packed(const S* matrix, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, const A* bias)
+      : K(K), N(N), panels(padded<A>(N) * K), start(padded<A>(N)) {
+    for (int64_t first = 0; first < N; first += panel_width<A>)
+      for (int64_t n = first; n < first + panel_width<A>; ++n) {
+        A* column = panels.data() + first * K + (n - first);
+        for (int64_t k = 0; k < K; ++k)
+          column[k * panel_width<A>] = n < N ? widen(matrix[k * k_stride + n * n_stride]) : A(0);
+        start.data()[n] = n < N && bias != nullptr ? bias[n] : A(0);
+      }
+  }
+};
+
+// in [rows, K] times the matrix, into out [rows, padded(N)].
+template <class A>
+struct Multiply {
+  const Packed<A>& matrix;
+  Rows<const A> in;
+  Rows<A> out;
+
+  // Rows of a panel that stay in the nearest cache while it is multiplied with all rows of the batch.
+  static constexpr int64_t depth = 128;
+
+  template <int bytes>
+  FASTRNN_HD void walk(int64_t begin, int64_t end) const {
+    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 2 : 1;  // as many sums as there are registers for
+    for (int64_t k = 0; k < matrix.K || k == 0; k += depth) {
+      int64_t k_end = k + depth < matrix.K ? k + depth : matrix.K;
+      for (int64_t n = 0; n < matrix.N; n += panel_width<A>) {
+        int64_t b = begin;
+        for (; b + rows <= end; b += rows) tile<bytes, rows>(b, n, k, k_end);
+        if constexpr (rows > 4)
+          for (; b + 4 <= end; b += 4) tile<bytes, 4>(b, n, k, k_end);
+        if constexpr (rows > 2)
+          for (; b + 2 <= end; b += 2) tile<bytes, 2>(b, n, k, k_end);
+        for (; b < end; ++b) tile<bytes, 1>(b, n, k, k_end);
+      }
+    }
+  }
+
+  // `rows` rows from b on times one panel, the terms from k to k_end
+  template <int bytes, int rows>
+  FASTRNN_HD void tile(int64_t b, int64_t n, int64_t k, int64_t k_end) const {
+    typedef A Vector __attribute__((vector_size(bytes)));
+    constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
+    Vector sum[rows][vectors], weight[vectors];
+    const A* row[rows];
+    for (int r = 0; r < rows; ++r) {
+      row[r] = in[b + r];
+      const A* from = k == 0 ? matrix.start.data() : out[b + r];
+      for (int v = 0; v < vectors; ++v) std::memcpy(&sum[r][v], from + n + v * lanes, bytes);
+    }
+    const A* panel = matrix.panels.data() + n * matrix.K + k * panel_width<A>;
+    for (; k < k_end; ++k, panel += panel_width<A>) {
+      for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
+      for (int r = 0; r < rows; ++r) {
+        A x = row[r][k];
+        for (int v = 0; v < vectors; ++v) sum[r][v] += x * weight[v];
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) std::memcpy(out[b + r] + n + v * lanes, &sum[r][v], bytes);
+  }
+};
+
+}  // namespace fastrnn
