@@ -5,6 +5,9 @@
 // beside it and on however many threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -48,24 +51,46 @@ struct Packed {
       start;  // [padded(N) / panel_width, K, panel_width]; [padded(N)], what is added to each row
 
   // The element in row k and column n stands at matrix[k * k_stride + n * n_stride]. `bias` [N] or null.
+  // Panels are packed by PyTorch's threads.
   template <class S>
   Packed(const S* matrix, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, const A* bias)
       : K(K), N(N), panels(padded<A>(N) * K), start(padded<A>(N)) {
-    for (int64_t first = 0; first < N; first += panel_width<A>)
-      for (int64_t n = first; n < first + panel_width<A>; ++n) {
-        A* column = panels.data() + first * K + (n - first);
-        for (int64_t k = 0; k < K; ++k)
-          column[k * panel_width<A>] = n < N ? widen(matrix[k * k_stride + n * n_stride]) : A(0);
-        start.data()[n] = n < N && bias != nullptr ? bias[n] : A(0);
-      }
+    constexpr int64_t width = panel_width<A>, grain = 1 << 15;  // elements that are worth waking a thread
+    torch::stable::parallel_for(0, padded<A>(N) / width, grain / (width * std::max<int64_t>(K, 1)) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t p = begin; p < end; ++p)
+                                    pack(matrix, p * width, k_stride, n_stride);
+                                });
+    for (int64_t n = 0; n < padded<A>(N); ++n) start.data()[n] = n < N && bias != nullptr ? bias[n] : A(0);
+  }
+
+ private:
+  // The panel whose first column is `first`; the inner loop runs along the source's rows or columns as they
+  // lie.
+  template <class S>
+  void pack(const S* matrix, int64_t first, int64_t k_stride, int64_t n_stride) const {
+    constexpr int64_t width = panel_width<A>;
+    A* panel = panels.data() + first * K;
+    const S* source = matrix + first * n_stride;
+    int64_t columns = std::min(width, N - first);
+    if (columns < width) std::fill_n(panel, width * K, A(0));
+    if (n_stride == 1) {
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t n = 0; n < columns; ++n) panel[k * width + n] = widen(source[k * k_stride + n]);
+    } else {
+      for (int64_t n = 0; n < columns; ++n)
+        for (int64_t k = 0; k < K; ++k) panel[k * width + n] = widen(source[k * k_stride + n * n_stride]);
+    }
   }
 };
 
-// in [rows, K] times the matrix, into out [rows, padded(N)].
+// in [rows, K] times the matrix, into out [rows, padded(N)]. The elements of a row of `in` lie in_stride
+// apart.
 template <class A>
 struct Multiply {
   const Packed<A>& matrix;
   Rows<const A> in;
+  int64_t in_stride;
   Rows<A> out;
 
   // Rows of a panel that stay in the nearest cache while it is multiplied with all rows of the batch.
@@ -104,7 +129,7 @@ struct Multiply {
     for (; k < k_end; ++k, panel += panel_width<A>) {
       for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
       for (int r = 0; r < rows; ++r) {
-        A x = row[r][k];
+        A x = row[r][k * in_stride];
         for (int v = 0; v < vectors; ++v) sum[r][v] += x * weight[v];
       }
     }

@@ -55,7 +55,7 @@ void elementwise(const Runs& runs, int64_t width, const Op& op, const Buffer<A>&
 
 template <class A>
 void multiply(const Runs& runs, const Packed<A>& matrix, Rows<const A> in, Rows<A> out) {
-  for (auto [begin, end] : runs) walk_widest(Multiply<A>{matrix, in, out}, begin, end);
+  for (auto [begin, end] : runs) walk_widest(Multiply<A>{matrix, in, 1, out}, begin, end);
 }
 
 struct Scan {

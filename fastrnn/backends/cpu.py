@@ -1,10 +1,15 @@
 """csrc's C++ scan: CPU, every feature, when the library is built."""
 
+import platform
+
 import torch
 
 from . import extension
 
 MISSING = extension.load("cpu")
+# There torch's products are MKL's, which leaves AVX-512 to its own maker's processors. On other platforms, and in the
+# half types, torch has better ones.
+PRODUCTS = (torch.float32, torch.float64) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
 def why_not(request) -> str | None:
@@ -33,3 +38,8 @@ def scan_backward(
         cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
         ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
     )  # fmt: skip
+
+
+def linear(x, weight, bias):
+    """x Wᵀ + b: `x [M, K]`, `weight [N, K]`, `bias [N]` or None -> `[M, N]`, of `PRODUCTS` and any strides."""
+    return torch.ops.fastrnn_c.linear(x, weight, None if bias is None else bias.contiguous())
