@@ -113,28 +113,37 @@ struct Multiply {
     }
   }
 
-  // `rows` rows from b on times one panel, the terms from k to k_end
+  // `rows` rows from b on times one panel, the terms from k to k_end: a sum of its own, which is then added
+  // to those before it, since a long chain of additions would round more.
   template <int bytes, int rows>
   FASTRNN_HD void tile(int64_t b, int64_t n, int64_t k, int64_t k_end) const {
     typedef A Vector __attribute__((vector_size(bytes)));
     constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
-    Vector sum[rows][vectors], weight[vectors];
     const A* row[rows];
+    Vector sum[rows][vectors];
     for (int r = 0; r < rows; ++r) {
       row[r] = in[b + r];
-      const A* from = k == 0 ? matrix.start.data() : out[b + r];
-      for (int v = 0; v < vectors; ++v) std::memcpy(&sum[r][v], from + n + v * lanes, bytes);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = Vector{};
     }
     const A* panel = matrix.panels.data() + n * matrix.K + k * panel_width<A>;
-    for (; k < k_end; ++k, panel += panel_width<A>) {
+    for (int64_t j = k; j < k_end; ++j, panel += panel_width<A>) {
+      Vector weight[vectors];
       for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
       for (int r = 0; r < rows; ++r) {
-        A x = row[r][k * in_stride];
+        A x = row[r][j * in_stride];
         for (int v = 0; v < vectors; ++v) sum[r][v] += x * weight[v];
       }
     }
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) std::memcpy(out[b + r] + n + v * lanes, &sum[r][v], bytes);
+    for (int r = 0; r < rows; ++r) {
+      A* to = out[b + r] + n;
+      const A* from = k == 0 ? matrix.start.data() + n : to;
+      for (int v = 0; v < vectors; ++v) {
+        Vector before;
+        std::memcpy(&before, from + v * lanes, bytes);
+        before += sum[r][v];
+        std::memcpy(to + v * lanes, &before, bytes);
+      }
+    }
   }
 };
 

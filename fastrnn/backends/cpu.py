@@ -4,12 +4,18 @@ import platform
 
 import torch
 
+from ..reference import accumulate_dtype
 from . import extension
 
 MISSING = extension.load("cpu")
 # There torch's products are MKL's, which leaves AVX-512 to its own maker's processors. On other platforms, and in the
 # half types, torch has better ones.
 PRODUCTS = (torch.float32, torch.float64) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+if MISSING is None:
+    # What stands for it where tensors have shapes only. The scan's ops need none: they are called inside `ops.py`'s.
+    torch.library.register_fake("fastrnn_c::linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 
 
 def why_not(request) -> str | None:
@@ -34,6 +40,10 @@ def scan_backward(
     """See `ops.scan_backward`. `dsaved`, which only double backward brings, is for the reference."""
     if dsaved is not None:
         raise NotImplementedError("the cpu backend does not take dsaved; the reference does")
+    if clip_norm is not None:
+        clip_norm = clip_norm.to(accumulate_dtype(saved.dtype))
+    if gh_hat is not None:
+        gh_hat = extension.rows(gh_hat)
     return torch.ops.fastrnn_c.scan_backward(
         cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
         ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
