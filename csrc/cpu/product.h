@@ -98,7 +98,7 @@ struct Multiply {
 
   template <int bytes>
   FASTRNN_HD void walk(int64_t begin, int64_t end) const {
-    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 2 : 1;  // as many sums as there are registers for
+    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as there are registers for
     for (int64_t k = 0; k < matrix.K || k == 0; k += depth) {
       int64_t k_end = k + depth < matrix.K ? k + depth : matrix.K;
       for (int64_t n = 0; n < matrix.N; n += panel_width<A>) {
@@ -121,22 +121,29 @@ struct Multiply {
     constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
     const A* row[rows];
     Vector sum[rows][vectors];
+    FASTRNN_UNROLL
     for (int r = 0; r < rows; ++r) {
       row[r] = in[b + r];
+      FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) sum[r][v] = Vector{};
     }
     const A* panel = matrix.panels.data() + n * matrix.K + k * panel_width<A>;
     for (int64_t j = k; j < k_end; ++j, panel += panel_width<A>) {
       Vector weight[vectors];
+      FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
+      FASTRNN_UNROLL
       for (int r = 0; r < rows; ++r) {
         A x = row[r][j * in_stride];
+        FASTRNN_UNROLL
         for (int v = 0; v < vectors; ++v) sum[r][v] += x * weight[v];
       }
     }
+    FASTRNN_UNROLL
     for (int r = 0; r < rows; ++r) {
       A* to = out[b + r] + n;
       const A* from = k == 0 ? matrix.start.data() + n : to;
+      FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) {
         Vector before;
         std::memcpy(&before, from + v * lanes, bytes);

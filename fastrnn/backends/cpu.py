@@ -1,17 +1,15 @@
 """csrc's C++ scan: CPU, every feature, when the library is built."""
 
-import platform
-
 import torch
 
 from ..reference import accumulate_dtype
 from . import extension
 
 MISSING = extension.load("cpu")
-# There torch's products are MKL's, which leaves AVX-512 to its own maker's processors. On other platforms, and in the
-# half types, torch has better ones.
-PRODUCTS = (torch.float32, torch.float64) if platform.machine() in ("x86_64", "AMD64") else ()
-
+# With these vectors torch's products are MKL's, which keeps its best ones for its own maker's processors. Elsewhere, and
+# in the half types, torch's are better.
+WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+PRODUCTS = (torch.float32, torch.float64) if WIDE else ()
 
 if MISSING is None:
     # What stands for it where tensors have shapes only. The scan's ops need none: they are called inside `ops.py`'s.
