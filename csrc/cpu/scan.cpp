@@ -2,8 +2,6 @@
 // of cell and dtype. The batch is shared among PyTorch's threads.
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-
 #include "../step/ops.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
@@ -59,13 +57,30 @@ struct Call {
   // The matrix [rows, columns], or its transpose, to be multiplied from the left; null where it does not
   // exist.
   std::unique_ptr<Packed<A>> packed(const char* name, const Optional& t, int64_t rows, int64_t columns,
-                                    bool transposed, const A* bias = nullptr) const {
+                                    bool transposed, const std::vector<A>& bias) const {
     if (!t.has_value()) return nullptr;
     frame.expect<S>(name, *t, {rows, columns});
     const S* data = static_cast<const S*>(t->const_data_ptr());
+    const A* start = bias.empty() ? nullptr : bias.data();
     int64_t row = t->stride(0), column = t->stride(1);
-    if (transposed) return std::make_unique<Packed<A>>(data, columns, rows, column, row, bias);
-    return std::make_unique<Packed<A>>(data, rows, columns, row, column, bias);
+    if (transposed) return std::make_unique<Packed<A>>(data, columns, rows, column, row, start);
+    return std::make_unique<Packed<A>>(data, rows, columns, row, column, start);
+  }
+
+  // w_hh [width, P] and w_hr [P, H] stand transposed in the forward.
+  Weights<A> weights(bool forward, int64_t width, const Optional& w_hh, const Optional& b_hh,
+                     const Optional& w_hr, const Optional& ln_hh, const Optional& ln_c_weight,
+                     const Optional& ln_c_bias) const {
+    check(ln_c_weight.has_value() == ln_c_bias.has_value(),
+          "ln_c_weight and ln_c_bias must be given together");
+    Weights<A> found;
+    found.b_hh = numbers("b_hh", b_hh, width);
+    found.ln_hh = numbers("ln_hh", ln_hh, width);
+    found.ln_c_weight = numbers("ln_c_weight", ln_c_weight, H);
+    found.ln_c_bias = numbers("ln_c_bias", ln_c_bias, H);
+    found.w_hh = packed("w_hh", w_hh, width, P, forward, ln_hh.has_value() ? std::vector<A>{} : found.b_hh);
+    found.w_hr = packed("w_hr", w_hr, P, H, forward, {});
+    return found;
   }
 
   // A new tensor of these sizes, or an empty one where it is not wanted.
@@ -74,7 +89,7 @@ struct Call {
     return wanted ? frame.empty<X>(sizes) : frame.empty<X>({0});
   }
 
-  // f(begin, end) over the batch. A thread gets at least some 50 us of work: waking one costs a few.
+  // f(begin, end) over the batch. A thread gets at least some 15 us of work: waking one costs a few.
   template <class F>
   void share(int64_t gates, const F& f) const {
     constexpr int64_t grain = 1 << 21;  // multiplications
@@ -88,11 +103,6 @@ template <class X>
 Steps<X> written(const Tensor& t) {
   if (t.numel() == 0) return {nullptr, 0, 0, 0};
   return {static_cast<X*>(t.mutable_data_ptr()), t.dim() == 3 ? t.stride(0) : 0, t.stride(t.dim() - 2), 1};
-}
-
-template <class A>
-const A* data_or_null(const std::vector<A>& numbers) {
-  return numbers.empty() ? nullptr : numbers.data();
 }
 
 template <class F>
@@ -117,11 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward(
     auto [T, B, H, P] = std::tuple(call.T, call.B, call.H, call.P);
     int64_t width = Cell::gates * H;
     check(has_c == c0.has_value(), "c0 is for the cells with a c, and needed there");
-    std::vector<A> bias = call.numbers("b_hh", b_hh, width), norm = call.numbers("ln_hh", ln_hh, width);
-    std::vector<A> ln_weight = call.numbers("ln_c_weight", ln_c_weight, H),
-                   ln_bias = call.numbers("ln_c_bias", ln_c_bias, H);
-    auto weights = call.packed("w_hh", w_hh, width, P, true, norm.empty() ? data_or_null(bias) : nullptr);
-    auto projection = call.packed("w_hr", w_hr, P, H, true);
+    Weights<A> weights = call.weights(true, width, w_hh, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias);
     Tensor y = call.template output<S>(true, {T, B, P}),
            c = call.template output<A>(has_c && save, {T, B, H});
     Tensor h_n = call.template output<S>(true, {B, P}), c_n = call.template output<A>(has_c, {B, H});
@@ -134,11 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward(
         call.template steps<S>("h0", h0, {B, P}),
         call.template steps<S>("recurrent_mask", recurrent_mask, {B, P}),
         call.template steps<A>("c0", c0, {B, H}),
-        weights.get(),
-        projection.get(),
-        data_or_null(norm),
-        data_or_null(bias),
-        {data_or_null(ln_weight), data_or_null(ln_bias)},
+        weights,
         written<S>(y),
         written<S>(saved),
         written<A>(c),
@@ -168,11 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
           "c and c0 are for the cells with a c, and needed there");
     check(ln_hh.has_value() == gh_hat.has_value() && ln_hh.has_value() == gh_rstd.has_value(),
           "ln_hh, gh_hat and gh_rstd must be given together");
-    std::vector<A> norm = call.numbers("ln_hh", ln_hh, width);
-    std::vector<A> ln_weight = call.numbers("ln_c_weight", ln_c_weight, H),
-                   ln_bias = call.numbers("ln_c_bias", ln_c_bias, H);
-    auto weights = call.packed("w_hh", w_hh, width, P, false);
-    auto projection = call.packed("w_hr", w_hr, P, H, false);
+    Weights<A> weights = call.weights(false, width, w_hh, {}, w_hr, ln_hh, ln_c_weight, ln_c_bias);
     if (clip_norm.has_value()) call.frame.template expect<A>("clip_norm", *clip_norm, {});
     A bound = static_cast<A>(clip_value.value_or(0));
     Tensor dgx = call.template output<S>(true, {T, B, width}),
@@ -191,12 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
         call.template steps<A>("c", c, {T, B, H}),
         call.template steps<S>("h0", h0, {B, P}),
         call.template steps<A>("c0", c0, {B, H}),
-        weights.get(),
-        projection.get(),
-        data_or_null(norm),
+        weights,
         call.template steps<A>("gh_hat", gh_hat, {T, B, width}, true),
         call.template steps<A>("gh_rstd", gh_rstd, {T, B, 1}),
-        {data_or_null(ln_weight), data_or_null(ln_bias)},
         call.template steps<S>("recurrent_mask", recurrent_mask, {B, P}),
         call.template steps<S>("zone_h", zone_h, {T, B, P}),
         call.template steps<S>("zone_c", zone_c, {T, B, H}),

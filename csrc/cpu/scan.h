@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -41,11 +42,33 @@ class Buffer {
   Aligned<A> memory_;
 };
 
+// What acts inside the recursion, in the arithmetic type; null or empty where it does not exist.
+template <class A>
+struct Weights {
+  std::unique_ptr<Packed<A>> w_hh, w_hr;  // each as its direction of the scan multiplies with it
+  std::vector<A> b_hh, ln_hh;             // [gates * H]
+  std::vector<A> ln_c_weight, ln_c_bias;  // [H]
+
+  Affine<A> ln_c() const {
+    if (ln_c_weight.empty()) return {nullptr, nullptr};
+    return {ln_c_weight.data(), ln_c_bias.data()};
+  }
+};
+
 using Runs = std::vector<std::pair<int64_t, int64_t>>;  // rows of a block: from, to
 
 template <class Row>
 void walk_runs(const Runs& runs, const Row& row) {
   for (auto [begin, end] : runs) walk_rows(row, begin, end);
+}
+
+// Row<Cell, S, A, layer norm of c or not>{H, fields...}
+template <template <class, class, class, bool> class Row, class Cell, class S, class A, class... Fields>
+void walk_cell(const Runs& runs, int64_t H, const Affine<A>& ln_c, const Fields&... fields) {
+  if constexpr (Cell::states == 2) {
+    if (ln_c.weight != nullptr) return walk_runs(runs, Row<Cell, S, A, true>{H, fields...});
+  }
+  walk_runs(runs, Row<Cell, S, A, false>{H, fields...});
 }
 
 template <class Op, class A, class... In>

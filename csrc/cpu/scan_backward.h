@@ -13,18 +13,16 @@ struct BackwardScan : Scan {
   using A = typename Arithmetic<S>::type;
   static constexpr bool has_c = Cell::states == 2;
 
-  Steps<const S> dy;               // [T, B, P]; may not exist, as every gradient that comes in
-  Steps<const A> dc;               // [T, B, H]
-  Steps<const S> dh_n;             // [1, B, P]
-  Steps<const A> dc_n;             // [1, B, H]
-  Steps<const S> saved, y;         // [T, B, saved * H], [T, B, P]
-  Steps<const A> c;                // [T, B, H]
-  Steps<const S> h0;               // [1, B, P]
-  Steps<const A> c0;               // [1, B, H]
-  const Packed<A>*w_hh, *w_hr;     // [gates * H, P]; [P, H] or null
-  const A* ln_hh;                  // [gates * H] or null
-  Steps<const A> gh_hat, gh_rstd;  // [T, B, gates * H], [T, B, 1]: with ln_hh
-  Affine<A> ln_c;
+  Steps<const S> dy;        // [T, B, P]; may not exist, as every gradient that comes in
+  Steps<const A> dc;        // [T, B, H]
+  Steps<const S> dh_n;      // [1, B, P]
+  Steps<const A> dc_n;      // [1, B, H]
+  Steps<const S> saved, y;  // [T, B, saved * H], [T, B, P]
+  Steps<const A> c;         // [T, B, H]
+  Steps<const S> h0;        // [1, B, P]
+  Steps<const A> c0;        // [1, B, H]
+  const Weights<A>& weights;
+  Steps<const A> gh_hat, gh_rstd;            // [T, B, gates * H], [T, B, 1]: with ln_hh
   Steps<const S> recurrent, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, H]
   const A *clip_norm, *clip_value;           // null where nothing is clipped
   Steps<S> dgx, dgh;                         // [T, B, gates * H]; dgh only where it differs
@@ -56,14 +54,14 @@ struct BackwardScan : Scan {
           dc(rows, has_c ? scan.H : 0),
           fresh_h(rows, scan.zone_h ? scan.P : 0),
           fresh_c(rows, scan.zone_c ? scan.H : 0),
-          cell_h(rows, scan.w_hr ? scan.H : 0),
+          cell_h(rows, scan.weights.w_hr ? scan.H : 0),
           total_c(rows, has_c ? scan.H : 0),
-          scratch(rows, scan.ln_c.weight ? scan.H : 0),
+          scratch(rows, !scan.weights.ln_c_weight.empty() ? scan.H : 0),
           h_prev(rows, Cell::split ? scan.H : 0),
           c_prev(rows, has_c ? scan.H : 0),
           dgx(rows, std::is_same_v<S, A> ? 0 : Cell::gates * scan.H),
           dgh(rows, Cell::split ? Cell::gates * scan.H : 0),
-          draw(rows, scan.ln_hh ? Cell::gates * scan.H : 0),
+          draw(rows, !scan.weights.ln_hh.empty() ? Cell::gates * scan.H : 0),
           back_h(rows, Cell::split ? scan.H : 0),
           mask(rows, scan.recurrent ? scan.P : 0),
           share_h(rows, scan.zone_h ? scan.P : 0),
@@ -100,7 +98,7 @@ struct BackwardScan : Scan {
   // The buffers in which these stand: a feature that is off needs none of its own.
   const Buffer<A>& fresh_h(const Work& work) const { return zone_h ? work.fresh_h : work.dh; }
   const Buffer<A>& fresh_c(const Work& work) const { return zone_c ? work.fresh_c : work.dc; }
-  const Buffer<A>& cell_h(const Work& work) const { return w_hr != nullptr ? work.cell_h : fresh_h(work); }
+  const Buffer<A>& cell_h(const Work& work) const { return weights.w_hr ? work.cell_h : fresh_h(work); }
 
   template <class X>
   static void receive(const Steps<const X>& from, int64_t width, int64_t b, const Runs& runs,
@@ -145,16 +143,12 @@ struct BackwardScan : Scan {
   void through_outputs(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (zone_h) elementwise(runs, P, Rest{}, work.fresh_h, work.dh, work.share_h);
-    if (w_hr != nullptr) multiply<A>(runs, *w_hr, fresh_h(work), work.cell_h);
+    if (weights.w_hr) multiply<A>(runs, *weights.w_hr, fresh_h(work), work.cell_h);
     if (zone_c) elementwise(runs, H, Rest{}, work.fresh_c, work.dc, work.share_c);
     if constexpr (has_c) {
-      if (ln_c.weight != nullptr) {
-        walk_runs(runs, TotalRow<Cell, S, A, true>{H, saved.at(t, b), work.c_prev, cell_h(work),
-                                                   fresh_c(work), ln_c, work.scratch, work.total_c});
-      } else {
-        walk_runs(runs, TotalRow<Cell, S, A, false>{H, saved.at(t, b), work.c_prev, cell_h(work),
-                                                    fresh_c(work), ln_c, work.scratch, work.total_c});
-      }
+      Affine<A> ln_c = weights.ln_c();
+      walk_cell<TotalRow, Cell, S>(runs, H, ln_c, saved.at(t, b), work.c_prev, cell_h(work), fresh_c(work),
+                                   ln_c, work.scratch, work.total_c);
     }
   }
 
@@ -195,7 +189,7 @@ struct BackwardScan : Scan {
     Scale<A> scale{factor[0]};
     elementwise(runs, P, scale, work.dh, work.dh);
     if (zone_h) elementwise(runs, P, scale, work.fresh_h, work.fresh_h);
-    if (w_hr != nullptr) elementwise(runs, H, scale, work.cell_h, work.cell_h);
+    if (weights.w_hr) elementwise(runs, H, scale, work.cell_h, work.cell_h);
     if (has_c) elementwise(runs, H, scale, work.total_c, work.total_c);
     if (zone_c) elementwise(runs, H, scale, work.dc, work.dc);
   }
@@ -204,17 +198,10 @@ struct BackwardScan : Scan {
   void through_cell(int64_t t, int64_t b, Work& work) const {
     // Only the GRU's backward reads h_prev.
     const Buffer<A>& h_prev = Cell::split ? work.h_prev : cell_h(work);
-    if constexpr (has_c) {
-      if (ln_c.weight != nullptr) {
-        walk_runs(work.running, BackwardRow<Cell, S, A, true>{
-                                    H, saved.at(t, b), h_prev, work.c_prev, cell_h(work), work.total_c, ln_c,
-                                    gate_gradients(t, b, work), work.dgh, work.back_h, work.carry_c});
-        return;
-      }
-    }
-    walk_runs(work.running, BackwardRow<Cell, S, A, false>{
-                                H, saved.at(t, b), h_prev, work.c_prev, cell_h(work), work.total_c, ln_c,
-                                gate_gradients(t, b, work), work.dgh, work.back_h, work.carry_c});
+    Affine<A> ln_c = weights.ln_c();
+    walk_cell<BackwardRow, Cell, S>(work.running, H, ln_c, saved.at(t, b), h_prev, work.c_prev, cell_h(work),
+                                    work.total_c, ln_c, gate_gradients(t, b, work), work.dgh, work.back_h,
+                                    work.carry_c);
   }
 
   // In float32 and float64 the gradients of the gates are worked out where they shall stand.
@@ -232,12 +219,12 @@ struct BackwardScan : Scan {
     if (dh_new) walk_runs(runs, Write<S, A>{P, fresh_h(work), dh_new.at(t, b)});
     Rows<A> of_gates = Cell::split ? Rows<A>(work.dgh) : gate_gradients(t, b, work);
     Rows<const A> draw{of_gates.data, of_gates.stride};
-    if (ln_hh != nullptr) {
-      walk_runs(runs,
-                NormalizeGatesBackward<A>{width, ln_hh, draw, gh_hat.at(t, b), gh_rstd.at(t, b), work.draw});
+    if (!weights.ln_hh.empty()) {
+      walk_runs(runs, NormalizeGatesBackward<A>{width, weights.ln_hh.data(), draw, gh_hat.at(t, b),
+                                                gh_rstd.at(t, b), work.draw});
       draw = work.draw;
     }
-    multiply<A>(runs, *w_hh, draw, work.carry_h);
+    multiply<A>(runs, *weights.w_hh, draw, work.carry_h);
     if (recurrent) elementwise(runs, P, Product{}, work.carry_h, work.carry_h, work.mask);
     if constexpr (Cell::split) elementwise(runs, P, Sum{}, work.carry_h, work.carry_h, work.back_h);
     if (zone_h) elementwise(runs, P, AddProduct{}, work.carry_h, work.carry_h, work.dh, work.share_h);

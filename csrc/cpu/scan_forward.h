@@ -13,14 +13,11 @@ struct ForwardScan : Scan {
   Steps<const S> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, H]
   Steps<const S> h0, recurrent;       // [1, B, P]
   Steps<const A> c0;                  // [1, B, H]
-  const Packed<A>*w_hh,
-      *w_hr;              // [P, gates * H] with b_hh, unless that is behind a layer norm; [H, P] or null
-  const A *ln_hh, *b_hh;  // [gates * H] or null
-  Affine<A> ln_c;
-  Steps<S> y, saved;  // [T, B, P]; [T, B, saved * H], may not exist
-  Steps<A> c;         // [T, B, H], may not exist
-  Steps<S> h_n;       // [1, B, P]
-  Steps<A> c_n;       // [1, B, H]
+  const Weights<A>& weights;          // b_hh is the start of w_hh, unless it stands behind a layer norm
+  Steps<S> y, saved;                  // [T, B, P]; [T, B, saved * H], may not exist
+  Steps<A> c;                         // [T, B, H], may not exist
+  Steps<S> h_n;                       // [1, B, P]
+  Steps<A> c_n;                       // [1, B, H]
 
   void operator()(int64_t begin, int64_t end) const {
     Work work(*this, std::min(block, end - begin));
@@ -39,7 +36,7 @@ struct ForwardScan : Scan {
           operand(rows, scan.recurrent ? scan.P : 0),
           gates(rows, Cell::gates * scan.H),
           fresh(rows, scan.H),
-          out(rows, scan.w_hr ? scan.P : 0),
+          out(rows, scan.weights.w_hr ? scan.P : 0),
           c(rows, has_c ? scan.H : 0),
           c_before(rows, scan.zone_c ? scan.H : 0),
           mask(rows, scan.recurrent ? scan.P : 0),
@@ -69,12 +66,15 @@ struct ForwardScan : Scan {
       if (has_c) std::fill_n(work.c[r], H, A(0));
     });
     if (recurrent) elementwise(runs, P, Product{}, work.operand, work.h, work.mask);
-    multiply<A>(runs, *w_hh, recurrent ? work.operand : work.h, work.gates);
-    if (ln_hh != nullptr) walk_runs(runs, NormalizeGates<A>{Cell::gates * H, ln_hh, b_hh, work.gates});
+    multiply<A>(runs, *weights.w_hh, recurrent ? work.operand : work.h, work.gates);
+    if (!weights.ln_hh.empty()) {
+      const A* bias = weights.b_hh.empty() ? nullptr : weights.b_hh.data();
+      walk_runs(runs, NormalizeGates<A>{Cell::gates * H, weights.ln_hh.data(), bias, work.gates});
+    }
     if (zone_c) elementwise(runs, H, Copy{}, work.c_before, work.c);
     cell(t, b, work);
-    const Buffer<A>& out = w_hr != nullptr ? work.out : work.fresh;
-    if (w_hr != nullptr) multiply<A>(runs, *w_hr, work.fresh, out);
+    const Buffer<A>& out = weights.w_hr ? work.out : work.fresh;
+    if (weights.w_hr) multiply<A>(runs, *weights.w_hr, work.fresh, out);
     if (zone_h) {
       read(runs, P, zone_h, t, b, work.share_h);
       elementwise(runs, P, Lerp{}, out, out, work.h, work.share_h);
@@ -92,15 +92,9 @@ struct ForwardScan : Scan {
     Rows<S> keep = saved ? saved.at(t, b) : Rows<S>(work.unsaved);
     // The cells with a c read no h, which a projection makes narrower than H; c is updated where it stands.
     const Buffer<A>& h_prev = has_c ? work.c : work.h;
-    if constexpr (has_c) {
-      if (ln_c.weight != nullptr) {
-        walk_runs(work.running, ForwardRow<Cell, S, A, true>{H, gx.at(t, b), work.gates, h_prev, work.c, ln_c,
-                                                             work.fresh, work.c, keep});
-        return;
-      }
-    }
-    walk_runs(work.running, ForwardRow<Cell, S, A, false>{H, gx.at(t, b), work.gates, h_prev, work.c, ln_c,
-                                                          work.fresh, work.c, keep});
+    Affine<A> ln_c = weights.ln_c();
+    walk_cell<ForwardRow, Cell, S>(work.running, H, ln_c, gx.at(t, b), work.gates, h_prev, work.c, ln_c,
+                                   work.fresh, work.c, keep);
   }
 
   // Where a sequence has ended, its state stays and its outputs are zero.

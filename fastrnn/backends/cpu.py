@@ -6,7 +6,7 @@ from ..reference import accumulate_dtype
 from . import extension
 
 MISSING = extension.load("cpu")
-# With these vectors torch's products are MKL's, which keeps its best ones for its own maker's processors. Elsewhere, and
+# With these vectors torch's products are MKL's, whose best ones are for its own maker's processors. Elsewhere, and
 # in the half types, torch's are better.
 WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 PRODUCTS = (torch.float32, torch.float64) if WIDE else ()
