@@ -7,6 +7,8 @@ from torch.autograd import Function
 
 from . import dispatch
 
+LEAST_ROWS = 64  # with fewer, arranging the weight for a backend's own product takes longer than the product saves
+
 
 def tracing() -> bool:
     """Under torch.compile, torch.export or a torch.func transform, where values cannot be looked at."""
@@ -15,9 +17,10 @@ def tracing() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
-    if x.dtype not in dispatch.BACKENDS[backend].products or tracing():
+    *steps, size = x.shape
+    if x.dtype not in dispatch.BACKENDS[backend].products or x.numel() < LEAST_ROWS * size or tracing():
         return F.linear(x, weight, bias)
-    return Linear.apply(x.flatten(0, -2), weight, bias, backend).unflatten(0, x.shape[:-1])
+    return Linear.apply(x.flatten(0, -2), weight, bias, backend).unflatten(0, steps)
 
 
 class Linear(Function):
@@ -34,9 +37,9 @@ class Linear(Function):
         x, weight = ctx.saved_tensors
         needed, dx, dweight, dbias = ctx.needs_input_grad, None, None, None
         if needed[0]:
-            dx = Linear.apply(dy, weight.t(), None, ctx.backend)
+            dx = linear(dy, weight.t(), None, ctx.backend)
         if needed[1]:
-            dweight = Linear.apply(dy.t(), x.t(), None, ctx.backend)
+            dweight = linear(dy.t(), x.t(), None, ctx.backend)
         if needed[2]:
             dbias = dy.sum(0)
         return dx, dweight, dbias, None

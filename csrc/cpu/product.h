@@ -47,40 +47,47 @@ class Aligned {
 template <class A>
 struct Packed {
   int64_t K, N;
-  Aligned<A> panels,
-      start;  // [padded(N) / panel_width, K, panel_width]; [padded(N)], what is added to each row
+  Aligned<A> panels;  // [padded(N) / panel_width, K, panel_width]
+  Aligned<A> start;   // [padded(N)], what is added to each row of the product
 
   // The element in row k and column n stands at matrix[k * k_stride + n * n_stride]. `bias` [N] or null.
   // Panels are packed by PyTorch's threads.
   template <class S>
   Packed(const S* matrix, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, const A* bias)
       : K(K), N(N), panels(padded<A>(N) * K), start(padded<A>(N)) {
-    constexpr int64_t width = panel_width<A>, grain = 1 << 15;  // elements that are worth waking a thread
-    torch::stable::parallel_for(0, padded<A>(N) / width, grain / (width * std::max<int64_t>(K, 1)) + 1,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t p = begin; p < end; ++p)
-                                    pack(matrix, p * width, k_stride, n_stride);
-                                });
+    constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
+    torch::stable::parallel_for(
+        0, padded<A>(N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(K, 1)) + 1,
+        [&](int64_t begin, int64_t end) { pack(matrix, begin, end, k_stride, n_stride); });
     for (int64_t n = 0; n < padded<A>(N); ++n) start.data()[n] = n < N && bias != nullptr ? bias[n] : A(0);
   }
 
  private:
-  // The panel whose first column is `first`; the inner loop runs along the source's rows or columns as they
-  // lie.
+  // The panels from begin to end, in the order in which the source lies in memory: row by row, or column by
+  // column in pieces that stay in the nearest cache.
   template <class S>
-  void pack(const S* matrix, int64_t first, int64_t k_stride, int64_t n_stride) const {
-    constexpr int64_t width = panel_width<A>;
-    A* panel = panels.data() + first * K;
-    const S* source = matrix + first * n_stride;
-    int64_t columns = std::min(width, N - first);
-    if (columns < width) std::fill_n(panel, width * K, A(0));
+  void pack(const S* matrix, int64_t begin, int64_t end, int64_t k_stride, int64_t n_stride) const {
+    constexpr int64_t piece = 64;
     if (n_stride == 1) {
       for (int64_t k = 0; k < K; ++k)
-        for (int64_t n = 0; n < columns; ++n) panel[k * width + n] = widen(source[k * k_stride + n]);
+        for (int64_t p = begin; p < end; ++p) pack(matrix, p, k, k + 1, k_stride, n_stride);
     } else {
-      for (int64_t n = 0; n < columns; ++n)
-        for (int64_t k = 0; k < K; ++k) panel[k * width + n] = widen(source[k * k_stride + n * n_stride]);
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t k = 0; k < K; k += piece) pack(matrix, p, k, std::min(k + piece, K), k_stride, n_stride);
     }
+  }
+
+  // Rows of panel p, from k to k_end.
+  template <class S>
+  void pack(const S* matrix, int64_t p, int64_t k, int64_t k_end, int64_t k_stride, int64_t n_stride) const {
+    constexpr int64_t width = panel_width<A>;
+    int64_t first = p * width, columns = std::min(width, N - first);
+    A* panel = panels.data() + first * K;
+    const S* source = matrix + first * n_stride;
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t j = k; j < k_end; ++j) panel[j * width + n] = widen(source[j * k_stride + n * n_stride]);
+    for (int64_t j = k; columns < width && j < k_end; ++j)
+      std::fill_n(panel + j * width + columns, width - columns, A(0));
   }
 };
 
