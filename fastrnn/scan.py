@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import ops, reference
 from .cells import CELLS
-from .linear import linear
+from .linear import linear, tracing
 from .reference import LayerNorm, Masks, accumulate_dtype, normalize, normalize_backward, previous_state
 
 
@@ -138,8 +138,9 @@ class Scan(Function):
         gh_hat = gh_rstd = None
         if ln_hh is not None:
             gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc), None, ctx.backend))
-        # Without second derivatives, which a compiled graph never has, the raw op is enough.
-        run = ScanBackward.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ops.scan_backward
+        # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
+        again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
+        run = ScanBackward.apply if again else ops.scan_backward
         dgx, dgh, dh0, dc0, dh_new, norms = run(
             dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
             ln_c_weight, ln_c_bias, *masks, clip_norm, clip_value, cell, reverse, ctx.tapped,

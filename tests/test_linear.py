@@ -75,14 +75,14 @@ def test_same_bits_from_any_layout_and_any_number_of_threads(dtype):
 @needs_csrc
 def test_first_and_second_derivatives(monkeypatch):
     monkeypatch.setattr("fastrnn.linear.LEAST_ROWS", 1)
-    operands_ = tuple(t.requires_grad_() for t in operands(3, 4, 5, torch.float64))
+    leaves = tuple(t.requires_grad_() for t in operands(3, 4, 5, torch.float64))
 
     def run(x, weight, bias):
         return linear(x.unsqueeze(0), weight, bias, "cpu")
 
-    assert "Linear" in run(*operands_).grad_fn.next_functions[0][0].name() or not cpu.PRODUCTS
-    assert torch.autograd.gradcheck(run, operands_)
-    assert torch.autograd.gradgradcheck(run, operands_)
+    assert "Linear" in run(*leaves).grad_fn.next_functions[0][0].name() or not cpu.PRODUCTS
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
 
 
 @needs_csrc
