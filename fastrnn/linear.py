@@ -18,7 +18,8 @@ def tracing() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
     *steps, size = x.shape
-    if x.dtype not in dispatch.BACKENDS[backend].products or x.numel() < LEAST_ROWS * size or tracing():
+    # Tracing first: to compare a size would tie a compiled graph to it.
+    if tracing() or x.dtype not in dispatch.BACKENDS[backend].products or x.numel() < LEAST_ROWS * size:
         return F.linear(x, weight, bias)
     return Linear.apply(x.flatten(0, -2), weight, bias, backend).unflatten(0, steps)
 
