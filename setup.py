@@ -24,7 +24,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 ROOT = Path(__file__).parent
 CPU, CUDA = "fastrnn._C", "fastrnn._C_cuda"
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-# No -ffast-math: NaN and inf must come through. No -march: csrc/cpu/step.cpp chooses its vectors at run time.
+# No -ffast-math: NaN and inf must come through. No -march: csrc/cpu/vectors.h chooses at run time.
 CXX_FLAGS = (
     "-std=c++17 -O3 -shared -fPIC -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd"

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import dispatch, stack
 from .cells import CELLS, NONLINEARITIES
 from .dispatch import Request
+from .linear import tracing
 from .reference import accumulate_dtype
 from .scan import without_autocast
 from .stack import Options
@@ -237,15 +238,10 @@ def check(
         features.append("projection")
     if x.is_cuda and not training and torch.is_grad_enabled() and x.requires_grad:
         features.append("eval_gradient")
-    if _tracing():
+    if tracing():
         features.append("tracing")
     request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features))
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
-
-
-def _tracing() -> bool:
-    """Under torch.compile, torch.export or a torch.func transform, where values cannot be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check_options(
@@ -357,7 +353,7 @@ def _check_lengths(lengths, T: int, batch: int, x: Tensor, packed) -> Tensor:
         raise ValueError(f"lengths should be of an integer dtype, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths should have shape ({batch},), one per sequence, got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and not _tracing() and bool(((lengths < 0) | (lengths > T)).any()):
+    if lengths.device.type == "cpu" and not tracing() and bool(((lengths < 0) | (lengths > T)).any()):
         raise ValueError(f"lengths should lie within [0, {T}], the number of steps, got {lengths.tolist()}")
     return lengths.to(x.device, non_blocking=True).clamp(0, T)
 

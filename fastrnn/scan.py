@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from . import ops, reference
 from .cells import CELLS
+from .linear import linear, tracing
 from .reference import LayerNorm, Masks, accumulate_dtype, normalize, normalize_backward, previous_state
 
 
@@ -136,9 +137,10 @@ class Scan(Function):
             h_prev = h_prev * masks.recurrent
         gh_hat = gh_rstd = None
         if ln_hh is not None:
-            gh_hat, gh_rstd = normalize(h_prev.to(acc) @ w_hh.to(acc).t())
-        # A compiled graph has no second derivatives: the raw op is enough there.
-        run = ops.scan_backward if torch.compiler.is_compiling() else ScanBackward.apply
+            gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc), None, ctx.backend))
+        # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
+        again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
+        run = ScanBackward.apply if again else ops.scan_backward
         dgx, dgh, dh0, dc0, dh_new, norms = run(
             dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
             ln_c_weight, ln_c_bias, *masks, clip_norm, clip_value, cell, reverse, ctx.tapped,
@@ -151,12 +153,14 @@ class Scan(Function):
         if ln_hh is not None:
             dln_hh = (dgh * gh_hat).sum((0, 1)).to(ln_hh.dtype)
             draw = normalize_backward(dgh * ln_hh, gh_hat, gh_rstd).to(dgh.dtype)
-        dw_hh = draw.flatten(0, 1).t() @ h_prev.flatten(0, 1).to(draw.dtype)
+        dw_hh = _over_steps(draw, h_prev.to(draw.dtype), ctx.backend)
         db_hh = None if b_hh is None else dgh.sum((0, 1))
         dw_hr = dln_c_weight = dln_c_bias = None
         if w_hr is not None or ln_c_weight is not None:
             c_prev = previous_state(c, c0, masks.flags, reverse)
-            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias)
+            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(
+                dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias, ctx.backend
+            )
         return (
             dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, dln_hh, dln_c_weight, dln_c_bias,
             None, None, None, None, norms if ctx.tapped else None, None, None, None, None, None,
@@ -168,7 +172,12 @@ class Scan(Function):
         return _vmap(Scan, batch_dims, (1, 1, 0, 0, 1), info, in_dims, args)
 
 
-def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
+def _over_steps(dy: Tensor, x: Tensor, backend: str) -> Tensor:
+    """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`."""
+    return linear(dy.flatten(0, 1).t(), x.flatten(0, 1).t(), None, backend)
+
+
+def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias, backend):
     """Gradients of the LSTM's projection and of the layer norm on c, from dL/dh: GEMM and sums over all T*B."""
     acc = c_prev.dtype
     i, f, g, o = saved.to(acc).chunk(4, -1)
@@ -180,8 +189,8 @@ def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
     u = torch.tanh(u)
     dh, dw_hr = dh_new, None
     if w_hr is not None:
-        dw_hr = dh_new.flatten(0, 1).t() @ (o * u).flatten(0, 1).to(dh_new.dtype)
-        dh = dh_new @ w_hr
+        dw_hr = _over_steps(dh_new, (o * u).to(dh_new.dtype), backend)
+        dh = linear(dh_new, w_hr.t(), None, backend)
     if ln_c_weight is None:
         return dw_hr, None, None
     du = dh * o * (1 - u * u)

@@ -284,7 +284,7 @@ def test_bad_arguments_are_named():
     bad("contiguous in its last dimension", ops.cell_forward, "lstm", gx, gh, h.t().contiguous().t(), c, *none)
     bad("h_prev must have shape", ops.cell_forward, "lstm", gx, gh, h[0], c, *none)
     bad("must be given together", ops.cell_forward, "lstm", gx, gh, h, c, weight, None)
-    bad("ln_c_bias must be contiguous of shape", ops.cell_forward, "lstm", gx, gh, h, c, weight, bias[1:])
+    bad(r"ln_c_bias must have shape \[8\], got \[7\]", ops.cell_forward, "lstm", gx, gh, h, c, weight, bias[1:])
     bad("for the lstm only", ops.cell_forward, "rnn_tanh", h, h, h, None, weight, bias)
     bad("cell_total is for the lstm only", ops.cell_total, "gru", gx, c, dh, dc, *none)
     bad("dc must have shape", ops.cell_total, "lstm", gx, c, dh, dc[:, 1:], *none)

@@ -305,6 +305,20 @@ def test_per_sample_gradients(kind, settings, backend):
 
 
 @every_kind
+@every_backend
+def test_gradients_of_many_losses_at_once(kind, backend):
+    """vmap over the backward of a forward that ran outside of any transform."""
+    ours = make(kind, backend=backend)
+    x = random(9, 8, I).requires_grad_()
+    y = ours(x)[0]
+    losses = random(3, *y.shape)
+    leaves = (x, *ours.parameters())
+    got = vmap(lambda loss: torch.autograd.grad(y, leaves, loss, retain_graph=True))(losses)
+    for k, loss in enumerate(losses):
+        agree([g[k] for g in got], torch.autograd.grad(y, leaves, loss, retain_graph=True))
+
+
+@every_kind
 def test_vmap_over_weights_and_lengths(kind):
     """An ensemble: every member its own weights; and per-sample reset masks."""
     members = [make(kind) for _ in range(3)]

@@ -57,7 +57,7 @@ FASTRNN_HD RowStats<A> row_stats(const A* x, int64_t H, const Team& team) {
   return {mean, RowStats<A>::rstd_of(team.sum(squares) / A(H))};
 }
 
-// gx, gh, state_prev -> state, saved
+// gx, gh, state_prev -> state, saved. c may stand where c_prev does.
 template <class Cell, class S, class A, bool layer_norm>
 struct ForwardRow {
   static constexpr int work = Cell::gates;  // per element, in nonlinearities

@@ -6,14 +6,17 @@
 
 #include "../cells/macros.cuh"
 
-// In front of a loop over a row whose iterations do not depend on each other.
+// In front of a loop over a row whose iterations do not depend on each other; and of a short one whose values
+// shall stay in registers.
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define FASTRNN_PRAGMA(text) _Pragma(#text)
 #define FASTRNN_SIMD FASTRNN_PRAGMA(omp simd)
 #define FASTRNN_SIMD_REDUCE(...) FASTRNN_PRAGMA(omp simd reduction(__VA_ARGS__))
+#define FASTRNN_UNROLL FASTRNN_PRAGMA(GCC unroll 8)
 #else
 #define FASTRNN_SIMD
 #define FASTRNN_SIMD_REDUCE(...)
+#define FASTRNN_UNROLL
 #endif
 
 namespace fastrnn {

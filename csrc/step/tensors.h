@@ -27,13 +27,15 @@ void check(bool good, const Parts&... parts) {
 
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string text_of(const int64_t* sizes, int64_t dim) {
   std::ostringstream text;
   text << '[';
-  for (int64_t k = 0; k < t.dim(); ++k) text << (k ? ", " : "") << t.size(k);
+  for (int64_t k = 0; k < dim; ++k) text << (k ? ", " : "") << sizes[k];
   text << ']';
   return text.str();
 }
+
+inline std::string shape_of(const Tensor& t) { return text_of(t.sizes().data(), t.dim()); }
 
 template <class T>
 constexpr ScalarType dtype_of();
@@ -53,6 +55,10 @@ template <>
 constexpr ScalarType dtype_of<Float16>() {
   return ScalarType::Half;
 }
+template <>
+constexpr ScalarType dtype_of<uint8_t>() {
+  return ScalarType::Byte;
+}
 
 // What every tensor of one call shares.
 struct Frame {
@@ -63,16 +69,23 @@ struct Frame {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   }
 
+  // dtype, shape and device of an argument, checked
+  template <class T>
+  void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    check(t.scalar_type() == dtype_of<T>(), name, " must be ", dtype_name(dtype_of<T>()), ", got ",
+          dtype_name(t.scalar_type()));
+    bool same = t.dim() == static_cast<int64_t>(shape.size());
+    for (int64_t k = 0; same && k < t.dim(); ++k) same = t.size(k) == shape.begin()[k];
+    check(same, name, " must have shape ", text_of(shape.begin(), shape.size()), ", got ", shape_of(t));
+    check_device(name, t);
+  }
+
   // [B, columns] of T, checked
   template <class T>
   Rows<const T> input(const char* name, const Tensor& t, int64_t columns) const {
-    check(t.scalar_type() == dtype_of<T>(), name, " must be ", dtype_name(dtype_of<T>()), ", got ",
-          dtype_name(t.scalar_type()));
-    check(t.dim() == 2 && t.size(0) == B && t.size(1) == columns, name, " must have shape [", B, ", ",
-          columns, "], got ", shape_of(t));
+    expect<T>(name, t, {B, columns});
     check(columns <= 1 || t.stride(1) == 1, name, " must be contiguous in its last dimension, got stride ",
           t.stride(1));
-    check_device(name, t);
     return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
   }
 
@@ -85,29 +98,31 @@ struct Frame {
   // [H] of A, checked
   template <class A>
   const A* vector(const char* name, const Tensor& t) const {
-    check(t.scalar_type() == dtype_of<A>(), name, " must be ", dtype_name(dtype_of<A>()), ", got ",
-          dtype_name(t.scalar_type()));
-    check(t.dim() == 1 && t.size(0) == H && (H <= 1 || t.stride(0) == 1), name,
-          " must be contiguous of shape [", H, "], got ", shape_of(t));
-    check_device(name, t);
+    expect<A>(name, t, {H});
+    check(H <= 1 || t.stride(0) == 1, name, " must be contiguous, got stride ", t.stride(0));
     return static_cast<const A*>(t.const_data_ptr());
   }
 
-  // a new contiguous tensor; [0] where sizes says so
+  // a new contiguous tensor
   template <class T>
   Tensor empty(std::initializer_list<int64_t> sizes) const {
-    int64_t strides[2] = {1, 1};
-    if (sizes.size() == 2) strides[0] = sizes.begin()[1];
+    int64_t dim = static_cast<int64_t>(sizes.size()), strides[max_dim];
+    check(dim <= max_dim, "at most ", max_dim, " dimensions, got ", dim);
+    for (int64_t k = dim - 1, next = 1; k >= 0; --k) {
+      strides[k] = next;
+      next *= sizes.begin()[k] > 0 ? sizes.begin()[k] : 1;
+    }
     static const int32_t dtype =
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype_of<T>()));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                           strides, dtype, device_type, device_index,
-                                                           &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.begin(), strides, dtype, device_type, device_index, &handle));
     return Tensor(handle);
   }
 
  private:
+  static constexpr int64_t max_dim = 4;
+
   void check_device(const char* name, const Tensor& t) const {
     int32_t type;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));

@@ -1,1 +1,1 @@
-"""One thin launcher per backend. Each module has `why_not(request)`, `scan_forward` and `scan_backward`."""
+"""One thin launcher per backend: `why_not(request)`, `scan_forward` and `scan_backward`; the cpu also has `linear`."""

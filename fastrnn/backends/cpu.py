@@ -1,16 +1,53 @@
-"""The reference scan over csrc's fused C++ step: CPU, every feature, when the library is built."""
+"""csrc's C++ scan: CPU, every feature, when the library is built."""
 
-from functools import partial
+import torch
 
+from ..reference import accumulate_dtype
 from . import extension
-from . import reference as launcher
 
 MISSING = extension.load("cpu")
+# With these vectors torch's products are MKL's, whose best ones are for its own maker's processors. Elsewhere, and
+# in the half types, torch's are better.
+WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+PRODUCTS = (torch.float32, torch.float64) if WIDE else ()
+
+if MISSING is None:
+    # What stands for it where tensors have shapes only. The scan's ops need none: they are called inside `ops.py`'s.
+    torch.library.register_fake("fastrnn_c::linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 
 
 def why_not(request) -> str | None:
     return extension.why_not(request, "cpu", MISSING)
 
 
-scan_forward = partial(launcher.scan_forward, step=extension.Step)
-scan_backward = partial(launcher.scan_backward, step=extension.Step)
+def scan_forward(
+    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
+):  # fmt: skip
+    """See `ops.scan_forward`."""
+    return torch.ops.fastrnn_c.scan_forward(
+        cell, extension.rows(gx), w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c, reverse, save,
+    )  # fmt: skip
+
+
+def scan_backward(
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
+):  # fmt: skip
+    """See `ops.scan_backward`. `dsaved`, which only double backward brings, is for the reference."""
+    if dsaved is not None:
+        raise NotImplementedError("the cpu backend does not take dsaved; the reference does")
+    if clip_norm is not None:
+        clip_norm = clip_norm.to(accumulate_dtype(saved.dtype))
+    if gh_hat is not None:
+        gh_hat = extension.rows(gh_hat)
+    return torch.ops.fastrnn_c.scan_backward(
+        cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
+        ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
+    )  # fmt: skip
+
+
+def linear(x, weight, bias):
+    """x Wᵀ + b: `x [M, K]`, `weight [N, K]`, `bias [N]` or None -> `[M, N]`, of `PRODUCTS` and any strides."""
+    return torch.ops.fastrnn_c.linear(x, weight, None if bias is None else bias.contiguous())

@@ -31,14 +31,14 @@ def why_not(request, device: str, missing: str | None) -> str | None:
     return missing
 
 
-def _rows(tensor):
+def rows(tensor):
     """Rows in one piece, which those of an expanded gradient or a transposed state are not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _pair(states):
     """(h, c), with None for the c that a cell does not have."""
-    return _rows(states[0]), _rows(states[1]) if len(states) == 2 else None
+    return rows(states[0]), rows(states[1]) if len(states) == 2 else None
 
 
 def _previous(state_prev):
@@ -62,7 +62,7 @@ class Step:
         if len(dstate) == 1:
             return dstate
         dh, dc = _pair(dstate)
-        total = torch.ops.fastrnn_c.cell_total(self.cell, saved, _rows(state_prev[1]), dh, dc, *(ln_c or (None, None)))
+        total = torch.ops.fastrnn_c.cell_total(self.cell, saved, rows(state_prev[1]), dh, dc, *(ln_c or (None, None)))
         return dh, total
 
     def backward(self, saved, state_prev, dstate, ln_c=None):
@@ -74,4 +74,4 @@ class Step:
 
     @staticmethod
     def row_norm(x):
-        return torch.ops.fastrnn_c.row_norm(_rows(x))
+        return torch.ops.fastrnn_c.row_norm(rows(x))
