@@ -64,7 +64,6 @@ class Backend:
     measured: str
     why_not: Callable[[Request], str | None]
     launcher: ModuleType | None = None  # has scan_forward and scan_backward; aten takes whole calls instead
-    products: tuple[torch.dtype, ...] = ()  # in these the launcher's `linear` is faster than torch's
 
     def takes(self, device: str) -> bool:
         return self.auto is None or device in self.auto
@@ -80,7 +79,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("aten", None, "torch's own kernels, the yardstick", _aten_why_not),
         Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton),
         Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda),
-        Backend("cpu", ("cpu",), "bench/results: faster than reference on a CPU", cpu.why_not, cpu, cpu.PRODUCTS),
+        Backend("cpu", ("cpu",), "bench/results: faster than reference on a CPU", cpu.why_not, cpu),
         Backend("reference", None, "runs everything", reference.why_not, reference),
     )
 }

@@ -1,13 +1,13 @@
-"""The products over all T*B steps at once, around the scan: torch's, or a backend's own where that is faster."""
+"""The products over all T*B steps at once, around the scan: PyTorch's own, on a CPU through oneDNN."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import dispatch
-
-LEAST_ROWS = 64  # with fewer, arranging the weight for a backend's own product takes longer than the product saves
+LEAST_ROWS = 64  # with fewer, what goes around oneDNN's product takes longer than the product saves
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""F.linear takes MKL's float32 products there, whose best are for their maker's own processors; oneDNN's serve all."""
 
 
 def tracing() -> bool:
@@ -15,32 +15,34 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
     *steps, size = x.shape
     # Tracing first: to compare a size would tie a compiled graph to it.
-    if tracing() or x.dtype not in dispatch.BACKENDS[backend].products or x.numel() < LEAST_ROWS * size:
+    if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
-    return Linear.apply(x.flatten(0, -2), weight, bias, backend).unflatten(0, steps)
+    if x.numel() < LEAST_ROWS * size or size == 0:
+        return F.linear(x, weight, bias)
+    return Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, steps)
 
 
 class Linear(Function):
-    """`linear` of a matrix on the backend's own product; its gradients are such products themselves."""
+    """`linear` of a float32 matrix by oneDNN; its gradients are such products themselves."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, backend):
+    def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.backend = backend
-        return dispatch.kernels(backend).linear(x, weight, bias)
+        # The op behind torch.compile's linear layers on a CPU; "none": nothing is applied to the result.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needed, dx, dweight, dbias = ctx.needs_input_grad, None, None, None
         if needed[0]:
-            dx = linear(dy, weight.t(), None, ctx.backend)
+            dx = linear(dy, weight.t())
         if needed[1]:
-            dweight = linear(dy.t(), x.t(), None, ctx.backend)
+            dweight = linear(dy.t(), x.t())
         if needed[2]:
             dbias = dy.sum(0)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias

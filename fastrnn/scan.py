@@ -137,7 +137,7 @@ class Scan(Function):
             h_prev = h_prev * masks.recurrent
         gh_hat = gh_rstd = None
         if ln_hh is not None:
-            gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc), None, ctx.backend))
+            gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc)))
         # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
         again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
         run = ScanBackward.apply if again else ops.scan_backward
@@ -153,14 +153,12 @@ class Scan(Function):
         if ln_hh is not None:
             dln_hh = (dgh * gh_hat).sum((0, 1)).to(ln_hh.dtype)
             draw = normalize_backward(dgh * ln_hh, gh_hat, gh_rstd).to(dgh.dtype)
-        dw_hh = _over_steps(draw, h_prev.to(draw.dtype), ctx.backend)
+        dw_hh = _over_steps(draw, h_prev.to(draw.dtype))
         db_hh = None if b_hh is None else dgh.sum((0, 1))
         dw_hr = dln_c_weight = dln_c_bias = None
         if w_hr is not None or ln_c_weight is not None:
             c_prev = previous_state(c, c0, masks.flags, reverse)
-            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(
-                dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias, ctx.backend
-            )
+            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias)
         return (
             dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, dln_hh, dln_c_weight, dln_c_bias,
             None, None, None, None, norms if ctx.tapped else None, None, None, None, None, None,
@@ -172,12 +170,12 @@ class Scan(Function):
         return _vmap(Scan, batch_dims, (1, 1, 0, 0, 1), info, in_dims, args)
 
 
-def _over_steps(dy: Tensor, x: Tensor, backend: str) -> Tensor:
+def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`."""
-    return linear(dy.flatten(0, 1).t(), x.flatten(0, 1).t(), None, backend)
+    return linear(dy.flatten(0, 1).t(), x.flatten(0, 1).t())
 
 
-def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias, backend):
+def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
     """Gradients of the LSTM's projection and of the layer norm on c, from dL/dh: GEMM and sums over all T*B."""
     acc = c_prev.dtype
     i, f, g, o = saved.to(acc).chunk(4, -1)
@@ -189,8 +187,8 @@ def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias, backe
     u = torch.tanh(u)
     dh, dw_hr = dh_new, None
     if w_hr is not None:
-        dw_hr = _over_steps(dh_new, (o * u).to(dh_new.dtype), backend)
-        dh = linear(dh_new, w_hr.t(), None, backend)
+        dw_hr = _over_steps(dh_new, (o * u).to(dh_new.dtype))
+        dh = linear(dh_new, w_hr.t())
     if ln_c_weight is None:
         return dw_hr, None, None
     du = dh * o * (1 - u * u)

@@ -82,16 +82,14 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
     return torch.bernoulli(like.new_full((), probability).expand(shape))
 
 
-def _layer(
-    x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap, clip_norm, backend, **scan_options
-):
+def _layer(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap, clip_norm, **scan_options):
     """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
     w_hh, w_hr = params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     ln_ih, spec = params.get(f"ln_ih_{name}"), CELLS[options.cell]
     if b_hh is not None and not spec.split:
         b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
-    gx = linear(x, params[f"weight_ih_{name}"], b_ih if ln_ih is None else None, backend)
+    gx = linear(x, params[f"weight_ih_{name}"], b_ih if ln_ih is None else None)
     if ln_ih is not None:
         gx = F.layer_norm(gx, ln_ih.shape, ln_ih, b_ih, LN_EPS)
     T, B, _ = x.shape
@@ -107,7 +105,7 @@ def _layer(
     )  # fmt: skip
     return scan(
         options.cell, gx, weights, h0, c0, Masks(flags, recurrent, zone_h, zone_c),
-        tap=tap, clip_norm=clip_norm, clip_value=options.clip_value, backend=backend, **scan_options,
+        tap=tap, clip_norm=clip_norm, clip_value=options.clip_value, **scan_options,
     )  # fmt: skip
 
 
@@ -153,8 +151,8 @@ def run(
             c0 = states[1][k].to(acc) if len(states) > 1 else None
             tap_k = None if tap is None else tap[k]
             output = _layer(
-                x, params, name, options, states[0][k], c0, flags[d], tap_k, clip_norm, backend,
-                reverse=bool(d), keep_c=keep_c,
+                x, params, name, options, states[0][k], c0, flags[d], tap_k, clip_norm,
+                reverse=bool(d), keep_c=keep_c, backend=backend,
             )  # fmt: skip
             outputs.append(output)
         final += outputs

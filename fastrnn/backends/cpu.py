@@ -6,14 +6,6 @@ from ..reference import accumulate_dtype
 from . import extension
 
 MISSING = extension.load("cpu")
-# With these vectors torch's products are MKL's, whose best ones are for its own maker's processors. Elsewhere, and
-# in the half types, torch's are better.
-WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-PRODUCTS = (torch.float32, torch.float64) if WIDE else ()
-
-if MISSING is None:
-    # What stands for it where tensors have shapes only. The scan's ops need none: they are called inside `ops.py`'s.
-    torch.library.register_fake("fastrnn_c::linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 
 
 def why_not(request) -> str | None:
@@ -46,8 +38,3 @@ def scan_backward(
         cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
         ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
     )  # fmt: skip
-
-
-def linear(x, weight, bias):
-    """x Wᵀ + b: `x [M, K]`, `weight [N, K]`, `bias [N]` or None -> `[M, N]`, of `PRODUCTS` and any strides."""
-    return torch.ops.fastrnn_c.linear(x, weight, None if bias is None else bias.contiguous())
