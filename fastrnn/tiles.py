@@ -18,13 +18,14 @@ WORKSPACE = 6 * 1024  # what a local program needs in shared memory besides W_hh
 class Tile(NamedTuple):
     """What one program of the scan takes, and how it runs.
 
-    local: one program holds all of W_hh and walks all steps; otherwise a launch takes one step.
+    mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch share
+        W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
     block_b, block_h: rows of the batch and hidden units of a tile.
-    block_k: units that a product takes at a time; with `local`, block_h.
+    block_k: units that a product takes at a time; in mode "local", block_h.
     warps, stages: of the compiled program; time loops always have one stage.
     """
 
-    local: bool
+    mode: str
     block_b: int
     block_h: int
     block_k: int
@@ -47,14 +48,14 @@ LOCAL = {
 # Bytes per element: rows of (largest B of the bucket, tile).
 STEPWISE = {
     2: (
-        (16, Tile(False, 16, 32, 64, 4, 3)),
-        (64, Tile(False, 32, 32, 64, 8, 3)),
-        (None, Tile(False, 64, 32, 64, 8, 3)),
+        (16, Tile("stepwise", 16, 32, 64, 4, 3)),
+        (64, Tile("stepwise", 32, 32, 64, 8, 3)),
+        (None, Tile("stepwise", 64, 32, 64, 8, 3)),
     ),
     4: (
-        (16, Tile(False, 16, 32, 64, 4, 3)),
-        (64, Tile(False, 32, 32, 32, 8, 3)),
-        (None, Tile(False, 64, 32, 32, 8, 3)),
+        (16, Tile("stepwise", 16, 32, 64, 4, 3)),
+        (64, Tile("stepwise", 32, 32, 32, 8, 3)),
+        (None, Tile("stepwise", 64, 32, 32, 8, 3)),
     ),
 }
 
@@ -74,5 +75,5 @@ def choose(
         fits = hidden_size <= largest and gates * padded * padded * size + WORKSPACE <= shared_memory
         # Without tensor cores, products of several tiles keep W_hh in registers, and spill.
         if fits and (padded == block or size == 2 or precision == "tf32"):
-            return Tile(True, 16, block, block, warps, 1)
+            return Tile("local", 16, block, block, warps, 1)
     return next(tile for largest, tile in STEPWISE[size] if largest is None or batch_size <= largest)

@@ -21,12 +21,18 @@ def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr):
-    """The tiles of all planes, as float32; zero outside."""
+def each_row(i, rows):
+    """A number, once per row, for conditions on it: Triton's interpreter loses the type of a tile's mask & a scalar's."""
+    return tl.zeros_like(rows) + i
+
+
+@triton.jit
+def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = ""):
+    """The tiles of all planes, as float32; zero outside. CACHE: see `tl.load`."""
     planes = ()
     for k in tl.static_range(PLANES):
         offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0)
+        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
         planes = planes + (tile.to(tl.float32),)
     return planes
 

@@ -1,6 +1,7 @@
-"""The products with W_hh: out of weights on the chip (local), or with both operands streamed (step by step).
+"""The products with W_hh, out of weights on the chip (local, grouped) or with both operands streamed (step by step).
 
-Both add the same tiles in the same order, so they give the same bits.
+All add the same tiles in the same order, so they give the same bits. What the programs of a group leave for each other
+is loaded with `.cg`, past the L1 cache, which knows nothing of their writes.
 """
 
 import triton
@@ -27,18 +28,24 @@ def load_weight(w_ptr, gate, unit, source, H: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w_ptr, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """W_hh in tiles `[unit, source]`, or TRANSPOSED `[source, unit]`, counted by (gate, unit tile, source tile)."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    span = tl.arange(0, BLOCK_H)
+def load_weights(
+    w_ptr, first, G: tl.constexpr, OWN: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BACK: tl.constexpr,
+):  # fmt: skip
+    """The part of W_hh that a program with OWN tiles of the hidden units multiplies by, to be kept on the chip.
+
+    In tiles `[BLOCK_K, BLOCK_H]`, counted by (gate, own tile, summed tile): a product sums over rows and yields columns,
+    `[source, unit]`, or BACK, `[unit, source]`.
+    """
+    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     weights = ()
-    for index in tl.static_range(G * TILES * TILES):
-        unit = (index // TILES % TILES) * BLOCK_H + span
-        source = (index % TILES) * BLOCK_H + span
-        if TRANSPOSED:
-            tile = load_weight(w_ptr, index // (TILES * TILES), unit[None, :], source[:, None], H)
+    for index in tl.static_range(G * OWN * SUMS):
+        own = (first + index // SUMS % OWN) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        summed = (index % SUMS) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+        if BACK:
+            tile = load_weight(w_ptr, index // (OWN * SUMS), summed, own, H)
         else:
-            tile = load_weight(w_ptr, index // (TILES * TILES), unit[:, None], source[None, :], H)
+            tile = load_weight(w_ptr, index // (OWN * SUMS), own, summed, H)
         weights = weights + (tile,)
     return weights
 
@@ -53,15 +60,34 @@ def recurrent_operand(h, flags, recurrent_ptr, origin, rows, cols, inside, H: tl
 
 
 @triton.jit
-def local_product(operands, weights, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """W_hh h for the n-th tile of every gate, out of weights on the chip."""
+def resident_product(
+    operands, weights, n, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """W_hh h for the n-th own tile of every gate, out of weights on the chip; h in tiles `operands`."""
     products = ()
     for g in tl.static_range(G):
-        product = tl.zeros((operands[0].shape[0], operands[0].shape[1]), tl.float32)
-        for k in tl.static_range(TILES):
-            product = dot(operands[k], weights[(g * TILES + n) * TILES + k], product, PRECISION)
+        product = tl.zeros((operands[0].shape[0], weights[0].shape[1]), tl.float32)
+        for k in tl.static_range(SUMS):
+            product = dot(operands[k], weights[(g * OWN + n) * SUMS + k], product, PRECISION)
         products = products + (product,)
     return products
+
+
+@triton.jit
+def load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tile of what W_hh multiplies, from the h that the programs of the group left at `h_ptr [B, H]`."""
+    source, inside = hidden_tile(k, row_inside, BLOCK_K, H)
+    h = tl.load(h_ptr + origin * H + rows[:, None] * H + source[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    return recurrent_operand(h, flags, recurrent_ptr, origin, rows, source, inside, H)
+
+
+@triton.jit
+def load_operands(h_ptr, flags, recurrent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All of them, so that their loads overlap."""
+    operands = ()
+    for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
+        operands = operands + (load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K),)
+    return operands
 
 
 @triton.jit
@@ -74,9 +100,8 @@ def streamed_product(
     for _ in tl.static_range(G):
         products = products + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        source, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-        h = tl.load(h_ptr + origin * H + rows[:, None] * H + source[None, :], mask=inside, other=0.0)
-        operand = recurrent_operand(h, flags, recurrent_ptr, origin, rows, source, inside, H)
+        operand = load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K)
+        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
         sums = ()
         for g in tl.static_range(G):
             w = load_weight(w_ptr, g, cols[None, :], source[:, None], H)
@@ -98,11 +123,37 @@ def scaled(planes, scale, COUNT: tl.constexpr):
 @triton.jit
 def local_product_back(operands, weights, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
     """dgh W_hh for the n-th tile of h, out of weights on the chip. `operands[k][g]`."""
-    product = tl.zeros((operands[0][0].shape[0], operands[0][0].shape[1]), tl.float32)
+    product = tl.zeros((operands[0][0].shape[0], weights[0].shape[1]), tl.float32)
     for k in tl.static_range(TILES):
         for g in tl.static_range(G):
-            w = weights[(g * TILES + k) * TILES + n]
+            w = weights[(g * TILES + n) * TILES + k]
             product = dot(operands[k][g].to(w.dtype), w, product, PRECISION)
+    return product
+
+
+@triton.jit
+def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tiles of the gate gradients that the programs of the group left at `sent_ptr [.., B, G*H]`."""
+    unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
+    return scaled(load_planes(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)
+
+
+@triton.jit
+def grouped_product_back(
+    sent_ptr, sent_row, weights, scale, rows, row_inside,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dgh W_hh for the program's tile of h, out of weights on the chip; dgh streamed, a tile ahead of the products."""
+    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    product = tl.zeros((rows.shape[0], weights[0].shape[1]), tl.float32)
+    sent = load_sent(sent_ptr, sent_row, 0, scale, rows, row_inside, G, H, BLOCK_K)
+    for k in tl.static_range(SUMS):
+        now = sent
+        if k + 1 < SUMS:
+            sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
+        for g in tl.static_range(G):
+            w = weights[g * SUMS + k]
+            product = dot(now[g].to(w.dtype), w, product, PRECISION)
     return product
 
 
@@ -114,8 +165,8 @@ def streamed_product_back(
     """dgh W_hh for the columns `cols` of h, dgh and W_hh streamed in tiles."""
     product = tl.zeros((rows.shape[0], BLOCK_H), tl.float32)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-        sent = scaled(load_planes(sent_ptr, sent_row, rows, unit, inside, G, H), scale, G)
+        sent = load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G, H, BLOCK_K)
+        unit = k * BLOCK_K + tl.arange(0, BLOCK_K)
         for g in tl.static_range(G):
             w = load_weight(w_ptr, g, unit[:, None], cols[None, :], H)
             product = dot(sent[g].to(w.dtype), w, product, PRECISION)

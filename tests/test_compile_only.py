@@ -39,7 +39,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
     count = -(-H // tile.block_h)
     constants = dict(
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
-        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, LOCAL=tile.local, REVERSE=True,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, REVERSE=True,
         WIDTH=1 << (S * count - 1).bit_length(), PRECISION=case["precision"],
     )  # fmt: skip
     present = {*PLAIN[case["kernel"]], *case["extras"]}
@@ -152,7 +152,7 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
 def check(case, found, arch):
     tile, what = case["tile"], f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
     assert found["shared"] <= LIMITS[arch], what
-    if tile.local:
+    if tile.mode == "local":
         assert not found["weights_in_loop"], f"{what}: W_hh is loaded in the time loop"
         # What a step wrote may only be fetched after it was written.
         assert not found["copies_in_loop"], f"{what}: copied asynchronously in the time loop"

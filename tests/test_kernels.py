@@ -22,7 +22,7 @@ from fastrnn.tiles import Tile
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 T, B, H = 3, 3, 17
-SMALL = {mode: Tile(mode == "local", 16, 16, 16, 4, 1) for mode in ("local", "stepwise")}
+SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
 # Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
 FLOAT32 = 2e-5
 # Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
@@ -135,10 +135,10 @@ def same_bits(first, second):
     ("reverse", "extras"), [(False, ()), (True, Problem.ALL)], ids=["forward-plain", "reverse-all"]
 )
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
+def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
     problem = Problem(cell, device, reverse=reverse, extras=extras)
-    local, stepwise = (check_against_reference(problem, tile) for tile in SMALL.values())
-    assert same_bits(local, stepwise)
+    local, stepwise, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, stepwise) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
@@ -161,7 +161,7 @@ def test_each_extra_alone(cell, extra, device):
 )
 def test_odd_sizes(cell, B, H, mode, device):
     block = min(64, max(16, triton.next_power_of_2(H)))
-    tile = Tile(mode == "local", 16, block, block if mode == "local" else 32, 4, 1)
+    tile = Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
     check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
 
 
@@ -169,8 +169,8 @@ def test_odd_sizes(cell, B, H, mode, device):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_types(cell, dtype, device):
     problem = Problem(cell, device, dtype=dtype, extras=Problem.ALL)
-    local, stepwise = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
-    assert same_bits(local, stepwise)
+    local, stepwise, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
+    assert same_bits(local, stepwise) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
@@ -313,5 +313,5 @@ def test_the_table_has_a_tile_for_everything(dtype, precision):
         for hidden_size in (1, 16, 17, 64, 100, 128, 200, 256, 1000, 4096):
             for batch_size in (1, 64, 5000):
                 tile = tiles.choose(cell, dtype, hidden_size, batch_size, precision)
-                assert not tile.local or tile.block_h == tile.block_k
+                assert tile.mode != "local" or tile.block_h == tile.block_k
                 assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs
