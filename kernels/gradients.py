@@ -32,6 +32,20 @@ def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, ins
 
 
 @triton.jit
+def load_states(
+    ptrs, row, rows, cols, inside, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.constexpr
+):
+    """A tile of each state; zeros where its pointer is None."""
+    states = ()
+    for s in tl.static_range(S):
+        if ptrs[s] is None:
+            states = states + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+        else:
+            states = states + (load_tile(ptrs[s], row, rows, cols, inside, H),)
+    return states
+
+
+@triton.jit
 def clamp(tiles, bound, COUNT: tl.constexpr):
     clamped = ()
     for s in tl.static_range(COUNT):
@@ -169,7 +183,7 @@ def receive(
         sent_ptr, sent_row = sent_x_ptr if dgh_ptr is None else sent_h_ptr, slot + origin
     if GROUPED:
         product = grouped_product_back(
-            sent_ptr, sent_row, weights, scale, rows, row_inside, G, H, BLOCK_K, PRECISION
+            sent_ptr, sent_row, weights, scale, rows, row_inside, G, H, BLOCK_H, BLOCK_K, PRECISION
         )  # fmt: skip
     else:
         product = streamed_product_back(

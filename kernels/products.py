@@ -96,9 +96,7 @@ def streamed_product(
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W_hh h for the columns `cols` of every gate, h and W_hh streamed in tiles."""
-    products = ()
-    for _ in tl.static_range(G):
-        products = products + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
+    products = zeros(rows, G, BLOCK_H)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
         operand = load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -121,18 +119,55 @@ def scaled(planes, scale, COUNT: tl.constexpr):
 
 
 @triton.jit
-def local_product_back(operands, weights, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """dgh W_hh for the n-th tile of h, out of weights on the chip. `operands[k][g]`."""
-    product = tl.zeros((operands[0][0].shape[0], weights[0].shape[1]), tl.float32)
-    for k in tl.static_range(TILES):
-        for g in tl.static_range(G):
-            w = weights[(g * TILES + n) * TILES + k]
-            product = dot(operands[k][g].to(w.dtype), w, product, PRECISION)
-    return product
+def add_back(sent, weights, products, G: tl.constexpr, PRECISION: tl.constexpr):
+    """products + dgh W_hh for one tile of each gate. Each gate sums apart, so that G sums are under way at once."""
+    sums = ()
+    for g in tl.static_range(G):
+        sums = sums + (dot(sent[g].to(weights[g].dtype), weights[g], products[g], PRECISION),)
+    return sums
 
 
 @triton.jit
-def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def over_gates(products, G: tl.constexpr):
+    total = products[0]
+    for g in tl.static_range(1, G):
+        total += products[g]
+    return total
+
+
+@triton.jit
+def zeros(rows, G: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A float32 tile of zeros for every gate."""
+    tiles = ()
+    for _ in tl.static_range(G):
+        tiles = tiles + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def column(weights, n, k, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr):
+    """Of every gate the weights for own tile n and summed tile k."""
+    tiles = ()
+    for g in tl.static_range(G):
+        tiles = tiles + (weights[(g * OWN + n) * SUMS + k],)
+    return tiles
+
+
+@triton.jit
+def local_product_back(
+    operands, weights, n, rows, G: tl.constexpr, TILES: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dgh W_hh for the n-th tile of h, out of weights on the chip. `operands[k][g]`."""
+    products = zeros(rows, G, BLOCK_H)
+    for k in tl.static_range(TILES):
+        products = add_back(operands[k], column(weights, n, k, G, TILES, TILES), products, G, PRECISION)
+    return over_gates(products, G)
+
+
+@triton.jit
+def load_sent(
+    sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """The k-th tiles of the gate gradients that the programs of the group left at `sent_ptr [.., B, G*H]`."""
     unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
     return scaled(load_planes(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)
@@ -141,20 +176,18 @@ def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H
 @triton.jit
 def grouped_product_back(
     sent_ptr, sent_row, weights, scale, rows, row_inside,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dgh W_hh for the program's tile of h, out of weights on the chip; dgh streamed, a tile ahead of the products."""
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    product = tl.zeros((rows.shape[0], weights[0].shape[1]), tl.float32)
+    products = zeros(rows, G, BLOCK_H)
     sent = load_sent(sent_ptr, sent_row, 0, scale, rows, row_inside, G, H, BLOCK_K)
     for k in tl.static_range(SUMS):
         now = sent
         if k + 1 < SUMS:
             sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
-        for g in tl.static_range(G):
-            w = weights[g * SUMS + k]
-            product = dot(now[g].to(w.dtype), w, product, PRECISION)
-    return product
+        products = add_back(now, column(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
+    return over_gates(products, G)
 
 
 @triton.jit
@@ -163,11 +196,12 @@ def streamed_product_back(
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dgh W_hh for the columns `cols` of h, dgh and W_hh streamed in tiles."""
-    product = tl.zeros((rows.shape[0], BLOCK_H), tl.float32)
+    products = zeros(rows, G, BLOCK_H)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
         sent = load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G, H, BLOCK_K)
         unit = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights = ()
         for g in tl.static_range(G):
-            w = load_weight(w_ptr, g, unit[:, None], cols[None, :], H)
-            product = dot(sent[g].to(w.dtype), w, product, PRECISION)
-    return product
+            weights = weights + (load_weight(w_ptr, g, unit[:, None], cols[None, :], H),)
+        products = add_back(sent, weights, products, G, PRECISION)
+    return over_gates(products, G)

@@ -24,6 +24,7 @@ from .gradients import (
     clip_scales,
     drop_padded,
     leave,
+    load_states,
     past_weights,
     previous_states,
     receive,
@@ -148,6 +149,10 @@ def forward_kernel(
         for n in tl.static_range(OWN):
             cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
             gx = load_planes(gx_ptr, row, rows, cols, inside, G, H)
+            biases = ()
+            if b_ptr is not None:
+                for g in tl.static_range(G):
+                    biases = biases + (tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32),)
             if not LOCAL:
                 alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
                 sent = sent_ptr + i % 2 * batch * H
@@ -161,13 +166,11 @@ def forward_kernel(
                 products = resident_product(operands, weights, n, G, OWN, SUMS, PRECISION)
             if not LOCAL:
                 products = unless_stuck(alive, products, G)
-            gh = ()
-            for g in tl.static_range(G):
-                if b_ptr is None:
-                    gh = gh + (products[g],)
-                else:
-                    bias = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32)
-                    gh = gh + (products[g] + bias[None, :],)
+            gh = products
+            if b_ptr is not None:
+                gh = ()
+                for g in tl.static_range(G):
+                    gh = gh + (products[g] + biases[g][None, :],)
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
@@ -258,13 +261,7 @@ def backward_kernel(
     carries = ()
     for n in tl.static_range(OWN):
         cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-        carry = ()
-        for s in tl.static_range(S):
-            if arriving_ptrs[s] is None:
-                carry = carry + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-            else:
-                carry = carry + (load_tile(arriving_ptrs[s], origin, rows, cols, inside, H),)
-        carries = carries + (carry,)
+        carries = carries + (load_states(arriving_ptrs, origin, rows, cols, inside, S, BLOCK_B, BLOCK_H, H),)
 
     for j in tl.range(0, t_end - t_begin, num_stages=1):
         i = t_end - 1 - j
@@ -281,12 +278,7 @@ def backward_kernel(
             before = previous_states(
                 (y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row_before, flags, origin, rows, cols, inside, S, H
             )
-            direct = ()
-            for s in tl.static_range(S):
-                if direct_ptrs[s] is None:
-                    direct = direct + (None,)
-                else:
-                    direct = direct + (load_tile(direct_ptrs[s], row, rows, cols, inside, H),)
+            direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
             carry = carries[n]
             if not LOCAL:
                 alive = wait(arrived, j * tl.num_programs(1), report_ptr)
@@ -297,7 +289,7 @@ def backward_kernel(
                 )  # fmt: skip
             dstate = ()
             for s in tl.static_range(S):
-                dstate = dstate + (carry[s] if direct[s] is None else carry[s] + direct[s],)
+                dstate = dstate + (carry[s] + direct[s],)
             fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
             total = CELL_TOTAL(saved, before, fresh)
             if norms_ptr is not None:
@@ -334,7 +326,7 @@ def backward_kernel(
             carries = ()
             for n in tl.static_range(OWN):
                 cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-                product = local_product_back(operands, weights, n, G, TILES, PRECISION)
+                product = local_product_back(operands, weights, n, rows, G, TILES, BLOCK_H, PRECISION)
                 carry = arriving(product, rests[n], scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H)
                 carries = carries + (carry,)
         else:
