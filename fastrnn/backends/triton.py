@@ -41,10 +41,14 @@ def _precision() -> str:
 
 
 def _tile(cell: str, w_hh: Tensor, batch_size: int) -> tiles.Tile:
-    limit = {}
+    """The tile of `tiles.py`, in the mode that the environment's FASTRNN_TRITON_MODE asks for, if it does."""
+    device = {}
     if w_hh.is_cuda:
-        limit["shared_memory"] = torch.cuda.get_device_properties(w_hh.device).shared_memory_per_block_optin
-    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), **limit)
+        properties = torch.cuda.get_device_properties(w_hh.device)
+        device["shared_memory"] = properties.shared_memory_per_block_optin
+        device["processors"] = properties.multi_processor_count
+    mode = os.environ.get("FASTRNN_TRITON_MODE") or None
+    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), mode, **device)
 
 
 def _contiguous(*tensors: Tensor | None):
