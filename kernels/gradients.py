@@ -99,22 +99,28 @@ def arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, ins
 
 
 @triton.jit
-def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
-    """The norm of this tile of each state, zero at padding; STRIDE rows of the batch lie between states."""
-    for s in tl.static_range(S):
-        norm = row_norm(tiles[s])
-        if flags is not None:
-            norm = tl.where((flags & PAD) != 0, 0.0, norm)
-        tl.store(ptr + row + s * STRIDE * batch + rows, norm, mask=row_inside)
+def tile_norm(tile, flags):
+    """The norms `[BLOCK_B]` of the rows of a tile, zero at padding."""
+    norm = row_norm(tile)
+    if flags is not None:
+        norm = tl.where((flags & PAD) != 0, 0.0, norm)
+    return norm
 
 
 @triton.jit
-def clip_scales(parts, bound_ptr, flags):
-    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`; one at padding."""
-    scale = clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
-    if flags is not None:
-        scale = tl.where((flags & PAD) != 0, 1.0, scale)
-    return scale
+def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
+    """The norm of this tile of each state; STRIDE rows of the batch lie between states."""
+    for s in tl.static_range(S):
+        tl.store(ptr + row + s * STRIDE * batch + rows, tile_norm(tiles[s], flags), mask=row_inside)
+
+
+@triton.jit
+def clip_scales(parts, bound_ptr):
+    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`.
+
+    Without a look at the flags: Triton lays out the operand of a product by the smallest type that it came from.
+    """
+    return clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def receive(
             other=0.0,
             cache_modifier=".cg",
         )
-        scale = clip_scales(parts, bound_ptr, flags)
+        scale = clip_scales(parts, bound_ptr)
         sent = load_planes(sent_x_ptr, slot + origin, rows, cols, inside, G, H, ".cg")
         store_planes(dgx_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
         if dgh_ptr is not None:

@@ -74,31 +74,31 @@ def resident_product(
 
 
 @triton.jit
-def load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k-th tile of what W_hh multiplies, from the h that the programs of the group left at `h_ptr [B, H]`."""
+def load_operand(sent_ptr, k, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tile of the operands that the programs of the group left at `sent_ptr [B, H]`."""
     source, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-    h = tl.load(h_ptr + origin * H + rows[:, None] * H + source[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    return recurrent_operand(h, flags, recurrent_ptr, origin, rows, source, inside, H)
+    offsets = rows[:, None] * H + source[None, :]
+    return tl.load(sent_ptr + origin * H + offsets, mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_operands(h_ptr, flags, recurrent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_operands(sent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
     """All of them, so that their loads overlap."""
     operands = ()
     for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-        operands = operands + (load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K),)
+        operands = operands + (load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K),)
     return operands
 
 
 @triton.jit
 def streamed_product(
-    h_ptr, w_ptr, flags, recurrent_ptr, origin, rows, row_inside, cols,
+    sent_ptr, w_ptr, origin, rows, row_inside, cols,
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W_hh h for the columns `cols` of every gate, h and W_hh streamed in tiles."""
+    """W_hh h for the columns `cols` of every gate, its operand and W_hh streamed in tiles."""
     products = zeros(rows, G, BLOCK_H)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        operand = load_operand(h_ptr, k, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K)
+        operand = load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
         sums = ()
         for g in tl.static_range(G):
@@ -178,15 +178,22 @@ def grouped_product_back(
     sent_ptr, sent_row, weights, scale, rows, row_inside,
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgh W_hh for the program's tile of h, out of weights on the chip; dgh streamed, a tile ahead of the products."""
+    """dgh W_hh for the program's tile of h, out of weights on the chip; dgh streamed.
+
+    A tile ahead of the products, unless it has to be scaled: then it takes registers, and two of it spill.
+    """
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     products = zeros(rows, G, BLOCK_H)
     sent = load_sent(sent_ptr, sent_row, 0, scale, rows, row_inside, G, H, BLOCK_K)
     for k in tl.static_range(SUMS):
         now = sent
-        if k + 1 < SUMS:
-            sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
+        if scale is None:
+            if k + 1 < SUMS:
+                sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
         products = add_back(now, column(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
+        if scale is not None:
+            if k + 1 < SUMS:
+                sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
     return over_gates(products, G)
 
 

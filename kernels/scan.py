@@ -30,6 +30,7 @@ from .gradients import (
     receive,
     store_norms,
     through_zoneout,
+    tile_norm,
     where_all,
 )  # fmt: skip
 from .memory import (
@@ -44,7 +45,7 @@ from .memory import (
     store_planes,
     store_tile,
 )  # fmt: skip
-from .norms import place, row_norm
+from .norms import place
 from .products import (
     load_operands,
     load_weights,
@@ -88,7 +89,7 @@ def forward_kernel(
     c_in_ptr,  # [B, H] float32, or None for a cell without c
     h_out_ptr,  # [B, H]: the states after step t_end - 1; may be the same memory
     c_out_ptr,  # [B, H] float32 or None
-    sent_ptr,  # [2, B, H]: the h before even and odd steps, for the programs of the group; None if local
+    sent_ptr,  # [2, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
     arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     report_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [T, B, H]
@@ -154,13 +155,15 @@ def forward_kernel(
                 for g in tl.static_range(G):
                     biases = biases + (tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32),)
             if not LOCAL:
+                row_next = (t - 1 if REVERSE else t + 1) * batch + origin
+                flags_next = load_flags(flags_ptr, row_next, rows, row_inside & (each_row(i, rows) + 1 < T))
                 alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
                 sent = sent_ptr + i % 2 * batch * H
             if MODE == "grouped":
-                operands = load_operands(sent, flags, recurrent_ptr, origin, rows, row_inside, H, BLOCK_K)
+                operands = load_operands(sent, origin, rows, row_inside, H, BLOCK_K)
             if MODE == "stepwise":
                 products = streamed_product(
-                    sent, w_ptr, flags, recurrent_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
+                    sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
                 )
             else:
                 products = resident_product(operands, weights, n, G, OWN, SUMS, PRECISION)
@@ -178,8 +181,9 @@ def forward_kernel(
             state = carry_over(fresh, before, states[n], flags, zone_ptrs, row, rows, cols, inside, dtype, S, H)
             states_after = states_after + (state,)
             if not LOCAL:
-                # The programs that still read this slot, at step i - 1, would not have arrived for step i.
-                store_tile(sent_ptr + (i + 1) % 2 * batch * H, origin, rows, cols, inside, state[0], H)
+                # Who read this slot did so at step i - 1, before it arrived, and that has been waited for.
+                operand = recurrent_operand(state[0], flags_next, recurrent_ptr, origin, rows, cols, inside, H)
+                store_tile(sent_ptr + (i + 1) % 2 * batch * H, origin, rows, cols, inside, operand, H)
                 arrive(arrived)
             store_tile(y_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[0]), H)
             if c_ptr is not None:
@@ -304,7 +308,7 @@ def backward_kernel(
             if bound_ptr is not None:
                 whole = (dstate[0],) + total[1:]
                 for s in tl.static_range(S):
-                    parts += place(row_norm(whole[s]), s * TILES + first + n, WIDTH)
+                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
             dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
             gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
@@ -315,7 +319,7 @@ def backward_kernel(
         if LOCAL:
             operands = ()
             if bound_ptr is not None:
-                scale = clip_scales(parts, bound_ptr, flags)
+                scale = clip_scales(parts, bound_ptr)
             for n in tl.static_range(OWN):
                 cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
                 store_planes(dgx_ptr, row, rows, cols, inside, scaled(gates_x[n], scale, G), G, H)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tiles
-from ..cells import CELLS
+from ..cells import CELLS, RESET
 
 
 def _interpreted() -> bool:
@@ -122,6 +122,12 @@ def _reject(**unsupported):
             raise NotImplementedError(f"the triton backend does not take {name}; see its why_not")
 
 
+def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None) -> Tensor:
+    """What W_hh multiplies in the first step; in the others, `recurrent_operand` of kernels/products.py."""
+    operand = h0 if flags is None else h0.masked_fill((flags & RESET).bool()[:, None], 0)
+    return operand if recurrent_mask is None else operand * recurrent_mask
+
+
 def scan_forward(
     gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile=None,
@@ -143,7 +149,7 @@ def scan_forward(
     saved = gx.new_empty((T, B, K * H) if save else 0)
     sent = None if tile.mode == "local" else gx.new_empty(2, B, H)
     if sent is not None:
-        sent[0] = h0
+        sent[0] = _first_operand(h0, None if flags is None else flags[-1 if reverse else 0], recurrent_mask)
     launch = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
 
     def steps(t_begin, t_end, before, after):
