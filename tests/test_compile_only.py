@@ -202,8 +202,10 @@ def check(case, found, arch):
         # Nothing of the others is read before they arrived, nor out of L1; all that they wait for is there by then.
         assert re.fullmatch(r"w[ls]*l[ls]*s[ls]*a", found["exchange"]), f"{what}: {found['exchange']}"
     # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
-    # seen, at 128 registers); a tile that is too large spills hundreds.
-    assert found.get("spilled", 0) <= 32, f"{what}: {found['registers']} registers and {found['spilled']} bytes spilled"
+    # seen, at 128 registers); a tile that is too large spills hundreds. Grouped and clipping by norm, it also keeps a
+    # dozen addresses there that do not change over time (40 bytes were seen).
+    limit = 64 if tile.mode == "grouped" and "bound" in case["extras"] else 32
+    assert found.get("spilled", 0) <= limit, f"{what}: {found['registers']} registers, {found['spilled']} bytes spilled"
 
 
 @pytest.mark.slow
@@ -252,12 +254,22 @@ def test_grouped(size, tmp_path):
         assert found[k]["arithmetic"] == found[k + 1]["arithmetic"], cases[k]
 
 
+MASKS = ("flags", "recurrent", "zone_h", "zone_c")
+EVERY_EXTRA = {
+    "forward": MASKS,
+    "backward": (*MASKS, "norms", "bound", "clip_value", "dc", "sent_x", "sent_h", "parts"),
+}
+
+
 @pytest.mark.slow
-def test_every_extra_at_once(tmp_path):
-    masks = ("flags", "recurrent", "zone_h", "zone_c")
-    extras = {"forward": masks, "backward": (*masks, "norms", "bound", "clip_value", "dc", "sent_x", "sent_h", "parts")}
-    sizes = [("lstm", "bfloat16", 128, 16), ("gru", "bfloat16", 1024, 16)]
-    cases = [make_case(kernel, "cuda", 90, *size, extras=extras[kernel]) for kernel in extras for size in sizes]
+@pytest.mark.parametrize(
+    "size",
+    [("lstm", "bfloat16", 128, 16, None), ("gru", "bfloat16", 1024, 16, None), ("lstm", "bfloat16", 512, 64, "grouped")],
+    ids=lambda size: "-".join(map(str, size)),
+)
+def test_every_extra_at_once(size, tmp_path):
+    *size, mode = size
+    cases = [make_case(kernel, "cuda", 90, *size, extras=EVERY_EXTRA[kernel], mode=mode) for kernel in EVERY_EXTRA]
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         check(case, found, 90)
 

@@ -350,6 +350,15 @@ def test_a_group_of_the_table_equals_the_reference(cell, device):
     assert same_bits(grouped, stepwise)
 
 
+def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monkeypatch):
+    """One program is its own group, so it walks several steps in the interpreter, too."""
+    problem = Problem("lstm", device, sizes=(7, 3, 5), extras=Problem.ALL)
+    tile = Tile("grouped", 16, 16, 16, 4, 1)
+    want = everything(problem, tile)
+    monkeypatch.setattr(launcher, "MOST_STEPS", 3)
+    assert same_bits(everything(problem, tile), want)
+
+
 def everything(problem, tile):
     """Forward and backward, from the launcher's own forward."""
     forward = problem.forward(launcher, tile=tile)

@@ -71,25 +71,31 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
         from ..kernels.barrier import LINE
 
         shared.update(
-            arrived_ptr=torch.zeros(grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
+            arrived_ptr=torch.empty(grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
             launch_cooperative_grid=True,
         )  # fmt: skip
     else:
         shared.update(arrived_ptr=None, report_ptr=None)
 
     def launch(**arguments):
+        if shared["arrived_ptr"] is not None:
+            shared["arrived_ptr"].zero_()
         if batch_size:
             kernel[grid](**arguments, **shared)
 
     return launch
 
 
+MOST_STEPS = 1 << 20  # of a grouped launch: times the programs of a group, below STUCK of kernels/barrier.py
+
+
 def _ranges(tile: tiles.Tile, hidden_size: int, begin: int, end: int) -> list[tuple[int, int]]:
     """The steps `[t_begin, t_end)` of each launch. In Triton's interpreter a program cannot wait for another."""
-    alone = tile.mode == "local" or hidden_size <= tile.block_h
-    if alone and tile.mode != "stepwise" or tile.mode == "grouped" and not _interpreted():
+    if tile.mode == "local":
         return [(begin, end)]
-    return [(i, i + 1) for i in range(begin, end)]
+    alone = hidden_size <= tile.block_h
+    steps = MOST_STEPS if tile.mode == "grouped" and (alone or not _interpreted()) else 1
+    return [(i, min(i + steps, end)) for i in range(begin, end, steps)]
 
 
 @cache
