@@ -165,9 +165,7 @@ def local_product_back(
 
 
 @triton.jit
-def load_sent(
-    sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
     """The k-th tiles of the gate gradients that the programs of the group left at `sent_ptr [.., B, G*H]`."""
     unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
     return scaled(load_planes(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)

@@ -97,7 +97,11 @@ EXCHANGED = {"forward": ["sent"], "backward": ["dgx", "dgh", "sent_x", "sent_h",
 def exchange(ttgir: str, pointers: list[str]) -> str:
     """What happens in the time loop to what the programs of a group exchange, a letter each in order: w(ait), l(oad),
     L(oad out of the L1 cache), s(tore), a(rrive)."""
-    moves = {line for inside, line in lines_of(ttgir, pointers, r"tt\.load") if inside and re.search(r"tt\.(load|store)", line)}
+    moves = {
+        line
+        for inside, line in lines_of(ttgir, pointers, r"tt\.load")
+        if inside and re.search(r"tt\.(load|store)", line)
+    }
     letters = ""
     for inside, line in marked_lines(ttgir):
         if inside and "ld.acquire.gpu" in line:
@@ -110,12 +114,14 @@ def exchange(ttgir: str, pointers: list[str]) -> str:
 
 
 def arithmetic(ttgir: str) -> list[str]:
-    """The layouts and types in which products and reductions are computed, each kind once."""
+    """What the order of sums depends on, each kind once: a product's types and instruction, a reduction's layout."""
     layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.M))
     kinds = set()
     for line in ttgir.splitlines():
         if re.search(r"tt\.dot |warp_group_dot |^\s*\}\) : \(", line):
-            kinds.add(re.sub(r"#\w+\b", lambda m: layouts.get(m[0], m[0]), line.split(" : ", 1)[1].split(" loc(")[0]))
+            kind = re.sub(r"#\w+\b", lambda m: layouts.get(m[0], m[0]), line.split(" : ", 1)[1].split(" loc(")[0])
+            # Which warp holds which element of a product does not change its sum.
+            kinds.add(re.sub(r"warpsPerCTA = \[.*?\], ", "", kind) if "dot" in line else kind)
     return sorted(kinds)
 
 
@@ -234,7 +240,7 @@ GROUPED = [
     ("gru", "float16", 1024, 64, 90),
     ("gru", "float32", 512, 64, 90),
     ("rnn_tanh", "bfloat16", 1000, 64, 80),
-    ("rnn_tanh", "bfloat16", 1024, 256, 90),
+    ("rnn_tanh", "bfloat16", 1024, 128, 90),
     ("rnn_elu", "float32", 1024, 64, 90),
 ]
 
@@ -264,7 +270,11 @@ EVERY_EXTRA = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "size",
-    [("lstm", "bfloat16", 128, 16, None), ("gru", "bfloat16", 1024, 16, None), ("lstm", "bfloat16", 512, 64, "grouped")],
+    [
+        ("lstm", "bfloat16", 128, 16, None),
+        ("gru", "bfloat16", 1024, 16, None),
+        ("lstm", "bfloat16", 512, 64, "grouped"),
+    ],
     ids=lambda size: "-".join(map(str, size)),
 )
 def test_every_extra_at_once(size, tmp_path):
