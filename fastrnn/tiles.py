@@ -20,8 +20,8 @@ MODES = ("local", "grouped", "stepwise")
 class Tile(NamedTuple):
     """What one program of the scan takes, and how it runs.
 
-    mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch share
-        W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
+    mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch
+        share W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
     block_b, block_h: rows of the batch and hidden units of a tile.
     block_k: units that a product takes at a time; in mode "local", block_h.
     warps, stages: of the compiled program; time loops always have one stage.
@@ -47,9 +47,9 @@ LOCAL = {
     (1, 4): ((16, 16, 4), (32, 32, 4), (64, 64, 4), (128, 128, 8), (192, 64, 8)),
 }
 
-# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps), the first that H, shared memory and the number
-# of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or 8 columns each, and
-# lets them repeat each other where there are more (docs/kernels.md).
+# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps), the first that H, shared memory and
+# the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
+# 8 columns each, and lets them repeat each other where there are more (docs/kernels.md).
 GROUPED = {
     (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
@@ -63,7 +63,7 @@ GROUPED = {
 STEPWISE = {
     2: (
         (16, Tile("stepwise", 16, 32, 64, 4, 3)),
-        (64, Tile("stepwise", 32, 64, 64, 8, 3)),
+        (64, Tile("stepwise", 32, 64, 32, 8, 3)),
         (None, Tile("stepwise", 64, 32, 64, 8, 3)),
     ),
     4: (
@@ -132,7 +132,8 @@ def choose(
         tile = _stepwise(size, batch_size)
     if tile is None:
         raise ValueError(
-            f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch size "
-            f"{batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no such tile"
+            f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "
+            f"size {batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no such "
+            f"tile (float32 products: {precision})"
         )
     return tile

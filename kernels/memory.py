@@ -22,7 +22,8 @@ def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def each_row(i, rows):
-    """A number, once per row, for conditions on it: Triton's interpreter loses the type of a tile's mask & a scalar's."""
+    """A number, once per row, for conditions on it: in Triton's interpreter the mask of a tile & one of a scalar has no
+    type that a load takes."""
     return tl.zeros_like(rows) + i
 
 

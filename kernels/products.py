@@ -22,6 +22,28 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def zeros(rows, G: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A float32 tile of zeros for every gate."""
+    tiles = ()
+    for _ in tl.static_range(G):
+        tiles = tiles + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_biases(b_ptr, rows, cols, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """b_hh as a tile for every gate, for W_hh h to be added to; zeros without one."""
+    tiles = zeros(rows, G, BLOCK_H)
+    if b_ptr is not None:
+        biases = ()
+        for g in tl.static_range(G):
+            bias = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32)
+            biases = biases + (tiles[g] + bias[None, :],)
+        tiles = biases
+    return tiles
+
+
+@triton.jit
 def load_weight(w_ptr, gate, unit, source, H: tl.constexpr):
     """W_hh[gate * H + unit, source]; zero outside. `unit` and `source` are index tiles that broadcast."""
     return tl.load(w_ptr + (gate * H + unit) * H + source, mask=(unit < H) & (source < H), other=0.0)
@@ -34,7 +56,7 @@ def load_weights(
 ):  # fmt: skip
     """The part of W_hh that a program with OWN tiles of the hidden units multiplies by, to be kept on the chip.
 
-    In tiles `[BLOCK_K, BLOCK_H]`, counted by (gate, own tile, summed tile): a product sums over rows and yields columns,
+    In tiles `[BLOCK_K, BLOCK_H]`, counted by (gate, own tile, summed tile): a product sums over their rows. They are
     `[source, unit]`, or BACK, `[unit, source]`.
     """
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
@@ -61,12 +83,12 @@ def recurrent_operand(h, flags, recurrent_ptr, origin, rows, cols, inside, H: tl
 
 @triton.jit
 def resident_product(
-    operands, weights, n, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr
+    start, operands, weights, n, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """W_hh h for the n-th own tile of every gate, out of weights on the chip; h in tiles `operands`."""
+    """start + W_hh h for the n-th own tile of every gate, out of weights on the chip; h in tiles `operands`."""
     products = ()
     for g in tl.static_range(G):
-        product = tl.zeros((operands[0].shape[0], weights[0].shape[1]), tl.float32)
+        product = start[g]
         for k in tl.static_range(SUMS):
             product = dot(operands[k], weights[(g * OWN + n) * SUMS + k], product, PRECISION)
         products = products + (product,)
@@ -92,11 +114,11 @@ def load_operands(sent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: 
 
 @triton.jit
 def streamed_product(
-    sent_ptr, w_ptr, origin, rows, row_inside, cols,
+    start, sent_ptr, w_ptr, origin, rows, row_inside, cols,
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W_hh h for the columns `cols` of every gate, its operand and W_hh streamed in tiles."""
-    products = zeros(rows, G, BLOCK_H)
+    """start + W_hh h for the columns `cols` of every gate, its operand and W_hh streamed in tiles."""
+    products = start
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
         operand = load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -133,15 +155,6 @@ def over_gates(products, G: tl.constexpr):
     for g in tl.static_range(1, G):
         total += products[g]
     return total
-
-
-@triton.jit
-def zeros(rows, G: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A float32 tile of zeros for every gate."""
-    tiles = ()
-    for _ in tl.static_range(G):
-        tiles = tiles + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
-    return tiles
 
 
 @triton.jit

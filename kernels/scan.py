@@ -47,6 +47,7 @@ from .memory import (
 )  # fmt: skip
 from .norms import place
 from .products import (
+    load_biases,
     load_operands,
     load_weights,
     local_product_back,
@@ -150,10 +151,7 @@ def forward_kernel(
         for n in tl.static_range(OWN):
             cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
             gx = load_planes(gx_ptr, row, rows, cols, inside, G, H)
-            biases = ()
-            if b_ptr is not None:
-                for g in tl.static_range(G):
-                    biases = biases + (tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32),)
+            start = load_biases(b_ptr, rows, cols, G, H, BLOCK_H)
             if not LOCAL:
                 row_next = (t - 1 if REVERSE else t + 1) * batch + origin
                 flags_next = load_flags(flags_ptr, row_next, rows, row_inside & (each_row(i, rows) + 1 < T))
@@ -162,18 +160,13 @@ def forward_kernel(
             if MODE == "grouped":
                 operands = load_operands(sent, origin, rows, row_inside, H, BLOCK_K)
             if MODE == "stepwise":
-                products = streamed_product(
-                    sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
+                gh = streamed_product(
+                    start, sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
                 )
             else:
-                products = resident_product(operands, weights, n, G, OWN, SUMS, PRECISION)
+                gh = resident_product(start, operands, weights, n, G, OWN, SUMS, PRECISION)
             if not LOCAL:
-                products = unless_stuck(alive, products, G)
-            gh = products
-            if b_ptr is not None:
-                gh = ()
-                for g in tl.static_range(G):
-                    gh = gh + (products[g] + biases[g][None, :],)
+                gh = unless_stuck(alive, gh, G)
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)

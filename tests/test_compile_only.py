@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -97,18 +98,14 @@ EXCHANGED = {"forward": ["sent"], "backward": ["dgx", "dgh", "sent_x", "sent_h",
 def exchange(ttgir: str, pointers: list[str]) -> str:
     """What happens in the time loop to what the programs of a group exchange, a letter each in order: w(ait), l(oad),
     L(oad out of the L1 cache), s(tore), a(rrive)."""
-    moves = {
-        line
-        for inside, line in lines_of(ttgir, pointers, r"tt\.load")
-        if inside and re.search(r"tt\.(load|store)", line)
-    }
+    moves = {line for _, line in lines_of(ttgir, pointers, r"tt\.load") if re.search(r"tt\.(load|store)", line)}
     letters = ""
     for inside, line in marked_lines(ttgir):
         if inside and "ld.acquire.gpu" in line:
             letters += "w"
         elif inside and "red.release.gpu" in line:
             letters += "a"
-        elif line.strip() in moves:
+        elif inside and line.strip() in moves:
             letters += "s" if "tt.store" in line else "l" if re.search(r"cache_?[mM]odifier = cg", line) else "L"
     return letters
 
@@ -225,6 +222,8 @@ def test_nvidia(arch, kernel, tmp_path):
         check(case, found, arch)
 
 
+NORMS = {"forward": (), "backward": ("norms",)}
+
 # cell, dtype, H, B, architecture: what a group can hold there.
 GROUPED = [
     ("lstm", "bfloat16", 192, 16, 80),
@@ -245,19 +244,23 @@ GROUPED = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", GROUPED, ids=lambda size: "-".join(map(str, size)))
-def test_grouped(size, tmp_path):
-    """And step by step at the same tile: the same instructions on the same layouts, so that the bits can be the same."""
+def check_group(size, extras, cache):
+    """And step by step at the same tile: the same instructions and reductions, so that the bits can be the same."""
     *size, arch = size
     cases = []
-    for kernel in ("forward", "backward"):
-        case = make_case(kernel, "cuda", arch, *size, ("norms",) if kernel == "backward" else (), mode="grouped")
+    for kernel in extras:
+        case = make_case(kernel, "cuda", arch, *size, extras[kernel], mode="grouped")
         cases += [case, {**case, "tile": case["tile"]._replace(mode="stepwise")}]
-    found = read_compiled(cases, tmp_path)
+    found = read_compiled(cases, cache)
     for k in (0, 2):
         check(cases[k], found[k], arch)
         assert found[k]["arithmetic"] == found[k + 1]["arithmetic"], cases[k]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", GROUPED, ids=lambda size: "-".join(map(str, size)))
+def test_grouped(size, tmp_path):
+    check_group(size, NORMS, tmp_path)
 
 
 MASKS = ("flags", "recurrent", "zone_h", "zone_c")
@@ -268,20 +271,17 @@ EVERY_EXTRA = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "size",
-    [
-        ("lstm", "bfloat16", 128, 16, None),
-        ("gru", "bfloat16", 1024, 16, None),
-        ("lstm", "bfloat16", 512, 64, "grouped"),
-    ],
-    ids=lambda size: "-".join(map(str, size)),
-)
-def test_every_extra_at_once(size, tmp_path):
-    *size, mode = size
-    cases = [make_case(kernel, "cuda", 90, *size, extras=EVERY_EXTRA[kernel], mode=mode) for kernel in EVERY_EXTRA]
+def test_every_extra_at_once(tmp_path):
+    sizes = [("lstm", "bfloat16", 128, 16), ("gru", "bfloat16", 1024, 16)]
+    cases = [make_case(kernel, "cuda", 90, *size, EVERY_EXTRA[kernel]) for kernel in EVERY_EXTRA for size in sizes]
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         check(case, found, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_every_extra_at_once_grouped(cell, tmp_path):
+    check_group((cell, "bfloat16", 512, 64, 90), EVERY_EXTRA, tmp_path)
 
 
 @pytest.mark.slow
@@ -296,5 +296,25 @@ def test_amd(tmp_path):
         check(case, found, "gfx942")
 
 
-if __name__ == "__main__":
+def table():
+    """What docs/kernels.md says of the grouped kernels."""
+    print("| | sm | tile | shared KB | registers | spilled bytes |\n|---|---|---|---|---|---|")
+    for *size, arch in GROUPED:
+        cell, dtype, hidden_size, batch_size = size
+        cases = [make_case(kernel, "cuda", arch, *size, NORMS[kernel], mode="grouped") for kernel in NORMS]
+        found = [compiled(case) for case in cases]
+        tile = cases[0]["tile"]
+        columns = (
+            f"{cell} {dtype}, H {hidden_size}, B {batch_size}", arch,
+            f"{tile.block_b} x {tile.block_h}, {tile.warps} warps, {-(-hidden_size // tile.block_h)} programs",
+            *(" / ".join(str(f[key]) for f in found) for key in ("shared", "registers", "spilled")),
+        )  # fmt: skip
+        print("|", " | ".join(map(str, columns)), "|", flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["table"]:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        table()
+elif __name__ == "__main__":
     json.dump([compiled(case) for case in json.load(sys.stdin)], sys.stdout)

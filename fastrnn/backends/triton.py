@@ -1,4 +1,4 @@
-"""Launches the Triton scan: one launch for all steps where W_hh fits the chip, else one per step."""
+"""Launches the Triton scan: one launch for all steps where W_hh stays on the chip, else one per step."""
 
 import os
 from contextlib import nullcontext
@@ -48,6 +48,8 @@ def _tile(cell: str, w_hh: Tensor, batch_size: int) -> tiles.Tile:
         device["shared_memory"] = properties.shared_memory_per_block_optin
         device["processors"] = properties.multi_processor_count
     mode = os.environ.get("FASTRNN_TRITON_MODE") or None
+    if mode == "grouped" and torch.version.hip is not None:
+        raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
     return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), mode, **device)
 
 
@@ -64,7 +66,7 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
         B=batch_size, G=len(spec.gates), K=len(spec.saved), S=len(spec.states), H=hidden_size,
         BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, REVERSE=reverse,
         PRECISION=_precision(),
-        # Multiplications and additions stay apart, so that both modes round alike.
+        # Multiplications and additions stay apart, so that all modes round alike.
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if tile.mode == "grouped" and not _interpreted():
@@ -108,8 +110,8 @@ def _raise_if_stuck(x: Tensor):
     if x.is_cuda and _report()[0]:
         _report().zero_()
         raise RuntimeError(
-            "an earlier fastrnn call gave NaN: the programs of its Triton scan waited for each other beyond the bound of "
-            "kernels/barrier.py. Did another process hold the GPU? FASTRNN_TRITON_MODE=stepwise needs no waiting"
+            "an earlier fastrnn call gave NaN: the programs of its Triton scan waited for each other beyond the bound "
+            "of kernels/barrier.py. Did another process hold the GPU? FASTRNN_TRITON_MODE=stepwise does not wait"
         )
 
 
