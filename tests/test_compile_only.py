@@ -226,20 +226,14 @@ NORMS = {"forward": (), "backward": ("norms",)}
 
 # cell, dtype, H, B, architecture: what a group can hold there.
 GROUPED = [
-    ("lstm", "bfloat16", 192, 16, 80),
     ("lstm", "bfloat16", 512, 64, 80),
-    ("lstm", "bfloat16", 512, 64, 90),
     ("lstm", "float16", 768, 16, 90),
-    ("lstm", "bfloat16", 1024, 16, 80),
     ("lstm", "bfloat16", 1024, 64, 90),
-    ("lstm", "float32", 256, 64, 80),
     ("lstm", "float32", 512, 32, 90),
     ("gru", "bfloat16", 512, 64, 80),
-    ("gru", "bfloat16", 1024, 16, 80),
     ("gru", "float16", 1024, 64, 90),
     ("gru", "float32", 512, 64, 90),
     ("rnn_tanh", "bfloat16", 1000, 64, 80),
-    ("rnn_tanh", "bfloat16", 1024, 128, 90),
     ("rnn_elu", "float32", 1024, 64, 90),
 ]
 
