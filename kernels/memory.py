@@ -28,7 +28,9 @@ def each_row(i, rows):
 
 
 @triton.jit
-def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = ""):
+def load_planes(
+    ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = tl.constexpr("")
+):
     """The tiles of all planes, as float32; zero outside. CACHE: see `tl.load`."""
     planes = ()
     for k in tl.static_range(PLANES):
