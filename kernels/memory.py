@@ -12,6 +12,8 @@ PAD = tl.constexpr(1)
 RESET = tl.constexpr(2)
 START = tl.constexpr(4)
 
+EVERY_CACHE = tl.constexpr("")  # a plain string cannot be a default in Triton 3.6
+
 
 @triton.jit
 def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
@@ -28,9 +30,7 @@ def each_row(i, rows):
 
 
 @triton.jit
-def load_planes(
-    ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = tl.constexpr("")
-):
+def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
     """The tiles of all planes, as float32; zero outside. CACHE: see `tl.load`."""
     planes = ()
     for k in tl.static_range(PLANES):
