@@ -51,11 +51,11 @@ LOCAL = {
 # the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
 # 8 columns each, and lets them repeat each other where there are more (docs/kernels.md).
 GROUPED = {
-    (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
+    (4, 2): ((256, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
-    (3, 2): ((512, 16, 32, 64, 4), (1024, 16, 32, 128, 4), (1024, 16, 16, 128, 2)),
+    (3, 2): ((256, 16, 32, 64, 4), (1024, 16, 32, 128, 4), (1024, 16, 16, 128, 2)),
     (3, 4): ((512, 16, 32, 64, 4), (768, 16, 16, 64, 2)),
-    (1, 2): ((512, 16, 32, 64, 4), (1024, 16, 64, 128, 4)),
+    (1, 2): ((256, 16, 32, 64, 4), (512, 16, 32, 128, 4), (1024, 16, 64, 128, 4)),
     (1, 4): ((1024, 16, 32, 64, 4),),
 }
 
@@ -92,8 +92,7 @@ def _grouped(
     for largest, block_b, block_h, block_k, warps in GROUPED[gates, size]:
         padded = -(-hidden_size // block_k) * block_k
         weights = gates * block_h * padded * size
-        # What a step multiplies W_hh by: all of h, or two tiles of the gradient of every gate.
-        operand = block_b * max(padded, 2 * gates * block_k) * size
+        operand = 2 * gates * block_b * block_k * size  # of the backward's product, two tiles at a time
         programs = -(-batch_size // block_b) * -(-hidden_size // block_h)
         # All programs must run at once, and W_hh leaves no room for two on a multiprocessor.
         if hidden_size <= largest and weights + operand <= shared_memory and programs <= processors:

@@ -82,16 +82,29 @@ def recurrent_operand(h, flags, recurrent_ptr, origin, rows, cols, inside, H: tl
 
 
 @triton.jit
-def resident_product(
-    start, operands, weights, n, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """start + W_hh h for the n-th own tile of every gate, out of weights on the chip; h in tiles `operands`."""
-    products = ()
+def column(weights, n, k, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr):
+    """Of every gate the weights for own tile n and summed tile k."""
+    tiles = ()
     for g in tl.static_range(G):
-        product = start[g]
-        for k in tl.static_range(SUMS):
-            product = dot(operands[k], weights[(g * OWN + n) * SUMS + k], product, PRECISION)
-        products = products + (product,)
+        tiles = tiles + (weights[(g * OWN + n) * SUMS + k],)
+    return tiles
+
+
+@triton.jit
+def add(operand, weights, products, G: tl.constexpr, PRECISION: tl.constexpr):
+    """products + W_hh h for one tile of h."""
+    sums = ()
+    for g in tl.static_range(G):
+        sums = sums + (dot(operand, weights[g], products[g], PRECISION),)
+    return sums
+
+
+@triton.jit
+def local_product(start, operands, weights, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
+    """start + W_hh h for the n-th tile of every gate, out of weights on the chip; h in tiles `operands`."""
+    products = start
+    for k in tl.static_range(TILES):
+        products = add(operands[k], column(weights, n, k, G, TILES, TILES), products, G, PRECISION)
     return products
 
 
@@ -104,12 +117,21 @@ def load_operand(sent_ptr, k, origin, rows, row_inside, H: tl.constexpr, BLOCK_K
 
 
 @triton.jit
-def load_operands(sent_ptr, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """All of them, so that their loads overlap."""
-    operands = ()
-    for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-        operands = operands + (load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K),)
-    return operands
+def grouped_product(
+    start, sent_ptr, weights, origin, rows, row_inside,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """start + W_hh h for the program's tile of every gate, out of weights on the chip; its operand streamed, a tile
+    ahead of the products."""
+    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    products = start
+    operand = load_operand(sent_ptr, 0, origin, rows, row_inside, H, BLOCK_K)
+    for k in tl.static_range(SUMS):
+        now = operand
+        if k + 1 < SUMS:
+            operand = load_operand(sent_ptr, k + 1, origin, rows, row_inside, H, BLOCK_K)
+        products = add(now, column(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
+    return products
 
 
 @triton.jit
@@ -122,11 +144,10 @@ def streamed_product(
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
         operand = load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        sums = ()
+        weights = ()
         for g in tl.static_range(G):
-            w = load_weight(w_ptr, g, cols[None, :], source[:, None], H)
-            sums = sums + (dot(operand, w, products[g], PRECISION),)
-        products = sums
+            weights = weights + (load_weight(w_ptr, g, cols[None, :], source[:, None], H),)
+        products = add(operand, weights, products, G, PRECISION)
     return products
 
 
@@ -155,15 +176,6 @@ def over_gates(products, G: tl.constexpr):
     for g in tl.static_range(1, G):
         total += products[g]
     return total
-
-
-@triton.jit
-def column(weights, n, k, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr):
-    """Of every gate the weights for own tile n and summed tile k."""
-    tiles = ()
-    for g in tl.static_range(G):
-        tiles = tiles + (weights[(g * OWN + n) * SUMS + k],)
-    return tiles
 
 
 @triton.jit

@@ -47,12 +47,12 @@ from .memory import (
 )  # fmt: skip
 from .norms import place
 from .products import (
+    grouped_product,
     load_biases,
-    load_operands,
     load_weights,
+    local_product,
     local_product_back,
     recurrent_operand,
-    resident_product,
     scaled,
     streamed_product,
 )  # fmt: skip
@@ -114,7 +114,6 @@ def forward_kernel(
 ):
     LOCAL: tl.constexpr = MODE == "local"
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     OWN: tl.constexpr = TILES if LOCAL else 1
     batch = B.to(tl.int64)
     origin = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -157,14 +156,14 @@ def forward_kernel(
                 flags_next = load_flags(flags_ptr, row_next, rows, row_inside & (each_row(i, rows) + 1 < T))
                 alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
                 sent = sent_ptr + i % 2 * batch * H
-            if MODE == "grouped":
-                operands = load_operands(sent, origin, rows, row_inside, H, BLOCK_K)
-            if MODE == "stepwise":
+            if LOCAL:
+                gh = local_product(start, operands, weights, n, G, TILES, PRECISION)
+            elif MODE == "grouped":
+                gh = grouped_product(start, sent, weights, origin, rows, row_inside, G, H, BLOCK_K, PRECISION)
+            else:
                 gh = streamed_product(
                     start, sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
                 )
-            else:
-                gh = resident_product(start, operands, weights, n, G, OWN, SUMS, PRECISION)
             if not LOCAL:
                 gh = unless_stuck(alive, gh, G)
             before = ()
