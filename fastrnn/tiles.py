@@ -51,7 +51,7 @@ LOCAL = {
 # the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
 # 8 columns each, and lets them repeat each other where there are more (docs/kernels.md).
 GROUPED = {
-    (4, 2): ((256, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
+    (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
     (3, 2): ((256, 16, 32, 64, 4), (1024, 16, 32, 128, 4), (1024, 16, 16, 128, 2)),
     (3, 4): ((512, 16, 32, 64, 4), (768, 16, 16, 64, 2)),
