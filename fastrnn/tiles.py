@@ -13,18 +13,21 @@ from .cells import CELLS
 
 SHARED_MEMORY_SM80 = 163 * 1024  # bytes that one program can have; sm_90 has 227 KB
 WORKSPACE = 6 * 1024  # what a local program needs in shared memory besides W_hh, at 16 rows
+PROCESSORS_H100 = 132  # multiprocessors
+MODES = ("local", "grouped", "stepwise")
 
 
 class Tile(NamedTuple):
     """What one program of the scan takes, and how it runs.
 
-    local: one program holds all of W_hh and walks all steps; otherwise a launch takes one step.
+    mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch
+        share W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
     block_b, block_h: rows of the batch and hidden units of a tile.
-    block_k: units that a product takes at a time; with `local`, block_h.
+    block_k: units that a product takes at a time; in mode "local", block_h.
     warps, stages: of the compiled program; time loops always have one stage.
     """
 
-    local: bool
+    mode: str
     block_b: int
     block_h: int
     block_k: int
@@ -44,19 +47,61 @@ LOCAL = {
     (1, 4): ((16, 16, 4), (32, 32, 4), (64, 64, 4), (128, 128, 8), (192, 64, 8)),
 }
 
+# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps), the first that H, shared memory and
+# the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
+# 8 columns each, and lets them repeat each other where there are more (docs/kernels.md).
+GROUPED = {
+    (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
+    (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
+    (3, 2): ((512, 16, 32, 64, 4), (1024, 16, 32, 128, 4), (1024, 16, 16, 128, 2)),
+    (3, 4): ((512, 16, 32, 64, 4), (768, 16, 16, 64, 2)),
+    (1, 2): ((256, 16, 32, 64, 4), (512, 16, 32, 128, 4), (1024, 16, 64, 128, 4)),
+    (1, 4): ((1024, 16, 32, 64, 4),),
+}
+
 # Bytes per element: rows of (largest B of the bucket, tile).
 STEPWISE = {
     2: (
-        (16, Tile(False, 16, 32, 64, 4, 3)),
-        (64, Tile(False, 32, 32, 64, 8, 3)),
-        (None, Tile(False, 64, 32, 64, 8, 3)),
+        (16, Tile("stepwise", 16, 32, 64, 4, 3)),
+        (64, Tile("stepwise", 32, 64, 32, 8, 3)),
+        (None, Tile("stepwise", 64, 32, 64, 8, 3)),
     ),
     4: (
-        (16, Tile(False, 16, 32, 64, 4, 3)),
-        (64, Tile(False, 32, 32, 32, 8, 3)),
-        (None, Tile(False, 64, 32, 32, 8, 3)),
+        (16, Tile("stepwise", 16, 32, 64, 4, 3)),
+        (64, Tile("stepwise", 32, 64, 32, 8, 3)),
+        (None, Tile("stepwise", 64, 32, 32, 8, 3)),
     ),
 }
+
+
+def _local(gates: int, size: int, hidden_size: int, precision: str, shared_memory: int) -> Tile | None:
+    for largest, block, warps in LOCAL[gates, size]:
+        padded = -(-hidden_size // block) * block
+        fits = hidden_size <= largest and gates * padded * padded * size + WORKSPACE <= shared_memory
+        # Without tensor cores, products of several tiles keep W_hh in registers, and spill.
+        if fits and (padded == block or size == 2 or precision == "tf32"):
+            return Tile("local", 16, block, block, warps, 1)
+    return None
+
+
+def _grouped(
+    gates: int, size: int, hidden_size: int, batch_size: int, precision: str, shared_memory: int, processors: int
+) -> Tile | None:
+    if size == 4 and precision != "tf32":
+        return None  # without tensor cores, products of several tiles keep W_hh in registers, and spill
+    for largest, block_b, block_h, block_k, warps in GROUPED[gates, size]:
+        padded = -(-hidden_size // block_k) * block_k
+        weights = gates * block_h * padded * size
+        operand = 2 * gates * block_b * block_k * size  # of the backward's product, two tiles at a time
+        programs = -(-batch_size // block_b) * -(-hidden_size // block_h)
+        # All programs must run at once, and W_hh leaves no room for two on a multiprocessor.
+        if hidden_size <= largest and weights + operand <= shared_memory and programs <= processors:
+            return Tile("grouped", block_b, block_h, block_k, warps, 1)
+    return None
+
+
+def _stepwise(size: int, batch_size: int) -> Tile:
+    return next(tile for largest, tile in STEPWISE[size] if largest is None or batch_size <= largest)
 
 
 def choose(
@@ -65,14 +110,29 @@ def choose(
     hidden_size: int,
     batch_size: int,
     precision: str = "tf32",
+    mode: str | None = None,
     shared_memory: int = SHARED_MEMORY_SM80,
+    processors: int = PROCESSORS_H100,
 ) -> Tile:
-    """The tile for one layer. `precision`: of float32 products, tf32 or ieee; `shared_memory`: bytes per program."""
+    """The tile for one layer: local where W_hh fits one program, else stepwise; or of the `mode` that was asked for.
+
+    precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
+    Raises ValueError for a mode that there is not, or that cannot take this layer.
+    """
     gates, size = len(CELLS[cell].gates), dtype.itemsize
-    for largest, block, warps in LOCAL[gates, size]:
-        padded = -(-hidden_size // block) * block
-        fits = hidden_size <= largest and gates * padded * padded * size + WORKSPACE <= shared_memory
-        # Without tensor cores, products of several tiles keep W_hh in registers, and spill.
-        if fits and (padded == block or size == 2 or precision == "tf32"):
-            return Tile(True, 16, block, block, warps, 1)
-    return next(tile for largest, tile in STEPWISE[size] if largest is None or batch_size <= largest)
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode {mode!r} of the Triton scan; known are {', '.join(MODES)}")
+    tile = None
+    if mode in (None, "local"):
+        tile = _local(gates, size, hidden_size, precision, shared_memory)
+    if mode == "grouped":
+        tile = _grouped(gates, size, hidden_size, batch_size, precision, shared_memory, processors)
+    if mode == "stepwise" or (mode is None and tile is None):
+        tile = _stepwise(size, batch_size)
+    if tile is None:
+        raise ValueError(
+            f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "
+            f"size {batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no such "
+            f"tile (float32 products: {precision})"
+        )
+    return tile

@@ -1,7 +1,8 @@
 """The Triton kernels, imported as `fastrnn.kernels`. They import only triton and each other.
 
 `scan.py` is the one sequence kernel, forward and backward; `cells.py` the equations, `products.py` the products with
-W_hh, `gradients.py` the pieces of a backward step, `norms.py` the row norms, `memory.py` the loads and stores.
+W_hh, `gradients.py` the pieces of a backward step, `barrier.py` the barrier among programs, `norms.py` the row norms,
+`memory.py` the loads and stores.
 """
 
 if __name__ != "fastrnn.kernels":

@@ -6,15 +6,16 @@ Shapes: T steps, B batch, H hidden, G gates, S states. Row indices are 64 bits w
 import triton
 import triton.language as tl
 
-from .memory import PAD, RESET, START, choose, hidden_tile, load_flags, load_planes, load_tile, store_planes
+from .barrier import unless_stuck
+from .memory import PAD, RESET, START, choose, each_row, hidden_tile, load_flags, load_planes, load_tile, store_planes
 from .norms import clip_scale, row_norm
-from .products import scaled, streamed_product_back
+from .products import grouped_product_back, scaled, streamed_product_back
 
 
 @triton.jit
 def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
     """The states before step `i`, from where the step before it put them; zero behind a reset."""
-    starts = tl.zeros_like(rows) + i == 0
+    starts = each_row(i, rows) == 0
     if flags is not None:
         starts = starts | ((flags & START) != 0)
     starts = starts[:, None]
@@ -28,6 +29,20 @@ def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, ins
         )
         before = before + (choose(flags, RESET, 0.0, state),)
     return before
+
+
+@triton.jit
+def load_states(
+    ptrs, row, rows, cols, inside, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.constexpr
+):
+    """A tile of each state; zeros where its pointer is None."""
+    states = ()
+    for s in tl.static_range(S):
+        if ptrs[s] is None:
+            states = states + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+        else:
+            states = states + (load_tile(ptrs[s], row, rows, cols, inside, H),)
+    return states
 
 
 @triton.jit
@@ -84,22 +99,28 @@ def arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, ins
 
 
 @triton.jit
-def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
-    """The norm of this tile of each state, zero at padding; STRIDE rows of the batch lie between states."""
-    for s in tl.static_range(S):
-        norm = row_norm(tiles[s])
-        if flags is not None:
-            norm = tl.where((flags & PAD) != 0, 0.0, norm)
-        tl.store(ptr + row + s * STRIDE * batch + rows, norm, mask=row_inside)
+def tile_norm(tile, flags):
+    """The norms `[BLOCK_B]` of the rows of a tile, zero at padding."""
+    norm = row_norm(tile)
+    if flags is not None:
+        norm = tl.where((flags & PAD) != 0, 0.0, norm)
+    return norm
 
 
 @triton.jit
-def clip_scales(parts, bound_ptr, flags):
-    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`; one at padding."""
-    scale = clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
-    if flags is not None:
-        scale = tl.where((flags & PAD) != 0, 1.0, scale)
-    return scale
+def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
+    """The norm of this tile of each state; STRIDE rows of the batch lie between states."""
+    for s in tl.static_range(S):
+        tl.store(ptr + row + s * STRIDE * batch + rows, tile_norm(tiles[s], flags), mask=row_inside)
+
+
+@triton.jit
+def clip_scales(parts, bound_ptr):
+    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`.
+
+    Without a look at the flags: Triton lays out the operand of a product by the smallest type that it came from.
+    """
+    return clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
 
 
 @triton.jit
@@ -108,7 +129,11 @@ def leave(
     batch, origin, rows, row_inside, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Step by step: the gate gradients of step `i`, where the programs of the next launch look for them."""
+    """The gate gradients of step `i`, where the other programs of the group look for them at the step that follows.
+
+    Under clipping by norm they lie in one of two slots. The one that step `i` fills was read by the programs before
+    they left what step `i + 1` has left, and all of that has been waited for: nobody reads it any more.
+    """
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
     if parts_ptr is None:
@@ -128,25 +153,24 @@ def leave(
 
 @triton.jit
 def receive(
-    rest, i, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, flags_ptr, recurrent_ptr,
-    T, batch, origin, rows, row_inside, tile,
+    rest, alive, i, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights, flags_ptr,
+    recurrent_ptr, T, batch, origin, rows, row_inside, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Step by step: the gradients before step `i`, from what the programs of its launch left behind.
+    """The gradients of the states before step `i`, from what the programs of the group have left; `rest`, if i is T.
 
-    Under clipping by norm they left gate gradients that are not scaled yet, and the norms of their tiles.
+    Under clipping by norm they left gate gradients that are not scaled yet, and the norms of their tiles. NaN where
+    not all of them are `alive`.
     """
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    row_inside = row_inside & (each_row(i, rows) < T)
     cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
     row = (T - 1 - i if REVERSE else i) * batch + origin
     flags = load_flags(flags_ptr, row, rows, row_inside)
     if bound_ptr is None:
         scale = None
-        product = streamed_product_back(
-            dgx_ptr if dgh_ptr is None else dgh_ptr, row, w_ptr, scale, rows, row_inside, cols,
-            G, H, BLOCK_H, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        sent_ptr, sent_row = dgx_ptr if dgh_ptr is None else dgh_ptr, row
     else:
         slot = i % 2 * batch
         columns = tl.arange(0, WIDTH)
@@ -154,15 +178,32 @@ def receive(
             parts_ptr + slot * (S * TILES) + columns[None, :] * batch + origin + rows[:, None],
             mask=row_inside[:, None] & (columns < S * TILES)[None, :],
             other=0.0,
+            cache_modifier=".cg",
         )
-        scale = clip_scales(parts, bound_ptr, flags)
-        sent = load_planes(sent_x_ptr, slot + origin, rows, cols, inside, G, H)
+        scale = clip_scales(parts, bound_ptr)
+        sent = load_planes(sent_x_ptr, slot + origin, rows, cols, inside, G, H, ".cg")
         store_planes(dgx_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
         if dgh_ptr is not None:
-            sent = load_planes(sent_h_ptr, slot + origin, rows, cols, inside, G, H)
+            sent = load_planes(sent_h_ptr, slot + origin, rows, cols, inside, G, H, ".cg")
             store_planes(dgh_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
-        product = streamed_product_back(
-            sent_x_ptr if dgh_ptr is None else sent_h_ptr, slot + origin, w_ptr, scale, rows, row_inside, cols,
-            G, H, BLOCK_H, BLOCK_K, PRECISION,
+        sent_ptr, sent_row = sent_x_ptr if dgh_ptr is None else sent_h_ptr, slot + origin
+    if GROUPED:
+        product = grouped_product_back(
+            sent_ptr, sent_row, weights, scale, rows, row_inside, G, H, BLOCK_H, BLOCK_K, PRECISION
         )  # fmt: skip
-    return arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H)
+    else:
+        product = streamed_product_back(
+            sent_ptr, sent_row, w_ptr, scale, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
+        )
+    carry = arriving(
+        unless_stuck(alive, (product,), 1)[0], rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H
+    )
+    return where_all(i < T, carry, rest, S)
+
+
+@triton.jit
+def where_all(condition, tiles, others, COUNT: tl.constexpr):
+    chosen = ()
+    for s in tl.static_range(COUNT):
+        chosen = chosen + (tl.where(condition, tiles[s], others[s]),)
+    return chosen

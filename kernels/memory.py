@@ -12,6 +12,8 @@ PAD = tl.constexpr(1)
 RESET = tl.constexpr(2)
 START = tl.constexpr(4)
 
+EVERY_CACHE = tl.constexpr("")  # a plain string cannot be a default in Triton 3.6
+
 
 @triton.jit
 def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
@@ -21,12 +23,19 @@ def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr):
-    """The tiles of all planes, as float32; zero outside."""
+def each_row(i, rows):
+    """A number, once per row, for conditions on it: in Triton's interpreter the mask of a tile & one of a scalar has no
+    type that a load takes."""
+    return tl.zeros_like(rows) + i
+
+
+@triton.jit
+def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
+    """The tiles of all planes, as float32; zero outside. CACHE: see `tl.load`."""
     planes = ()
     for k in tl.static_range(PLANES):
         offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0)
+        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
         planes = planes + (tile.to(tl.float32),)
     return planes
 

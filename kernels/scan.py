@@ -1,10 +1,12 @@
 """The sequence kernels: one forward, one backward, generic over the cell, over a range of steps `[t_begin, t_end)`.
 
-They run in two modes of the same code, which give the same bits at equal tiles:
+They run in three modes of the same code, which give the same bits at equal tiles:
 
-- step by step: a program takes one tile of the batch and one of the hidden units, a launch takes one step. The launch
-  is the barrier: what the programs need of each other, h or the gradients of the gates, the launch before has written.
-- LOCAL: a program takes a tile of the batch and all of the hidden units, keeps W_hh on the chip and walks all steps.
+- stepwise: a program takes one tile of the batch and one of the hidden units, a launch takes one step. The launch is
+  the barrier: what the programs need of each other, h or the gradients of the gates, the launch before has written.
+- grouped: the same program keeps its part of W_hh on the chip and walks all steps. The programs of a tile of the batch
+  are a group, and a barrier among them stands between two steps (`barrier.py`). Without one, a launch takes one step.
+- local: a program takes a tile of the batch and all of the hidden units, keeps all of W_hh and walks all steps.
 
 Steps are counted in scan order: `i` counts up, and t is T - 1 - i where the scan walks back. The time loop never has a
 negative step, and takes `num_stages=1`, so that nothing written in one step is fetched ahead of the write.
@@ -15,21 +17,38 @@ Shapes: T steps, B batch, H hidden, G gates, S states, K saved planes. Row indic
 import triton
 import triton.language as tl
 
+from .barrier import LINE, arrive, unless_stuck, wait
 from .gradients import (
     arriving,
     clamp,
     clip_scales,
     drop_padded,
     leave,
+    load_states,
     past_weights,
     previous_states,
     receive,
     store_norms,
     through_zoneout,
+    tile_norm,
+    where_all,
 )  # fmt: skip
-from .memory import PAD, RESET, choose, hidden_tile, load_flags, load_planes, load_tile, store_planes, store_tile
-from .norms import place, row_norm
+from .memory import (
+    PAD,
+    RESET,
+    choose,
+    each_row,
+    hidden_tile,
+    load_flags,
+    load_planes,
+    load_tile,
+    store_planes,
+    store_tile,
+)  # fmt: skip
+from .norms import place
 from .products import (
+    grouped_product,
+    load_biases,
     load_weights,
     local_product,
     local_product_back,
@@ -69,8 +88,11 @@ def forward_kernel(
     zone_c_ptr,  # [T, B, H] or None
     h_in_ptr,  # [B, H]: the states before step t_begin
     c_in_ptr,  # [B, H] float32, or None for a cell without c
-    h_out_ptr,  # [B, H]: the states after step t_end - 1; step by step, other memory than h_in
+    h_out_ptr,  # [B, H]: the states after step t_end - 1; may be the same memory
     c_out_ptr,  # [B, H] float32 or None
+    sent_ptr,  # [2, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
+    arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    report_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [T, B, H]
     c_ptr,  # [T, B, H] float32 or None
     saved_ptr,  # [T, B, K*H] or None
@@ -85,11 +107,12 @@ def forward_kernel(
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # step by step: units that a product takes at a time
-    LOCAL: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # units that a product takes at a time
+    MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LOCAL: tl.constexpr = MODE == "local"
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     OWN: tl.constexpr = TILES if LOCAL else 1
     batch = B.to(tl.int64)
@@ -97,13 +120,14 @@ def forward_kernel(
     rows = tl.arange(0, BLOCK_B)
     row_inside = origin + rows < batch
     first = tl.program_id(1)
+    arrived = None if arrived_ptr is None else arrived_ptr + tl.program_id(0) * LINE
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     states_out = (h_out_ptr, c_out_ptr)
     zone_ptrs = (zone_h_ptr, zone_c_ptr)
 
     weights = ()
-    if LOCAL:
-        weights = load_weights(w_ptr, G, H, BLOCK_H, True)
+    if MODE != "stepwise":
+        weights = load_weights(w_ptr, first, G, OWN, H, BLOCK_H, BLOCK_K, False)
     states = ()
     for n in tl.static_range(OWN):
         cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
@@ -126,26 +150,33 @@ def forward_kernel(
         for n in tl.static_range(OWN):
             cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
             gx = load_planes(gx_ptr, row, rows, cols, inside, G, H)
+            start = load_biases(b_ptr, rows, cols, G, H, BLOCK_H)
+            if not LOCAL:
+                row_next = (t - 1 if REVERSE else t + 1) * batch + origin
+                flags_next = load_flags(flags_ptr, row_next, rows, row_inside & (each_row(i, rows) + 1 < T))
+                alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
+                sent = sent_ptr + i % 2 * batch * H
             if LOCAL:
-                products = local_product(operands, weights, n, G, TILES, PRECISION)
+                gh = local_product(start, operands, weights, n, G, TILES, PRECISION)
+            elif MODE == "grouped":
+                gh = grouped_product(start, sent, weights, origin, rows, row_inside, G, H, BLOCK_K, PRECISION)
             else:
-                products = streamed_product(
-                    h_in_ptr, w_ptr, flags, recurrent_ptr, origin, rows, row_inside, cols,
-                    G, H, BLOCK_H, BLOCK_K, PRECISION,
-                )  # fmt: skip
-            gh = ()
-            for g in tl.static_range(G):
-                if b_ptr is None:
-                    gh = gh + (products[g],)
-                else:
-                    bias = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32)
-                    gh = gh + (products[g] + bias[None, :],)
+                gh = streamed_product(
+                    start, sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
+                )
+            if not LOCAL:
+                gh = unless_stuck(alive, gh, G)
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
             fresh, saved = CELL_FORWARD(gx, gh, before)
             state = carry_over(fresh, before, states[n], flags, zone_ptrs, row, rows, cols, inside, dtype, S, H)
             states_after = states_after + (state,)
+            if not LOCAL:
+                # Who read this slot did so at step i - 1, before it arrived, and that has been waited for.
+                operand = recurrent_operand(state[0], flags_next, recurrent_ptr, origin, rows, cols, inside, H)
+                store_tile(sent_ptr + (i + 1) % 2 * batch * H, origin, rows, cols, inside, operand, H)
+                arrive(arrived)
             store_tile(y_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[0]), H)
             if c_ptr is not None:
                 store_tile(c_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[1]), H)
@@ -178,19 +209,21 @@ def backward_kernel(
     zone_c_ptr,  # [T, B, H] or None
     bound_ptr,  # [] or None: clipping by norm
     clip_value,  # float or None
-    dh_in_ptr,  # [B, H] or None: the gradients of the states after step t_end - 1; step by step, the part of them
-    dc_in_ptr,  # [B, H] float32 or None    that did not pass through W_hh, unless t_end is T
-    dh_out_ptr,  # [B, H]: the same of the states before step t_begin; step by step, the part of them that does not
-    dc_out_ptr,  # [B, H] float32 or None    pass through W_hh, unless t_begin is t_end
+    dh_in_ptr,  # [B, H] or None: the gradients of the states after step t_end - 1; unless local, the part of them
+    dc_in_ptr,  # [B, H] float32 or None    that did not pass through W_hh, but for t_end = T
+    dh_out_ptr,  # [B, H]: the same of the states before step t_begin, whole for t_begin = -1; may be the same memory
+    dc_out_ptr,  # [B, H] float32 or None
     dgx_ptr,  # [T, B, G*H]
     dgh_ptr,  # [T, B, G*H], or None where it equals dgx
     norms_ptr,  # [2, S, T, TILES, B] float32 or None: total and carried, of each tile
-    sent_x_ptr,  # [2, B, G*H] float32: step by step under clipping by norm, the gate gradients before they are
-    sent_h_ptr,  # [2, B, G*H] float32    scaled, for even and odd steps; else None
+    sent_x_ptr,  # [2, B, G*H] float32: under clipping by norm, the gate gradients of even and odd steps before they
+    sent_h_ptr,  # [2, B, G*H] float32    are scaled, for the programs of the group; None if local
     parts_ptr,  # [2, S*TILES, B] float32 or None: the tiles' norms to scale them by
+    arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    report_ptr,  # [] int32 or None: set where a wait was too long
     T,
     B,
-    t_begin,
+    t_begin,  # unless local, -1 stands for a step before the first, which only receives what step 0 has left
     t_end,
     CELL_TOTAL: tl.constexpr,
     CELL_BACKWARD: tl.constexpr,
@@ -200,12 +233,13 @@ def backward_kernel(
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # step by step: units that a product takes at a time
+    BLOCK_K: tl.constexpr,  # units that a product takes at a time
     WIDTH: tl.constexpr,  # S * TILES, rounded up to a power of two
-    LOCAL: tl.constexpr,
+    MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LOCAL: tl.constexpr = MODE == "local"
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     OWN: tl.constexpr = TILES if LOCAL else 1
     batch = B.to(tl.int64)
@@ -213,60 +247,52 @@ def backward_kernel(
     rows = tl.arange(0, BLOCK_B)
     row_inside = origin + rows < batch
     first = tl.program_id(1)
+    arrived = None if arrived_ptr is None else arrived_ptr + tl.program_id(0) * LINE
     arriving_ptrs, leaving_ptrs = (dh_in_ptr, dc_in_ptr), (dh_out_ptr, dc_out_ptr)
     direct_ptrs, zone_ptrs = (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
 
     weights = ()
-    if LOCAL:
-        weights = load_weights(w_ptr, G, H, BLOCK_H, False)
+    if MODE != "stepwise":
+        weights = load_weights(w_ptr, first, G, OWN, H, BLOCK_H, BLOCK_K, True)
     carries = ()
     for n in tl.static_range(OWN):
         cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-        carry = ()
-        for s in tl.static_range(S):
-            if arriving_ptrs[s] is None:
-                carry = carry + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-            else:
-                carry = carry + (load_tile(arriving_ptrs[s], origin, rows, cols, inside, H),)
-        carries = carries + (carry,)
-    if not LOCAL:
-        if t_end < T:
-            carries = (
-                receive(
-                    carries[0], t_end, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr,
-                    flags_ptr, recurrent_ptr, T, batch, origin, rows, row_inside, first,
-                    G, S, H, BLOCK_H, BLOCK_K, WIDTH, REVERSE, PRECISION,
-                ),
-            )  # fmt: skip
+        carries = carries + (load_states(arriving_ptrs, origin, rows, cols, inside, S, BLOCK_B, BLOCK_H, H),)
 
     for j in tl.range(0, t_end - t_begin, num_stages=1):
         i = t_end - 1 - j
         t = T - 1 - i if REVERSE else i
         row = t * batch + origin
-        flags = load_flags(flags_ptr, row, rows, row_inside)
+        live = row_inside if LOCAL else row_inside & (each_row(i, rows) >= 0)
+        flags = load_flags(flags_ptr, row, rows, live)
         gates_x, gates_h, rests = (), (), ()
         parts = tl.zeros((BLOCK_B, WIDTH), tl.float32)
         for n in tl.static_range(OWN):
-            cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
+            cols, inside = hidden_tile(first + n, live, BLOCK_H, H)
             saved = load_planes(saved_ptr, row, rows, cols, inside, K, H)
             row_before = (t + 1 if REVERSE else t - 1) * batch + origin
             before = previous_states(
                 (y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row_before, flags, origin, rows, cols, inside, S, H
             )
+            direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
             carry = carries[n]
+            if not LOCAL:
+                alive = wait(arrived, j * tl.num_programs(1), report_ptr)
+                carry = receive(
+                    carry, alive, i + 1, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights,
+                    flags_ptr, recurrent_ptr, T, batch, origin, rows, row_inside, first,
+                    G, S, H, BLOCK_H, BLOCK_K, WIDTH, MODE == "grouped", REVERSE, PRECISION,
+                )  # fmt: skip
             dstate = ()
             for s in tl.static_range(S):
-                if direct_ptrs[s] is None:
-                    dstate = dstate + (carry[s],)
-                else:
-                    dstate = dstate + (carry[s] + load_tile(direct_ptrs[s], row, rows, cols, inside, H),)
+                dstate = dstate + (carry[s] + direct[s],)
             fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
             total = CELL_TOTAL(saved, before, fresh)
             if norms_ptr is not None:
                 at = (t * batch) * TILES + (first + n) * batch + origin
-                store_norms(norms_ptr, at, batch, rows, row_inside, (dstate[0],) + total[1:], flags, S, T * TILES)
+                store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
                 at += S * T * batch * TILES
-                store_norms(norms_ptr, at, batch, rows, row_inside, carry, flags, S, T * TILES)
+                store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
             if clip_value is not None:
                 dstate = clamp(dstate, clip_value, S)
                 fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
@@ -274,17 +300,18 @@ def backward_kernel(
             if bound_ptr is not None:
                 whole = (dstate[0],) + total[1:]
                 for s in tl.static_range(S):
-                    parts += place(row_norm(whole[s]), s * TILES + first + n, WIDTH)
+                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
             dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
             gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
-            rests = rests + (past_weights(past, through_cell, carry, flags, S),)
+            rest = past_weights(past, through_cell, carry, flags, S)
+            rests = rests + (rest if LOCAL else where_all(i >= 0, rest, carry, S),)
 
         scale = None
         if LOCAL:
             operands = ()
             if bound_ptr is not None:
-                scale = clip_scales(parts, bound_ptr, flags)
+                scale = clip_scales(parts, bound_ptr)
             for n in tl.static_range(OWN):
                 cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
                 store_planes(dgx_ptr, row, rows, cols, inside, scaled(gates_x[n], scale, G), G, H)
@@ -295,14 +322,15 @@ def backward_kernel(
             carries = ()
             for n in tl.static_range(OWN):
                 cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-                product = local_product_back(operands, weights, n, G, TILES, PRECISION)
+                product = local_product_back(operands, weights, n, rows, G, TILES, BLOCK_H, PRECISION)
                 carry = arriving(product, rests[n], scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H)
                 carries = carries + (carry,)
         else:
             leave(
                 gates_x[0], gates_h[0], parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-                batch, origin, rows, row_inside, first, G, S, H, BLOCK_H, WIDTH,
+                batch, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH,
             )  # fmt: skip
+            arrive(arrived)
             carries = rests
 
     for n in tl.static_range(OWN):

@@ -14,6 +14,7 @@ from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.dispatch import Request
+from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
 from fastrnn.kernels.norms import row_norm
 from fastrnn.tiles import Tile
@@ -22,7 +23,7 @@ from fastrnn.tiles import Tile
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 T, B, H = 3, 3, 17
-SMALL = {mode: Tile(mode == "local", 16, 16, 16, 4, 1) for mode in ("local", "stepwise")}
+SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
 # Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
 FLOAT32 = 2e-5
 # Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
@@ -135,10 +136,10 @@ def same_bits(first, second):
     ("reverse", "extras"), [(False, ()), (True, Problem.ALL)], ids=["forward-plain", "reverse-all"]
 )
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
+def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
     problem = Problem(cell, device, reverse=reverse, extras=extras)
-    local, stepwise = (check_against_reference(problem, tile) for tile in SMALL.values())
-    assert same_bits(local, stepwise)
+    local, stepwise, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, stepwise) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
@@ -161,7 +162,7 @@ def test_each_extra_alone(cell, extra, device):
 )
 def test_odd_sizes(cell, B, H, mode, device):
     block = min(64, max(16, triton.next_power_of_2(H)))
-    tile = Tile(mode == "local", 16, block, block if mode == "local" else 32, 4, 1)
+    tile = Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
     check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
 
 
@@ -169,8 +170,8 @@ def test_odd_sizes(cell, B, H, mode, device):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_types(cell, dtype, device):
     problem = Problem(cell, device, dtype=dtype, extras=Problem.ALL)
-    local, stepwise = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
-    assert same_bits(local, stepwise)
+    local, stepwise, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
+    assert same_bits(local, stepwise) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
@@ -313,5 +314,124 @@ def test_the_table_has_a_tile_for_everything(dtype, precision):
         for hidden_size in (1, 16, 17, 64, 100, 128, 200, 256, 1000, 4096):
             for batch_size in (1, 64, 5000):
                 tile = tiles.choose(cell, dtype, hidden_size, batch_size, precision)
-                assert not tile.local or tile.block_h == tile.block_k
+                assert tile.mode != "grouped"  # until a measurement speaks for it
+                assert tile.mode != "local" or tile.block_h == tile.block_k
                 assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs
+
+
+# --------------------------------------------------------------------------------------------------- grouped programs
+
+
+def test_a_mode_that_was_asked_for_is_taken_or_refused(monkeypatch, device):
+    problem = Problem("lstm", device)
+    for mode in tiles.MODES:
+        monkeypatch.setenv("FASTRNN_TRITON_MODE", mode)
+        assert launcher._tile("lstm", problem.w_hh.bfloat16(), B).mode == mode
+    monkeypatch.setenv("FASTRNN_TRITON_MODE", "grouped")
+    with pytest.raises(ValueError, match=r"'grouped'.*lstm of torch.float32"):  # "ieee" leaves it no tensor cores
+        problem.forward(launcher)
+    with pytest.raises(ValueError, match="batch size 5000"):
+        tiles.choose("lstm", torch.bfloat16, 512, 5000, mode="grouped")  # more programs than can run at once
+    with pytest.raises(ValueError, match="local, grouped, stepwise"):
+        tiles.choose("lstm", torch.bfloat16, 512, 16, mode="rows")
+
+
+def beside(tile):
+    """The same tile, step by step."""
+    return tile._replace(mode="stepwise")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_a_group_of_the_table_equals_the_reference(cell, device):
+    """Several programs with several tiles of weights each, of which the last are cut off."""
+    tile = tiles.choose(cell, torch.bfloat16, 70, 17, mode="grouped")
+    problem = Problem(cell, device, sizes=(2, 17, 70), extras=Problem.ALL, reverse=True)
+    grouped, stepwise = (check_against_reference(problem, t) for t in (tile, beside(tile)))
+    assert same_bits(grouped, stepwise)
+
+
+def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monkeypatch):
+    """One program is its own group, so it walks several steps in the interpreter, too."""
+    problem = Problem("lstm", device, sizes=(7, 3, 5), extras=Problem.ALL)
+    tile = Tile("grouped", 16, 16, 16, 4, 1)
+    want = everything(problem, tile)
+    monkeypatch.setattr(launcher, "MOST_STEPS", 3)
+    assert same_bits(everything(problem, tile), want)
+
+
+def everything(problem, tile):
+    """Forward and backward, from the launcher's own forward."""
+    forward = problem.forward(launcher, tile=tile)
+    y, c, _, _, saved = forward
+    return forward + problem.backward(launcher, y, c, saved, tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extras", [(), Problem.ALL], ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_grouped_equals_stepwise_bit_for_bit(cell, dtype, extras, device, monkeypatch):
+    monkeypatch.setattr(launcher, "_precision", lambda: "tf32")
+    for sizes in ((9, 5, 200), (33, 37, 256), (5, 16, 512)):
+        problem = Problem(cell, device, dtype, sizes, reverse=bool(extras), extras=extras)
+        tile = tiles.choose(cell, dtype, sizes[2], sizes[1], mode="grouped")
+        grouped, stepwise = (everything(problem, t) for t in (tile, beside(tile)))
+        assert all(x.isfinite().all() for x in grouped)
+        assert same_bits(grouped, stepwise)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside-another-stream"])
+def test_ten_thousand_launches(busy, device):
+    tile = tiles.choose("lstm", torch.bfloat16, 256, 100, mode="grouped")
+    problem = Problem("lstm", device, torch.bfloat16, (8, 100, 256))
+    want = everything(problem, tile)
+    other, square = torch.cuda.Stream(), torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    for k in range(5000):  # forward and backward
+        if busy and k % 10 == 0:
+            with torch.cuda.stream(other):
+                square = (square @ square).clamp(-1, 1)
+        got = everything(problem, tile)
+        if k % 500 == 0:
+            assert same_bits(got, want), k
+    assert same_bits(got, want)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_grouped_launches_replays(device):
+    tile = tiles.choose("gru", torch.bfloat16, 512, 20, mode="grouped")
+    problem, other = (Problem("gru", device, torch.bfloat16, (6, 20, 512), seed=seed) for seed in (0, 1))
+    everything(problem, tile)  # compiles
+    want = everything(other, tile)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = everything(problem, tile)
+    for name in ("gx", "w_hh", "b_hh", "h0", "dy", "dh_n"):
+        getattr(problem, name).copy_(getattr(other, name))
+    for _ in range(100):
+        graph.replay()
+    assert same_bits(got, want)
+
+
+@triton.jit
+def _wait_in_vain(x_ptr, arrived_ptr, report_ptr, N: tl.constexpr):
+    arrive(arrived_ptr)
+    alive = wait(arrived_ptr, tl.num_programs(0) + 1, report_ptr)
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    (x,) = unless_stuck(alive, (tl.load(x_ptr + at),), 1)
+    tl.store(x_ptr + at, x)
+
+
+@pytest.mark.gpu
+def test_a_wait_in_vain_ends_in_nan_and_an_error(device):
+    x, arrived = torch.ones(4, 64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    _wait_in_vain[(4,)](x_ptr=x, arrived_ptr=arrived, report_ptr=launcher._report(), N=64, launch_cooperative_grid=True)
+    torch.cuda.synchronize()
+    assert x.isnan().all()
+    problem = Problem("lstm", device)
+    with pytest.raises(RuntimeError, match="waited for each other"):
+        problem.forward(launcher)
+    check_against_reference(problem, None)

@@ -1,14 +1,15 @@
-"""Launches the Triton scan: one launch for all steps where W_hh fits the chip, else one per step."""
+"""Launches the Triton scan: one launch for all steps where W_hh stays on the chip, else one per step."""
 
 import os
 from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from .. import tiles
-from ..cells import CELLS
+from ..cells import CELLS, RESET
 
 
 def _interpreted() -> bool:
@@ -40,10 +41,16 @@ def _precision() -> str:
 
 
 def _tile(cell: str, w_hh: Tensor, batch_size: int) -> tiles.Tile:
-    limit = {}
+    """The tile of `tiles.py`, in the mode that the environment's FASTRNN_TRITON_MODE asks for, if it does."""
+    device = {}
     if w_hh.is_cuda:
-        limit["shared_memory"] = torch.cuda.get_device_properties(w_hh.device).shared_memory_per_block_optin
-    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), **limit)
+        properties = torch.cuda.get_device_properties(w_hh.device)
+        device["shared_memory"] = properties.shared_memory_per_block_optin
+        device["processors"] = properties.multi_processor_count
+    mode = os.environ.get("FASTRNN_TRITON_MODE") or None
+    if mode == "grouped" and torch.version.hip is not None:
+        raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
+    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), mode, **device)
 
 
 def _contiguous(*tensors: Tensor | None):
@@ -54,20 +61,58 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
     """A function that launches `kernel`, given its pointers and step range, with what all launches of a call share."""
     spec, hidden_size = CELLS[cell], w_hh.shape[1]
     count = -(-hidden_size // tile.block_h)
-    grid = (-(-batch_size // tile.block_b), 1 if tile.local else count)
+    grid = (-(-batch_size // tile.block_b), 1 if tile.mode == "local" else count)
     shared = dict(
         B=batch_size, G=len(spec.gates), K=len(spec.saved), S=len(spec.states), H=hidden_size,
-        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, LOCAL=tile.local, REVERSE=reverse,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, REVERSE=reverse,
         PRECISION=_precision(),
-        # Multiplications and additions stay apart, so that both modes round alike.
+        # Multiplications and additions stay apart, so that all modes round alike.
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
+    if tile.mode == "grouped" and not _interpreted():
+        from ..kernels.barrier import LINE
+
+        shared.update(
+            arrived_ptr=torch.empty(grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
+            launch_cooperative_grid=True,
+        )  # fmt: skip
+    else:
+        shared.update(arrived_ptr=None, report_ptr=None)
 
     def launch(**arguments):
+        if shared["arrived_ptr"] is not None:
+            shared["arrived_ptr"].zero_()
         if batch_size:
             kernel[grid](**arguments, **shared)
 
     return launch
+
+
+MOST_STEPS = 1 << 20  # of a grouped launch: times the programs of a group, below STUCK of kernels/barrier.py
+
+
+def _ranges(tile: tiles.Tile, hidden_size: int, begin: int, end: int) -> list[tuple[int, int]]:
+    """The steps `[t_begin, t_end)` of each launch. In Triton's interpreter a program cannot wait for another."""
+    if tile.mode == "local":
+        return [(begin, end)]
+    alone = hidden_size <= tile.block_h
+    steps = MOST_STEPS if tile.mode == "grouped" and (alone or not _interpreted()) else 1
+    return [(i, min(i + steps, end)) for i in range(begin, end, steps)]
+
+
+@cache
+def _report() -> Tensor:
+    """Set by a grouped kernel that waited too long. In pinned memory, so that reading it does not wait for the GPU."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+
+def _raise_if_stuck(x: Tensor):
+    if x.is_cuda and _report()[0]:
+        _report().zero_()
+        raise RuntimeError(
+            "an earlier fastrnn call gave NaN: the programs of its Triton scan waited for each other beyond the bound "
+            "of kernels/barrier.py. Did another process hold the GPU? FASTRNN_TRITON_MODE=stepwise does not wait"
+        )
 
 
 def _device(x: Tensor):
@@ -85,6 +130,12 @@ def _reject(**unsupported):
             raise NotImplementedError(f"the triton backend does not take {name}; see its why_not")
 
 
+def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None) -> Tensor:
+    """What W_hh multiplies in the first step; in the others, `recurrent_operand` of kernels/products.py."""
+    operand = h0 if flags is None else h0.masked_fill((flags & RESET).bool()[:, None], 0)
+    return operand if recurrent_mask is None else operand * recurrent_mask
+
+
 def scan_forward(
     gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile=None,
@@ -94,6 +145,7 @@ def scan_forward(
     from ..kernels.scan import forward_kernel
 
     _reject(w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)
+    _raise_if_stuck(gx)
     gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c = _contiguous(
         gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c
     )
@@ -103,25 +155,23 @@ def scan_forward(
     c_n = _nothing(gx, torch.float32) if c0 is None else torch.empty_like(c0)
     c = c_n.new_empty((T, B, H) if c0 is not None and save else 0)
     saved = gx.new_empty((T, B, K * H) if save else 0)
+    sent = None if tile.mode == "local" else gx.new_empty(2, B, H)
+    if sent is not None:
+        sent[0] = _first_operand(h0, None if flags is None else flags[-1 if reverse else 0], recurrent_mask)
     launch = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
 
     def steps(t_begin, t_end, before, after):
         launch(
             gx_ptr=gx, w_ptr=w_hh, b_ptr=b_hh, flags_ptr=flags, recurrent_ptr=recurrent_mask,
             zone_h_ptr=zone_h, zone_c_ptr=zone_c, h_in_ptr=before[0], c_in_ptr=before[1],
-            h_out_ptr=after[0], c_out_ptr=after[1], y_ptr=y, c_ptr=c if c.numel() else None,
+            h_out_ptr=after[0], c_out_ptr=after[1], sent_ptr=sent, y_ptr=y, c_ptr=c if c.numel() else None,
             saved_ptr=saved if save else None, T=T, t_begin=t_begin, t_end=t_end, CELL_FORWARD=EQUATIONS[cell][0],
         )  # fmt: skip
 
     first, last = (h0, c0), (h_n, None if c0 is None else c_n)
     with _device(gx):
-        if tile.local:
-            steps(0, T, first, last)
-        else:
-            # A step reads all of h, so it writes elsewhere.
-            pair = [tuple(None if s is None else torch.empty_like(s) for s in first) for _ in range(2)]
-            for i in range(T):
-                steps(i, i + 1, pair[i % 2] if i else first, pair[(i + 1) % 2] if i + 1 < T else last)
+        for t_begin, t_end in _ranges(tile, H, 0, T):
+            steps(t_begin, t_end, last if t_begin else first, last)
     return y, c, h_n, c_n, saved
 
 
@@ -135,6 +185,7 @@ def scan_backward(
 
     _reject(dsaved=dsaved, w_hr=w_hr, ln_hh=ln_hh, gh_hat=gh_hat, gh_rstd=gh_rstd,
             ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)  # fmt: skip
+    _raise_if_stuck(saved)
     dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c = _contiguous(
         dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c
     )
@@ -143,7 +194,7 @@ def scan_backward(
     S, GH = len(spec.states), w_hh.shape[0]
     tile = tile or _tile(cell, w_hh, B)
     count = -(-H // tile.block_h)
-    apart = clip_norm is not None and not tile.local  # gate gradients travel before they are scaled
+    apart = clip_norm is not None and tile.mode != "local"  # gate gradients travel before they are scaled
 
     def scratch(*shape, when=True):
         return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
@@ -167,14 +218,11 @@ def scan_backward(
         )  # fmt: skip
 
     last, first = (dh_n, dc_n), (dh0, None if c0 is None else dc0)
+    rest = (scratch(B, H), scratch(B, H, when=c0 is not None))
+    begin = 0 if tile.mode == "local" else -1
     with _device(saved):
-        if tile.local:
-            steps(0, T, last, first)
-        else:
-            pair = [(scratch(B, H), scratch(B, H, when=c0 is not None)) for _ in range(2)]
-            for i in reversed(range(T)):
-                steps(i, i + 1, pair[(i + 1) % 2] if i + 1 < T else last, pair[i % 2])
-            steps(0, 0, pair[0], first)
+        for t_begin, t_end in reversed(_ranges(tile, H, begin, T)):
+            steps(t_begin, t_end, last if t_end == T else rest, first if t_begin == begin else rest)
         report = _whole_norms(partial) if norms else _nothing(saved, torch.float32)
     return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, _nothing(saved), report
 

@@ -1,0 +1,98 @@
+"""The barrier among the programs of a group: those that share a tile of the batch, each with its own hidden units.
+
+A step leaves its tile of h, or of the gate gradients, in global memory and arrives; the next step waits until all
+programs of its group have arrived. In between, a program loads what does not depend on the others.
+
+- Launch with `launch_cooperative_grid=True`: a program that waits for one that was never started waits in vain.
+- The counters only grow, so nobody has to reset one that another may still read. They are zero before each launch.
+- Every wait is bounded. Past the bound the program marks its group's counter as stuck, for the others of the group, and
+  `report_ptr`, for the host, and goes on without waiting; what it computes from then on is NaN, and so becomes all that
+  the group computes from it.
+
+In assembly, because a Triton `while` around a scalar atomic takes two barriers and a broadcast per poll. The memory
+model is that of the PTX manual, "Memory consistency model": the CTA barrier and the release make all stores of the
+program visible to who acquires the counter, and its CTA barrier hands that on to all of its threads. L1 is not part of
+it: what was exchanged is loaded with `.cg`.
+"""
+
+import triton
+import triton.language as tl
+
+LINE = tl.constexpr(32)  # counters lie this many int32 apart, a cache line each
+# A poll takes no less than a round trip to L2, some 0.3 us: about five seconds, where a step takes microseconds.
+MOST_POLLS = tl.constexpr(1 << 24)
+STUCK = tl.constexpr(1 << 30)  # more than there are arrivals
+
+ARRIVE = tl.constexpr("""
+{
+    .reg .pred one;
+    .reg .u32 thread;
+    bar.sync 0;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 one, thread, 0;
+    @one red.release.gpu.global.add.u32 [$1], 1;
+    mov.u32 $0, 0;
+}
+""")
+
+WAIT = tl.constexpr("""
+{
+    .reg .pred lost, other, done, more;
+    .reg .u32 thread, count, polls;
+    mov.u32 thread, %tid.x;
+    setp.ne.u32 lost, thread, thread;
+    setp.ne.u32 other, thread, 0;
+    @other bra TOGETHER;
+    mov.u32 polls, 0;
+POLL:
+    ld.acquire.gpu.global.u32 count, [$1];
+    setp.ge.u32 done, count, $2;
+    @done bra SEEN;
+    add.u32 polls, polls, 1;
+    setp.lt.u32 more, polls, $4;
+    @more bra POLL;
+    red.relaxed.gpu.global.or.b32 [$1], $5;
+    st.relaxed.sys.global.u32 [$3], 1;
+    mov.u32 count, $5;
+SEEN:
+    setp.ge.u32 lost, count, $5;
+TOGETHER:
+    bar.red.or.pred lost, 0, lost;
+    selp.u32 $0, 0, 1, lost;
+}
+""")
+
+
+@triton.jit
+def arrive(arrived_ptr):
+    """What this program has stored is there for those who wait for it. No-op without a counter."""
+    if arrived_ptr is not None:
+        tl.inline_asm_elementwise(ARRIVE, "=r,l,~{memory}", [arrived_ptr], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait(arrived_ptr, arrivals, report_ptr):
+    """Until `arrivals` programs have arrived; whether they did. None without a counter.
+
+    What they have stored may be loaded after it, and no sooner.
+    """
+    alive = None
+    if arrived_ptr is not None:
+        alive = (
+            tl.inline_asm_elementwise(
+                WAIT, "=r,l,r,l,r,r,~{memory}", [arrived_ptr, arrivals, report_ptr, MOST_POLLS, STUCK],
+                dtype=tl.int32, is_pure=False, pack=1,
+            ) != 0
+        )  # fmt: skip
+    return alive
+
+
+@triton.jit
+def unless_stuck(alive, tiles, COUNT: tl.constexpr):
+    """The tiles, or NaN. `alive`: from `wait`."""
+    result = tiles
+    if alive is not None:
+        result = ()
+        for k in tl.static_range(COUNT):
+            result = result + (tl.where(alive, tiles[k], float("nan")),)
+    return result
