@@ -1,7 +1,8 @@
 """The Triton kernels, imported as `fastrnn.kernels`. They import only triton and each other.
 
-`scan.py` is the one sequence kernel, forward and backward; `cells.py` the equations, `products.py` the products with
-W_hh, `gradients.py` the pieces of a backward step, `barrier.py` the barrier among programs, `norms.py` the row norms,
+`scan.py` is the one sequence kernel, forward and backward; `rows.py` the same step beside a library's products, with
+layer norm and projection. `cells.py` has the equations, `products.py` the products with W_hh, `gradients.py` the pieces
+of a backward step, `barrier.py` the barrier among programs, `layer_norm.py` and `norms.py` what is reduced over a row,
 `memory.py` the loads and stores.
 """
 

@@ -40,18 +40,37 @@ def tanh(x):
 # ----------------------------------------------------------------------------------------------------------- LSTM
 
 
+# u is tanh(c), or tanh(LN(c)) where c has a layer norm: its sums run over the whole row, so rows.py works u out then.
+
+
+@triton.jit
+def lstm_pre_activations(gx, gh):
+    return (gx[0] + gh[0], gx[1] + gh[1], gx[2] + gh[2], gx[3] + gh[3])
+
+
 @triton.jit
 def lstm_cell_state(saved, c_prev):
     return sigmoid(saved[1]) * c_prev + sigmoid(saved[0]) * tanh(saved[2])
 
 
 @triton.jit
+def lstm_output(saved, u):
+    """h = o u."""
+    return sigmoid(saved[3]) * u
+
+
+@triton.jit
+def lstm_output_backward(saved, u, dh):
+    """dL/d(argument of the tanh in u)."""
+    return dh * sigmoid(saved[3]) * (1 - u * u)
+
+
+@triton.jit
 def lstm_forward(gx, gh, state_prev):
     """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(c)."""
-    saved = (gx[0] + gh[0], gx[1] + gh[1], gx[2] + gh[2], gx[3] + gh[3])
+    saved = lstm_pre_activations(gx, gh)
     c = lstm_cell_state(saved, state_prev[1])
-    h = sigmoid(saved[3]) * tanh(c)
-    return (h, c), saved
+    return (lstm_output(saved, tanh(c)), c), saved
 
 
 @triton.jit
@@ -59,21 +78,26 @@ def lstm_total(saved, state_prev, dstate):
     """dc + dh o (1 - tanh²(c)): the whole dL/dc of the step."""
     dh, dc = dstate
     u = tanh(lstm_cell_state(saved, state_prev[1]))
-    return (dh, dc + dh * sigmoid(saved[3]) * (1 - u * u))
+    return (dh, dc + lstm_output_backward(saved, u, dh))
 
 
 @triton.jit
-def lstm_backward(saved, state_prev, dstate):
+def lstm_gates_backward(saved, c_prev, u, dstate):
+    """`lstm_backward`, given u."""
     dh, dc = dstate
-    c_prev = state_prev[1]
     i, f, g, o = sigmoid(saved[0]), sigmoid(saved[1]), tanh(saved[2]), sigmoid(saved[3])
-    u = tanh(f * c_prev + i * g)
     di = dc * g * i * (1 - i)
     df = dc * c_prev * f * (1 - f)
     dg = dc * i * (1 - g * g)
     do = dh * u * o * (1 - o)
     dgates = (di, df, dg, do)
     return dgates, dgates, (tl.zeros_like(dh), dc * f)
+
+
+@triton.jit
+def lstm_backward(saved, state_prev, dstate):
+    c_prev = state_prev[1]
+    return lstm_gates_backward(saved, c_prev, tanh(lstm_cell_state(saved, c_prev)), dstate)
 
 
 # ------------------------------------------------------------------------------------------------------------ GRU

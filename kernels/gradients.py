@@ -73,7 +73,8 @@ def past_weights(past, through_cell, carry, flags, S: tl.constexpr):
     """The part of the gradients of the states before the step that does not pass through W_hh."""
     rest = ()
     for s in tl.static_range(S):
-        rest = rest + (choose(flags, PAD, carry[s], past[s] + through_cell[s]),)
+        own = choose(flags, RESET, 0.0, past[s] + through_cell[s])
+        rest = rest + (choose(flags, PAD, carry[s], own),)
     return rest
 
 

@@ -24,12 +24,25 @@ PLAIN = {
     "forward": ["gx", "w", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": ["dy", "dh_in", "dc_in", "saved", "y", "h0", "w", "dh_out", "dgx", "dgh", "c", "c0", "dc_out"],
 }
+# The same where PyTorch multiplies: the kernels of kernels/rows.py.
+PLAIN_ROWS = {
+    "forward": ["gx", "gh", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
+    "backward": [*PLAIN["backward"], "product"],
+    "settle": ["projected", "h_in", "h_out", "y"],
+    "settle_backward": ["dy", "product", "dh_in", "dh_out", "dh_new"],
+    "initial": ["product", "rest", "dh0"],
+}
 BETWEEN_PROGRAMS = {"local": [], "stepwise": ["sent"], "grouped": ["sent", "arrived", "report"]}
 FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "bound", "sent_x", "sent_h", "parts"]
+FLOAT32 += ["gh", "projected", "gh_hat", "gh_rstd", "product", "cell", "reported", "norm_h", "scales", "rest"]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "report": "i32"}
-ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c"]
+ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
 KILOBYTE = 1024
 LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
+
+
+def tile_of(case: dict) -> tiles.Tile | tiles.RowTile:
+    return (tiles.RowTile if case["rows"] else tiles.Tile)(*case["tile"])
 
 
 def signature(kernel, case: dict) -> tuple[dict, dict]:
@@ -37,15 +50,23 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
     from fastrnn.kernels.cells import EQUATIONS
 
     spec, (forward, total, backward) = CELLS[case["cell"]], EQUATIONS[case["cell"]]
-    tile = tiles.Tile(*case["tile"])
+    tile = tile_of(case)
     S, H = len(spec.states), case["hidden_size"]
-    count = -(-H // tile.block_h)
     constants = dict(
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
-        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, REVERSE=True,
-        WIDTH=1 << (S * count - 1).bit_length(), PRECISION=case["precision"],
+        BLOCK_B=tile.block_b, REVERSE=True,
     )  # fmt: skip
-    present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
+    if case["rows"]:
+        width = 1 << (H - 1).bit_length()
+        constants |= dict(BLOCK_H=width, P=H, BLOCK_P=width)
+        present = {*PLAIN_ROWS[case["kernel"]], *case["extras"]}
+    else:
+        count = -(-H // tile.block_h)
+        constants |= dict(
+            BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, WIDTH=1 << (S * count - 1).bit_length(),
+            PRECISION=case["precision"],
+        )  # fmt: skip
+        present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
     present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.split else ("dgh", "sent_h"))
     types = {}
     for name in kernel.arg_names:
@@ -128,13 +149,13 @@ def compiled(case: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn.kernels import scan
+    from fastrnn.kernels import rows, scan
 
-    kernel, tile = getattr(scan, f"{case['kernel']}_kernel"), tiles.Tile(*case["tile"])
+    kernel, tile = getattr(rows if case["rows"] else scan, f"{case['kernel']}_kernel"), tile_of(case)
     types, values = signature(kernel, case)
     aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
+    options = dict(num_warps=tile.warps, num_stages=1 if case["rows"] else tile.stages, enable_fp_fusion=False)
     if tile.mode == "grouped":
         options["launch_cooperative_grid"] = True
     binary = triton.compile(source, target=GPUTarget(*case["target"]), options=options)
@@ -188,7 +209,29 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
     tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, batch_size, precision, mode, LIMITS[arch])
     return dict(
         kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, precision=precision,
-        target=(target, arch, 32 if target == "cuda" else 64),
+        rows=False, target=(target, arch, 32 if target == "cuda" else 64),
+    )  # fmt: skip
+
+
+MASKS = ("flags", "recurrent", "zone_h", "zone_c")
+# What each kernel of kernels/rows.py can have at once: with layer norm, with projection, and the parts around that.
+ROW_EXTRAS = {
+    "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
+    "backward": (
+        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "draw", "dh_new", "bound", "clip_value",
+        "norms", "dc",
+    ),
+    "settle": (*MASKS[:3], "operand"),
+    "settle_backward": (*MASKS[:3], "clip_value", "scales", "unclamped", "norm_h", "norms"),
+    "initial": (*MASKS[:2], "scales"),
+}  # fmt: skip
+
+
+def make_row_case(kernel, arch, cell, dtype, hidden_size, extras=()):
+    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, 1, mode="rows")
+    return dict(
+        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, rows=True,
+        target=("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32),
     )  # fmt: skip
 
 
@@ -279,6 +322,25 @@ def test_every_extra_at_once_grouped(cell, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_whole_rows(arch, tmp_path):
+    """The kernels beside PyTorch's products, plain and with everything at once: no spills to H = 2048."""
+    cases = [make_row_case(kernel, arch, "lstm", "float32", 2048, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
+    # With a projection, the gradient of h comes from settle_backward_kernel.
+    parted = {*ROW_EXTRAS["backward"], "cell", "reported", "norm_h", "scales"} - {"dh_new"}
+    cases.append(make_row_case("backward", arch, "lstm", "bfloat16", 2048, (*parted,)))
+    for kernel in ("forward", "backward"):
+        cases.append(make_row_case(kernel, arch, "gru", "bfloat16", 1024, ROW_EXTRAS[kernel]))
+        cases.append(make_row_case(kernel, arch, "lstm", "float16", 512, ROW_EXTRAS[kernel]))
+        cases.append(make_row_case(kernel, arch, "lstm", "bfloat16", 1500))
+        cases.append(make_row_case(kernel, arch, "rnn_tanh", "float32", 1))
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        what = f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
+        assert found["shared"] <= LIMITS[arch], what
+        assert found["spilled"] == 0, f"{what}: {found['registers']} registers and {found['spilled']} bytes spilled"
+
+
+@pytest.mark.slow
 def test_amd(tmp_path):
     sizes = [("lstm", "bfloat16", 64, 16), ("gru", "bfloat16", 1024, 64)]
     cases = [
@@ -286,8 +348,11 @@ def test_amd(tmp_path):
         for kernel in ("forward", "backward")
         for size in sizes
     ]
-    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
-        check(case, found, "gfx942")
+    rows = [make_row_case(kernel, "gfx942", "lstm", "bfloat16", 512, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
+    found = read_compiled([*cases, *rows], tmp_path)
+    for case, result in zip(cases, found, strict=False):
+        check(case, result, "gfx942")
+    assert all(result["shared"] <= LIMITS["gfx942"] for result in found)
 
 
 def table():

@@ -10,20 +10,23 @@ import triton.language as tl
 
 import fastrnn
 from fastrnn import tiles
-from fastrnn.backends import reference
+from fastrnn.backends import reference, rows
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS, PAD, RESET, START
-from fastrnn.dispatch import Request
+from fastrnn.dispatch import FEATURES, Request
 from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
 from fastrnn.kernels.norms import row_norm
-from fastrnn.tiles import Tile
+from fastrnn.reference import accumulate_dtype, normalize, previous_state
+from fastrnn.tiles import RowTile, Tile
 
 # numpy, under the interpreter, tells of what the kernels count on: 1 / 0 and exp of a large number are infinite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 T, B, H = 3, 3, 17
 SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
+ROWS = RowTile(2, 4)
+MODES = {**SMALL, "rows": ROWS}
 # Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
 FLOAT32 = 2e-5
 # Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
@@ -66,43 +69,60 @@ class Problem:
     FORWARD = ("gx", "w_hh", "b_hh", "h0", "c0")
     MASKS = ("flags", "recurrent", "zone_h", "zone_c")
     ALL = ("flags", "recurrent", "zone_h", "zone_c", "clip_norm", "clip_value", "norms")
+    WHOLE = ("w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")
 
     def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
         generator = torch.Generator().manual_seed(seed)
         (T, B, H), G, has_c = sizes, len(CELLS[cell].gates), "c" in CELLS[cell].states
+        P = (H + 1) // 2 if "projection" in extras and has_c else H
 
         def randn(*shape, dtype=dtype):
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
-        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, H) / H**0.5, randn(G * H)
-        self.h0, self.c0 = randn(B, H), randn(B, H, dtype=torch.float32) if has_c else None
-        self.dy, self.dh_n = randn(T, B, H) * scale, randn(B, H) * scale
+        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, P) / P**0.5, randn(G * H)
+        self.h0, self.c0 = randn(B, P), randn(B, H, dtype=torch.float32) if has_c else None
+        self.dy, self.dh_n = randn(T, B, P) * scale, randn(B, P) * scale
         self.dc = randn(T, B, H, dtype=torch.float32) * scale if has_c else None
         self.dc_n = randn(B, H, dtype=torch.float32) * scale if has_c else None
         self.flags = make_flags(generator, T, B, reverse).to(device) if "flags" in extras else None
-        keep = torch.rand(B, H, generator=generator) < 0.5
+        keep = torch.rand(B, P, generator=generator) < 0.5
         self.recurrent = (2.0 * keep).to(device, dtype) if "recurrent" in extras else None
         zones = torch.rand(2, T, B, H, generator=generator).round(decimals=1).to(device, dtype)
-        self.zone_h = zones[0] if "zone_h" in extras else None
+        self.zone_h = zones[0, ..., :P] if "zone_h" in extras else None
         self.zone_c = zones[1] if "zone_c" in extras and has_c else None
         # Bounds that some of the gradients exceed.
         self.clip_norm = torch.tensor(0.9 * H**0.5 * scale, device=device) if "clip_norm" in extras else None
         self.clip_value = 1.1 * scale if "clip_value" in extras else None
+        self.w_hr = randn(P, H) / H**0.5 if P < H else None
+        self.ln_hh, self.ln_c_weight, self.ln_c_bias = 1 + 0.3 * randn(G * H), 1 + 0.3 * randn(H), 0.3 * randn(H)
+        if "layer_norm" not in extras:
+            self.ln_hh = None
+        if "layer_norm" not in extras or not has_c:
+            self.ln_c_weight = self.ln_c_bias = None
 
     def converted(self, x, dtype):
         return x.to(dtype) if dtype and torch.is_tensor(x) and x.is_floating_point() else x
 
+    def normalized(self, y):
+        """gh_hat and gh_rstd, as `Scan` gives them to the backward."""
+        if self.ln_hh is None:
+            return None, None
+        operand = previous_state(y, self.h0.to(y.dtype), self.flags, self.reverse)
+        operand = operand if self.recurrent is None else operand * self.recurrent
+        acc = accumulate_dtype(y.dtype)
+        return normalize(operand.to(acc) @ self.w_hh.to(acc).t())
+
     def forward(self, backend, dtype=None, **options):
-        arguments = [getattr(self, name) for name in self.FORWARD] + [None] * 4
-        arguments += [getattr(self, name) for name in self.MASKS]
+        arguments = [getattr(self, name) for name in (*self.FORWARD, *self.WHOLE, *self.MASKS)]
         arguments = [self.converted(x, dtype) for x in arguments]
         return backend.scan_forward(*arguments, self.cell, self.reverse, True, **options)
 
     def backward(self, backend, y, c, saved, dtype=None, **options):
         c = None if self.c0 is None else c
         arguments = [self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, c, self.h0, self.c0, self.w_hh]
-        arguments += [None] * 6 + [getattr(self, name) for name in self.MASKS] + [self.clip_norm, self.clip_value]
+        arguments += [self.w_hr, self.ln_hh, *self.normalized(y), self.ln_c_weight, self.ln_c_bias]
+        arguments += [getattr(self, name) for name in self.MASKS] + [self.clip_norm, self.clip_value]
         arguments = [self.converted(x, dtype) for x in arguments]
         return backend.scan_backward(*arguments, self.cell, self.reverse, self.norms, **options)
 
@@ -155,14 +175,14 @@ def test_each_extra_alone(cell, extra, device):
     check_against_reference(problem, SMALL["local"])
 
 
-@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("cell", "B", "H"),
     [("lstm", 1, 1), ("gru", 17, 3), ("rnn_tanh", 16, 16), ("lstm", 2, 63), ("gru", 3, 65), ("rnn_elu", 33, 130)],
 )
 def test_odd_sizes(cell, B, H, mode, device):
     block = min(64, max(16, triton.next_power_of_2(H)))
-    tile = Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
+    tile = RowTile(16, 4) if mode == "rows" else Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
     check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
 
 
@@ -179,28 +199,28 @@ def test_the_tile_of_the_table_runs(cell, device):
     check_against_reference(Problem(cell, device, sizes=(2, 2, 20), extras=("norms",)), None)
 
 
-@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
     whole = Problem("lstm", device, reverse=reverse, extras=("norms", "clip_norm"))
-    y, c, h_n, c_n, saved = whole.forward(launcher, tile=SMALL[mode])
-    gradients = whole.backward(launcher, y, c, saved, tile=SMALL[mode])
+    y, c, h_n, c_n, saved = whole.forward(launcher, tile=MODES[mode])
+    gradients = whole.backward(launcher, y, c, saved, tile=MODES[mode])
     early, late = (slice(2, None), slice(0, 2)) if reverse else (slice(0, 2), slice(2, None))
     first, second = Problem("lstm", device), Problem("lstm", device)
     for part, when in ((first, early), (second, late)):
         vars(part).update(vars(whole))
         part.gx, part.dy, part.dc = whole.gx[when], whole.dy[when], whole.dc[when]
 
-    states = first.forward(launcher, tile=SMALL[mode])
+    states = first.forward(launcher, tile=MODES[mode])
     second.h0, second.c0 = states[2:4]
-    after = second.forward(launcher, tile=SMALL[mode])
+    after = second.forward(launcher, tile=MODES[mode])
     assert same_bits(after[2:4], (h_n, c_n))
     for outputs, when in ((states, early), (after, late)):
         assert same_bits((outputs[0], outputs[1], outputs[4]), (y[when], c[when], saved[when]))
 
-    back = second.backward(launcher, y[late], c[late], saved[late], tile=SMALL[mode])
+    back = second.backward(launcher, y[late], c[late], saved[late], tile=MODES[mode])
     first.dh_n, first.dc_n = back[2:4]
-    front = first.backward(launcher, y[early], c[early], saved[early], tile=SMALL[mode])
+    front = first.backward(launcher, y[early], c[early], saved[early], tile=MODES[mode])
     assert same_bits(front[2:4], gradients[2:4])
     for outputs, when in ((front, early), (back, late)):
         assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
@@ -212,17 +232,109 @@ def test_norms_of_tiny_and_huge_gradients(scale, mode, device):
     check_against_reference(Problem("lstm", device, extras=("norms", "clip_norm"), scale=scale), SMALL[mode])
 
 
-@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("mode", MODES)
 def test_nan_stays_visible_and_in_its_sample(mode, device):
     problem = Problem("gru", device, extras=("norms", "clip_norm", "clip_value"))
     problem.dy[1, 1, 5] = float("nan")
     y, c, _, _, saved = problem.forward(reference)
-    dgx, dgh, dh0, _, _, norms = problem.backward(launcher, y, c, saved, tile=SMALL[mode])
+    dgx, dgh, dh0, _, _, norms = problem.backward(launcher, y, c, saved, tile=MODES[mode])
     lost = torch.tensor([False, True, False], device=device)
     for x in (dgx[:2], dgh[:2]):
         assert torch.equal(x.isnan().any(0).any(-1), lost)
     assert torch.equal(dh0.isnan().any(-1), lost)
     assert norms[0, 0, :2, 1].isnan().all() and not norms[:, :, :, [0, 2]].isnan().any()
+
+
+WHOLE = (*Problem.ALL, "layer_norm", "projection")
+
+
+@pytest.mark.parametrize(
+    ("reverse", "extras"),
+    [(False, ()), (True, Problem.ALL), (False, ("layer_norm", "projection")), (True, WHOLE)],
+    ids=["plain", "masks", "layer_norm_projection", "all"],
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_whole_rows_equal_the_reference(cell, reverse, extras, device):
+    check_against_reference(Problem(cell, device, reverse=reverse, extras=extras), ROWS)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_whole_rows_equal_step_by_step_within_rounding(cell, device):
+    problem = Problem(cell, device, reverse=True, extras=Problem.ALL)
+    got, want = (problem.forward(launcher, tile=tile) for tile in (ROWS, SMALL["stepwise"]))
+    # Both sum the same 17 products of order one, in another order: a few roundings to 2**-24.
+    check(got, want, 1e-6)
+    y, c, _, _, saved = want
+    got, want = (problem.backward(launcher, y, c, saved, tile=tile) for tile in (ROWS, SMALL["stepwise"]))
+    check(got, want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [*((extra,) for extra in (*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy")),
+     ("norms", "clip_value"), ("clip_value", "clip_norm"), ("zone_h", "clip_norm")],
+    ids="-".join,
+)  # fmt: skip
+@pytest.mark.parametrize("shape", ["layer_norm", "projection"])
+def test_each_extra_beside_layer_norm_or_projection(shape, extras, device):
+    problem = Problem("lstm", device, extras=(shape, *extras))
+    if "no_bias" in extras:
+        problem.b_hh = None
+    if "no_gradient_but_dy" in extras:
+        problem.dc = problem.dh_n = problem.dc_n = None
+    if "no_dy" in extras:
+        problem.dy = None
+    check_against_reference(problem, ROWS)
+
+
+# Of one unit of an LSTM nearly all the gradient cancels in the layer norm, and what is left is rounding.
+@pytest.mark.parametrize(
+    ("cell", "B", "H"), [("rnn_tanh", 1, 1), ("gru", 5, 3), ("lstm", 4, 63), ("rnn_relu", 3, 130), ("lstm", 2, 257)]
+)
+def test_odd_sizes_with_layer_norm_and_projection(cell, B, H, device):
+    problem = Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm", "layer_norm", "projection"))
+    check_against_reference(problem, ROWS)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_whole_rows_in_half_types(cell, dtype, device):
+    check_against_reference(Problem(cell, device, dtype=dtype, extras=WHOLE), ROWS, None, HALF[dtype])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_of_tiny_and_huge_gradients_with_layer_norm_and_projection(scale, device):
+    extras = ("norms", "clip_norm", "clip_value", "layer_norm", "projection")
+    check_against_reference(Problem("lstm", device, extras=extras, scale=scale), ROWS)
+
+
+def test_a_plain_call_may_ask_for_whole_rows(monkeypatch, device):
+    monkeypatch.setenv("FASTRNN_TRITON_MODE", "rows")
+    monkeypatch.setattr(rows, "scan_forward", lambda *args: args[-1])
+    assert Problem("rnn_tanh", device).forward(launcher) == tiles.ROWS[0][1]
+
+
+@pytest.mark.parametrize(
+    ("extras", "per_step"), [((), 1), (("layer_norm", "norms", "clip_norm"), 1), (("projection", "norms"), 2)]
+)
+def test_launches_of_whole_rows(extras, per_step, monkeypatch, device):
+    """A step is one product and one kernel, with projection two and two; the gradient of h0 is one kernel more."""
+    count = dict.fromkeys(("_multiply", "_launch"), 0)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in count:
+        monkeypatch.setattr(rows, name, counted(name, getattr(rows, name)))
+    problem, steps = Problem("lstm", device, sizes=(2, 1, 2), extras=extras), 2 * per_step
+    y, c, _, _, saved = problem.forward(launcher, tile=ROWS)
+    assert count == {"_multiply": steps, "_launch": steps}
+    problem.backward(launcher, y, c, saved, tile=ROWS)
+    assert count == {"_multiply": 2 * steps, "_launch": 2 * steps + 1}
 
 
 @triton.jit
@@ -297,10 +409,8 @@ def test_what_the_backend_refuses(monkeypatch):
         return launcher.why_not(Request("lstm", device, dtype, 4, 8, features=frozenset(features)))
 
     assert why_not() is None
-    assert why_not(dtype=torch.bfloat16, features=("tap", "clip", "lengths", "resets", "zoneout")) is None
+    assert why_not(dtype=torch.bfloat16, features=FEATURES) is None
     assert "float64" in why_not(dtype=torch.float64)
-    assert "layer norm" in why_not(features=("layer_norm",))
-    assert "projection" in why_not(features=("projection",))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "on cpu" in why_not("cpu")
     with pytest.raises(NotImplementedError, match="dsaved"):
@@ -332,8 +442,8 @@ def test_a_mode_that_was_asked_for_is_taken_or_refused(monkeypatch, device):
         problem.forward(launcher)
     with pytest.raises(ValueError, match="batch size 5000"):
         tiles.choose("lstm", torch.bfloat16, 512, 5000, mode="grouped")  # more programs than can run at once
-    with pytest.raises(ValueError, match="local, grouped, stepwise"):
-        tiles.choose("lstm", torch.bfloat16, 512, 16, mode="rows")
+    with pytest.raises(ValueError, match="local, grouped, stepwise, rows"):
+        tiles.choose("lstm", torch.bfloat16, 512, 16, mode="columns")
 
 
 def beside(tile):

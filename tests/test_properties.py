@@ -79,8 +79,7 @@ BOUND = st.sampled_from((None, 0.01, 0.3))  # loss gradients are of order one: 0
 
 
 @st.composite
-def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE, fused=True):
-    """`fused=False` leaves out what the Triton kernels have not."""
+def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE):
     kind, flag = draw(st.sampled_from(kinds)), st.booleans()
     T, B, I, H = (draw(size) for _ in range(4))
     lstm, zoneout = kind == "lstm", PROBABILITY
@@ -92,7 +91,7 @@ def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, tor
         "batch_first": draw(flag),
         "dropout": draw(PROBABILITY),
         "bidirectional": draw(flag),
-        "layer_norm": draw(flag) and fused,
+        "layer_norm": draw(flag),
         "residual": draw(flag),
         "locked_dropout": draw(flag),
         "recurrent_dropout": draw(PROBABILITY),
@@ -103,7 +102,7 @@ def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, tor
     }
     if network["num_layers"] == 1:
         network["dropout"] = 0.0  # torch.nn warns of it
-    if lstm and fused:
+    if lstm:
         network["proj_size"] = draw(st.integers(0, H - 1))
     if kind.startswith("rnn"):
         network["nonlinearity"] = kind.removeprefix("rnn_")
@@ -359,9 +358,9 @@ def test_the_triton_backend_equals_the_reference(kind, device, ieee):
     if reason is not None:
         pytest.skip(f"backend triton: {reason}")
 
-    # A launch takes some 60 ms in the interpreter, and there are two to six for each layer and direction.
-    @examples(3)
-    @given(problems(kinds=(kind,), dtypes=(torch.float32,), size=st.integers(1, 3), fused=False))
+    # A launch takes some 60 ms in the interpreter, and there are two to twelve for each layer and direction.
+    @examples(4)
+    @given(problems(kinds=(kind,), dtypes=(torch.float32,), size=st.integers(1, 3)))
     def holds(problem):
         got, expected = (results(problem, backend, device=device) for backend in ("triton", "reference"))
         finite(expected)

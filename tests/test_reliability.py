@@ -168,10 +168,12 @@ def test_two_streams_at_once_give_the_results_of_one(kind, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_a_forward_and_backward_in_a_cuda_graph(kind):
+def test_a_forward_and_backward_in_a_cuda_graph(kind, layer_norm):
     """The whole step is captured, so it nowhere waits for the GPU; replayed on new input it gives what eager gives."""
-    module = on_gpu(kind, bidirectional=True, zoneout=0.1).eval()  # eval: without masks, which a replay draws afresh
+    # eval: without masks, which a replay draws afresh
+    module = on_gpu(kind, bidirectional=True, zoneout=0.1, layer_norm=layer_norm).eval()
     T, B = 12, 8
     x, lengths = torch.randn(T, B, 16, device="cuda"), torch.arange(B, device="cuda") + 5
     tap = torch.zeros(2, 2, len(module(x)[1]) if kind == "LSTM" else 1, T, B, device="cuda", requires_grad=True)
@@ -200,13 +202,15 @@ def test_a_forward_and_backward_in_a_cuda_graph(kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("clip_norm", ["none", "float", "tensor"])
 @pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_nothing_waits_for_the_gpu(kind, backend, clip_norm):
+def test_nothing_waits_for_the_gpu(kind, backend, clip_norm, layer_norm):
     """Lengths, resets, masks, clipping, a tap: no value is read back, nothing is copied from pageable memory."""
     bound = {"none": None, "float": 0.5, "tensor": torch.tensor(0.5, device="cuda")}[clip_norm]
-    module = on_gpu(kind, backend, num_layers=2, bidirectional=True, clip_state_grad_norm=bound, **ON_GPU)
+    options = {**ON_GPU, "clip_state_grad_norm": bound, "layer_norm": layer_norm}
+    module = on_gpu(kind, backend, num_layers=2, bidirectional=True, **options)
     T, B = 12, 8
     x, lengths = torch.randn(T, B, 16, device="cuda"), torch.arange(B, device="cuda")
     reset = torch.rand(T, B, device="cuda") < 0.2

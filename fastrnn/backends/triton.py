@@ -1,4 +1,7 @@
-"""Launches the Triton scan: one launch for all steps where W_hh stays on the chip, else one per step."""
+"""Launches the Triton scan: one launch for all steps where W_hh stays on the chip, else one per step.
+
+What runs in mode "rows", as do layer norm and projection, goes to `rows.py`.
+"""
 
 import os
 from contextlib import nullcontext
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..cells import CELLS, RESET
+from . import rows
 
 
 def _interpreted() -> bool:
@@ -28,9 +32,6 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
-    for feature in ("layer_norm", "projection"):  # both reduce over all of H in the middle of a step
-        if feature in request.features:
-            return f"its kernels have no {feature.replace('_', ' ')} yet"
     return None
 
 
@@ -40,17 +41,21 @@ def _precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _tile(cell: str, w_hh: Tensor, batch_size: int) -> tiles.Tile:
-    """The tile of `tiles.py`, in the mode that the environment's FASTRNN_TRITON_MODE asks for, if it does."""
+def _tile(cell: str, w_hh: Tensor, batch_size: int, whole_rows: bool = False) -> tiles.Tile | tiles.RowTile:
+    """The tile of `tiles.py`, in the mode that the environment's FASTRNN_TRITON_MODE asks for, if it does.
+
+    `whole_rows`: layer norm and projection reduce over all of H in the middle of a step, and only one mode can.
+    """
     device = {}
     if w_hh.is_cuda:
         properties = torch.cuda.get_device_properties(w_hh.device)
         device["shared_memory"] = properties.shared_memory_per_block_optin
         device["processors"] = properties.multi_processor_count
-    mode = os.environ.get("FASTRNN_TRITON_MODE") or None
+    mode = "rows" if whole_rows else os.environ.get("FASTRNN_TRITON_MODE") or None
     if mode == "grouped" and torch.version.hip is not None:
         raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
-    return tiles.choose(cell, w_hh.dtype, w_hh.shape[1], batch_size, _precision(), mode, **device)
+    hidden_size = w_hh.shape[0] // len(CELLS[cell].gates)
+    return tiles.choose(cell, w_hh.dtype, hidden_size, batch_size, _precision(), mode, **device)
 
 
 def _contiguous(*tensors: Tensor | None):
@@ -124,12 +129,6 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
-def _reject(**unsupported):
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"the triton backend does not take {name}; see its why_not")
-
-
 def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None) -> Tensor:
     """What W_hh multiplies in the first step; in the others, `recurrent_operand` of kernels/products.py."""
     operand = h0 if flags is None else h0.masked_fill((flags & RESET).bool()[:, None], 0)
@@ -144,13 +143,17 @@ def scan_forward(
     from ..kernels.cells import EQUATIONS
     from ..kernels.scan import forward_kernel
 
-    _reject(w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)
+    tensors = gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c = (
+        _contiguous(
+            gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c
+        )
+    )  # fmt: skip
     _raise_if_stuck(gx)
-    gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c = _contiguous(
-        gx, w_hh, b_hh, h0, c0, flags, recurrent_mask, zone_h, zone_c
-    )
     (T, B, _), H, K = gx.shape, w_hh.shape[1], len(CELLS[cell].saved)
-    tile = tile or _tile(cell, w_hh, B)
+    tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
+    if tile.mode == "rows":
+        with _device(gx):
+            return rows.scan_forward(*tensors, cell, reverse, save, tile)
     y, h_n = gx.new_empty(T, B, H), torch.empty_like(h0)
     c_n = _nothing(gx, torch.float32) if c0 is None else torch.empty_like(c0)
     c = c_n.new_empty((T, B, H) if c0 is not None and save else 0)
@@ -183,16 +186,23 @@ def scan_backward(
     from ..kernels.cells import EQUATIONS
     from ..kernels.scan import backward_kernel
 
-    _reject(dsaved=dsaved, w_hr=w_hr, ln_hh=ln_hh, gh_hat=gh_hat, gh_rstd=gh_rstd,
-            ln_c_weight=ln_c_weight, ln_c_bias=ln_c_bias)  # fmt: skip
+    if dsaved is not None:
+        raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
+    tensors = (
+        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c,
+    ) = _contiguous(
+        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c,
+    )  # fmt: skip
     _raise_if_stuck(saved)
-    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c = _contiguous(
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, recurrent_mask, zone_h, zone_c
-    )
     clip_norm = None if clip_norm is None else clip_norm.to(saved.device)
     (T, B, H), spec = y.shape, CELLS[cell]
     S, GH = len(spec.states), w_hh.shape[0]
-    tile = tile or _tile(cell, w_hh, B)
+    tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
+    if tile.mode == "rows":
+        with _device(saved):
+            return rows.scan_backward(*tensors, clip_norm, clip_value, cell, reverse, norms, tile)
     count = -(-H // tile.block_h)
     apart = clip_norm is not None and tile.mode != "local"  # gate gradients travel before they are scaled
 

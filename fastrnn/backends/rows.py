@@ -1,0 +1,142 @@
+"""Launches the scan of the Triton backend whose products are PyTorch's: per step a GEMM and one kernel over whole rows.
+
+Mode "rows" of `tiles.py`: for layer norm and projection, which reduce over all of H in the middle of a step, and for
+what else asks for it. A step is one GEMM and one kernel, with projection two and two. Nothing is allocated within the
+time loop and nothing is waited for, so that a CUDA graph can hold it. float32 is multiplied as PyTorch's setting for
+matmul says, as on the reference path, not as cuDNN's: that setting is the whole process's, and a launch does not turn it.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import tiles
+from ..cells import CELLS
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor):
+    """out = a b, with sums and result in float32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _width(hidden_size: int) -> int:
+    return 1 << (hidden_size - 1).bit_length()
+
+
+def _launch(kernel, batch_size: int, tile: tiles.RowTile, **arguments):
+    # As in the other modes: multiplications and additions stay apart.
+    kernel[(-(-batch_size // tile.block_b),)](
+        **arguments, B=batch_size, BLOCK_B=tile.block_b, num_warps=tile.warps, enable_fp_fusion=False
+    )
+
+
+def scan_forward(
+    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile,
+):  # fmt: skip
+    """See `ops.scan_forward`. All tensors are contiguous."""
+    from ..kernels.cells import EQUATIONS
+    from ..kernels.rows import forward_kernel, settle_kernel
+
+    (T, B, GH), P, spec = gx.shape, w_hh.shape[1], CELLS[cell]
+    H, K = GH // len(spec.gates), len(spec.saved)
+
+    def float32(*shape, when=True):
+        return torch.empty(shape, dtype=torch.float32, device=gx.device) if when else None
+
+    y, h_n = gx.new_empty(T, B, P), torch.empty_like(h0)
+    c_n = float32(0) if c0 is None else torch.empty_like(c0)
+    c = float32(T, B, H) if c0 is not None and save else float32(0)
+    saved = gx.new_empty((T, B, K * H) if save else 0)
+    gh, projected = float32(B, GH), float32(B, P, when=w_hr is not None)
+    out = None if w_hr is None else gx.new_empty(B, H)
+    operand = None if recurrent_mask is None else (h0 * recurrent_mask).to(h0.dtype)
+    pair = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
+    before = h0, c0
+    for i in range(T if B else 0):
+        t = T - 1 - i if reverse else i
+        after = pair[i % 2] if i + 1 < T else (h_n, None if c0 is None else c_n)
+        of_h = dict(
+            flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, h_in_ptr=before[0], h_out_ptr=after[0],
+            operand_ptr=operand, y_ptr=y, t=t,
+        )  # fmt: skip
+        _multiply(before[0] if operand is None else operand, w_hh.t(), gh)
+        _launch(
+            forward_kernel, B, tile, **of_h, gx_ptr=gx, gh_ptr=gh, b_ptr=b_hh, ln_hh_ptr=ln_hh,
+            ln_c_weight_ptr=ln_c_weight, ln_c_bias_ptr=ln_c_bias, zone_c_ptr=zone_c, c_in_ptr=before[1],
+            c_out_ptr=after[1], out_ptr=out, c_ptr=c if c.numel() else None, saved_ptr=saved if save else None,
+            CELL_FORWARD=EQUATIONS[cell][0], G=len(spec.gates), K=K, S=len(spec.states), H=H, BLOCK_H=_width(H),
+        )  # fmt: skip
+        if w_hr is not None:
+            _multiply(out, w_hr.t(), projected)
+            _launch(settle_kernel, B, tile, **of_h, projected_ptr=projected, P=P, BLOCK_P=_width(P))
+        before = after
+    return y, c, h_n, c_n, saved
+
+
+def scan_backward(
+    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile,
+):  # fmt: skip
+    """See `ops.scan_backward`, here without `dsaved`. All tensors are contiguous."""
+    from ..kernels.cells import EQUATIONS
+    from ..kernels.rows import backward_kernel, initial_kernel, settle_backward_kernel
+
+    (T, B, P), spec, GH = y.shape, CELLS[cell], w_hh.shape[0]
+    H, S, K = GH // len(spec.gates), len(spec.states), len(spec.saved)
+    parted, bounded = w_hr is not None, clip_norm is not None
+    twice = parted and norms and clip_value is not None  # norms are of gradients before the clipping, which W_hr mixes
+    _, total, backward = EQUATIONS[cell]
+
+    def float32(*shape, when=True):
+        return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
+
+    dgx, dgh = saved.new_empty(T, B, GH), saved.new_empty(T, B, GH) if spec.split else None
+    dh0, dc0 = torch.empty_like(h0), float32(0) if c0 is None else torch.empty_like(c0)
+    dh_new = saved.new_empty(T, B, P) if parted or ln_c_weight is not None else None
+    report = float32(2, S, T, B, when=norms)
+    draw = None if ln_hh is None else saved.new_empty(B, GH)
+    product, cell_h, reported = float32(B, P), float32(B, H, when=parted), float32(B, H, when=twice)
+    unclamped = saved.new_empty(B, P) if twice else None
+    norm_h, scales = float32(B, when=parted and bounded), float32(T, B, when=parted and bounded)
+    pair = [(float32(B, P), float32(B, H, when=c0 is not None)) for _ in range(2)]
+    after = dh_n, dc_n
+    for i in reversed(range(T if B else 0)):
+        t = T - 1 - i if reverse else i
+        before = pair[i % 2] if i else (pair[0][0], None if c0 is None else dc0)
+        of_h = dict(
+            dy_ptr=dy, flags_ptr=flags, recurrent_ptr=recurrent_mask, clip_value=clip_value,
+            product_ptr=product if i + 1 < T else None, scales_ptr=scales, dh_in_ptr=after[0], dh_out_ptr=before[0],
+            norm_h_ptr=norm_h, norms_ptr=report, T=T, i=i, S=S, REVERSE=reverse,
+        )  # fmt: skip
+        if parted:
+            _launch(
+                settle_backward_kernel, B, tile, **of_h, zone_h_ptr=zone_h, dh_new_ptr=dh_new, unclamped_ptr=unclamped,
+                P=P, BLOCK_P=_width(P),
+            )  # fmt: skip
+            _multiply(dh_new[t], w_hr, cell_h)
+            if twice:
+                _multiply(unclamped, w_hr, reported)
+        _launch(
+            backward_kernel, B, tile, **of_h, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0,
+            ln_hh_ptr=ln_hh, gh_hat_ptr=gh_hat, gh_rstd_ptr=gh_rstd, ln_c_weight_ptr=ln_c_weight,
+            ln_c_bias_ptr=ln_c_bias, zone_h_ptr=None if parted else zone_h, zone_c_ptr=zone_c, bound_ptr=clip_norm,
+            dc_in_ptr=after[1], dc_out_ptr=before[1], cell_ptr=cell_h, reported_ptr=reported, dgx_ptr=dgx, dgh_ptr=dgh,
+            draw_ptr=draw, dh_new_ptr=None if parted else dh_new, CELL_TOTAL=total, CELL_BACKWARD=backward,
+            G=len(spec.gates), K=K, H=H, BLOCK_H=_width(H),
+        )  # fmt: skip
+        _multiply((dgh if spec.split else dgx)[t] if draw is None else draw, w_hh, product)
+        after = before
+    if B:
+        _launch(
+            initial_kernel, B, tile, flags_ptr=flags, recurrent_ptr=recurrent_mask, product_ptr=product,
+            scales_ptr=scales, rest_ptr=after[0], dh0_ptr=dh0, T=T, P=P, BLOCK_P=_width(P), REVERSE=reverse,
+        )  # fmt: skip
+    if scales is not None:
+        dh_new.mul_(scales[..., None])
+    dgh, dh_new = (saved.new_empty(0) if g is None else g for g in (dgh, dh_new))
+    return dgx, dgh, dh0, dc0, dh_new, report if norms else float32(0)

@@ -1,0 +1,47 @@
+"""Layer norm of rows that one program holds whole, over all planes of a row jointly (Ba et al. 2016).
+
+Biased variance, eps 1e-5; weight and bias are the caller's. A row is COUNT tiles `[R, N]`, of which the elements
+`inside` exist, H to a row of each. What is returned is zero outside.
+"""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-5)
+
+
+@triton.jit
+def row_mean(planes, inside, COUNT: tl.constexpr, H: tl.constexpr):
+    """The mean `[R, 1]` over all planes of a row."""
+    total = tl.sum(tl.where(inside, planes[0], 0.0), 1)
+    for k in tl.static_range(1, COUNT):
+        total += tl.sum(tl.where(inside, planes[k], 0.0), 1)
+    return (total / (COUNT * H))[:, None]
+
+
+@triton.jit
+def normalize(planes, inside, COUNT: tl.constexpr, H: tl.constexpr):
+    """(x - mean) / std, and 1 / std `[R, 1]`."""
+    mean = row_mean(planes, inside, COUNT, H)
+    centred, squares = (), ()
+    for k in tl.static_range(COUNT):
+        x = planes[k] - mean
+        centred, squares = centred + (x,), squares + (x * x,)
+    rstd = 1 / tl.sqrt(row_mean(squares, inside, COUNT, H) + EPS)
+    xhat = ()
+    for k in tl.static_range(COUNT):
+        xhat = xhat + (tl.where(inside, centred[k] * rstd, 0.0),)
+    return xhat, rstd
+
+
+@triton.jit
+def normalize_backward(dxhat, xhat, rstd, inside, COUNT: tl.constexpr, H: tl.constexpr):
+    """Gradient of `normalize`'s input, given that of its output."""
+    products = ()
+    for k in tl.static_range(COUNT):
+        products = products + (dxhat[k] * xhat[k],)
+    mean, mean_product = row_mean(dxhat, inside, COUNT, H), row_mean(products, inside, COUNT, H)
+    dx = ()
+    for k in tl.static_range(COUNT):
+        dx = dx + (tl.where(inside, rstd * (dxhat[k] - mean - xhat[k] * mean_product), 0.0),)
+    return dx
