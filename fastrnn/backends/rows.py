@@ -3,7 +3,7 @@
 Mode "rows" of `tiles.py`: for layer norm and projection, which reduce over all of H in the middle of a step, and for
 what else asks for it. A step is one GEMM and one kernel, with projection two and two. Nothing is allocated within the
 time loop and nothing is waited for, so that a CUDA graph can hold it. float32 is multiplied as PyTorch's setting for
-matmul says, as on the reference path, not as cuDNN's: that setting is the whole process's, and a launch does not turn it.
+matmul says, as on the reference path, not as cuDNN's: that setting is the whole process's, and no launch turns it.
 """
 
 import torch
