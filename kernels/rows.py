@@ -215,7 +215,8 @@ def carried_back(
         carry = load_tile(rest_ptr, origin, rows, cols, inside, P)
     if product_ptr is not None:
         row = (T - 2 - i if REVERSE else i + 1) * batch + origin
-        flags, scale = load_flags(flags_ptr, row, rows, row_inside), None
+        flags = load_flags(flags_ptr, row, rows, row_inside)
+        scale = None
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + row + rows, mask=row_inside, other=1.0)
         product = load_tile(product_ptr, origin, rows, cols, inside, P)
