@@ -337,7 +337,8 @@ def test_whole_rows(arch, tmp_path):
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         what = f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
         assert found["shared"] <= LIMITS[arch], what
-        assert found["spilled"] == 0, f"{what}: {found['registers']} registers and {found['spilled']} bytes spilled"
+        # As in `check`: with Triton 3.6, 8 bytes of the forward go where 64 registers let one more program fit.
+        assert found["spilled"] <= 32, f"{what}: {found['registers']} registers and {found['spilled']} bytes spilled"
 
 
 @pytest.mark.slow
