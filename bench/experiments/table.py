@@ -94,8 +94,8 @@ def _solved_by_all(arm: str):
 EXPERIMENTS = {
     "adding": Experiment(
         title="Adding problem, T = 100",
-        about="Two numbers are marked in a sequence, and their sum is asked for at its end. Always answering 1 has RMSE "
-        "0.41. Initialisation is torch.nn's default where the row does not say otherwise.",
+        about="Two numbers are marked in a sequence; their sum is asked for at its end. Always answering 1 has RMSE 0.41. "
+        "Initialisation is torch.nn's default where the row does not say otherwise.",
         base={},
         arms={
             "tanh RNN": RNN | adam(0.001) | {"steps": 2000},
@@ -121,8 +121,8 @@ EXPERIMENTS = {
     ),
     "clip": Experiment(
         title="Clipping inside the recursion against clip_grad_norm_",
-        about="Adding problem with T = 50 and plain SGD: a ReLU RNN whose W_hh starts at a scale times the identity. On "
-        "its way through 50 steps a gradient grows 11 times at scale 1.05, and 117 times at 1.1.",
+        about="Adding problem with T = 50 and plain SGD: a ReLU RNN whose W_hh starts at a scale times the identity. "
+        "Through 50 steps a gradient grows 11 times at scale 1.05, and 117 times at 1.1.",
         base=RNN | {"T": 50, "batch": 20, "steps": 300, "every": 50, "goal": 0.1},
         arms=clipping(0.05, **RELU)
         | {"both": {"clip_grad_norm": 1.0, "module": RELU | {"clip_state_grad_norm": 0.05}}},
