@@ -57,7 +57,8 @@ class Results:
 
 
 def number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.0e}"
+    """Three digits; whole numbers in full up to a million."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def spread(values: list[float]) -> str:

@@ -94,7 +94,7 @@ def _solved_by_all(arm: str):
 EXPERIMENTS = {
     "adding": Experiment(
         title="Adding problem, T = 100",
-        about="Two numbers are marked in a sequence; their sum is asked for at its end. Always answering 1 has RMSE 0.41. "
+        about="Two numbers are marked; their sum is asked for at the end. Always answering 1 has RMSE 0.41. "
         "Initialisation is torch.nn's default where the row does not say otherwise.",
         base={},
         arms={
