@@ -184,7 +184,7 @@ EXPERIMENTS = {
     "chrono": Experiment(
         title="Adding problem, T = 200, chrono against default initialisation",
         about="Steps to a mean squared error of 0.01 (Tallec & Ollivier 2018).",
-        base={"T": 200, "goal": 0.1, "every": 50},
+        base={"T": 200, "batch": 20, "steps": 2000, "goal": 0.1},
         arms={
             "LSTM": {},
             "LSTM, forget bias 1": {"init": {"forget_bias_": {}}},
