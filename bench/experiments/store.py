@@ -19,7 +19,7 @@ def path(name: str, full: bool, folder: Path = RESULTS) -> Path:
 
 
 def load(file: Path) -> dict:
-    """`{"machine": ..., "commit": ..., "runs": [...]}`; without runs where there is no file."""
+    """`{"machine": ..., "runs": [...]}`; without runs where there is no file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
 
 
@@ -36,7 +36,7 @@ def done(file: Path, name: str, full: bool) -> dict[str, dict]:
 def save(file: Path, runs: list[dict]) -> None:
     """Writes beside the file and moves it there, so that an interruption leaves the old one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"machine": machine.describe("cpu"), "commit": machine.commit()})[:-1]
+    head = json.dumps({"machine": machine.describe("cpu")})[:-1]
     lines = ",\n".join(json.dumps(run) for run in runs)
     beside = file.with_suffix(".tmp")
     beside.write_text(f'{head}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
