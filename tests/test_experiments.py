@@ -185,15 +185,17 @@ def test_the_report_counts(tiny, tmp_path):
     assert rows["RNN"][5] == "1 vanishing, 1 healthy; gain 0.75"
     assert rows["lr 0.1"] == ["1 / 0 / 1", "0 / 1 / 1"]
     assert "Four steps are enough: **holds**" in text
-    assert "**1 of 2 seeds run**" in text and "2 minutes" in text
+    assert "**1 of 2 seeds run**" in text and ", 2 min on" in text
 
 
-def test_a_claim_that_fails_says_so(tiny, tmp_path):
+def test_a_claim_that_fails_says_so_and_one_without_runs_is_open(tiny, tmp_path):
     runs = [record("LSTM", point, 0) for point in TINY.points]
     store.save(store.path("tiny", False, tmp_path), runs)
     text = report.write(tmp_path, tmp_path, pictures=False)
-    assert "Four steps are enough: **does not hold**" in text
+    assert "Four steps are enough: **open, not every arm has run**" in text
     assert "**0 to 1 of 2 seeds run**" in text
+    store.save(store.path("tiny", False, tmp_path), [*runs, record("RNN", "lr 0.1", 0)])
+    assert "Four steps are enough: **does not hold**" in report.write(tmp_path, tmp_path, pictures=False)
 
 
 def test_an_experiment_without_results_says_so(tiny, tmp_path):

@@ -86,9 +86,10 @@ def table(results: Results) -> str:
             rows.append([arm, "0", *["–"] * 6])
             continue
         solved = [r["solved"] for r in runs if r["solved"] is not None]
+        goal = f"{len(solved)} of {len(runs)}" if runs[0]["settings"]["goal"] else "–"
         rows.append([
-            arm, str(len(runs)), f"{len(solved)} of {len(runs)}", spread(solved) if solved else "–",
-            spread(results.scores(arm)), str(sum(r["diverged"] for r in runs)), _monitor(runs, 0), _monitor(runs, -1),
+            arm, str(len(runs)), goal, spread(solved) if solved else "–", spread(results.scores(arm)),
+            str(sum(r["diverged"] for r in runs)), _monitor(runs, 0), _monitor(runs, -1),
         ])  # fmt: skip
     return markdown(rows)
 
@@ -108,10 +109,13 @@ def grid(results: Results) -> str:
 
 
 def claims(results: Results) -> str:
-    lines = []
-    for text, check in results.experiment.claims:
-        lines.append(f"- {text}: **{'holds' if check(results) else 'does not hold'}**.")
-    return "\n".join(lines)
+    """What is expected, and whether it came true; open until every arm has a run."""
+    decided = all(results.of(arm) for arm in results.experiment.arms)
+    verdicts = [
+        (text, ("holds" if check(results) else "does not hold") if decided else "open, not every arm has run")
+        for text, check in results.experiment.claims
+    ]
+    return "\n".join(f"- {text}: **{verdict}**." for text, verdict in verdicts)
 
 
 def seeds(results: Results) -> str:
@@ -132,7 +136,7 @@ def settings(results: Results) -> str:
 
 
 def _words(value) -> str:
-    return " ".join(f"{k} {_words(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    return " ".join(f"{k} {_words(v)}".strip() for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def section(name: str, full: bool, results: Results) -> str:
@@ -146,7 +150,7 @@ def section(name: str, full: bool, results: Results) -> str:
         table(results),
         grid(results) if len(experiment.points) > 1 else "",
         f"![{experiment.title}]({picture})",
-        f"`python -m bench.experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} minutes on one thread of "
+        f"`python -m bench.experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} min on one thread of "
         f"{results.machine['device']}, torch {results.machine['versions']['torch']}. {settings(results)}.",
     ]
     return "\n\n".join(filter(None, parts))

@@ -20,7 +20,7 @@ BASE = {
     "optimizer_settings": {"lr": 0.01},
     "steps": 3000,  # at most
     "every": 100,  # steps between evaluations
-    "goal": 0.03,  # the score at which a run stops
+    "goal": 0.03,  # the score at which a run stops; 0: it runs to the end
     "noise": 0.0,  # on the training pixels of the digits, in standard deviations
 }
 
@@ -115,6 +115,10 @@ EXPERIMENTS = {
             (
                 "At the end the monitor says vanishing of every run that did not learn, and of no other",
                 lambda r: all((run["monitor"][-1][1] == "vanishing") == (run["solved"] is None) for run in r.runs),
+            ),
+            (
+                "Before the first step it already says so of every run that will not learn, and of no other",
+                lambda r: all((run["monitor"][0][1] == "vanishing") == (run["solved"] is None) for run in r.runs),
             ),
         ),
         full={"T": 400, "hidden": 128, "steps": 20_000},
