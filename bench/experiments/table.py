@@ -194,7 +194,7 @@ EXPERIMENTS = {
         claims=(
             (
                 "Solved in at least four of five seeds with clipping inside the recursion",
-                lambda r: r.share("solved", "inside the recursion") >= 0.8,
+                lambda r: max(r.share("solved", arm) for arm in r.experiment.arms if arm.startswith("inside")) >= 0.8,
             ),
         ),
         full={"T": 300, "steps": 50_000},
