@@ -22,7 +22,8 @@ Made by `{COMMAND}` from `bench/results/experiments/*.json`, which
 lack, one thread, seeded. A row pools the seeds of one arm. *Solved*: the score met the goal on {TEST_BATCH:,} test
 sequences, where the run stops. *Diverged*: the test loss ends not finite or above {DIVERGED:g} times the best constant
 answer's. *Monitor*: `GradientMonitor`'s verdict on test sequences before the first step and after the last, with the
-median gain per step. Figures are medians over the seeds, in brackets the extremes.
+median gain per step. Figures are medians over the seeds, in brackets the extremes. A claim compares the runs that are
+there: among so few, one or two more or less are no evidence. What failed stays in the tables.
 """
 
 

@@ -196,6 +196,13 @@ EXPERIMENTS = {
                 "Solved in at least four of five seeds with clipping inside the recursion",
                 lambda r: max(r.share("solved", arm) for arm in r.experiment.arms if arm.startswith("inside")) >= 0.8,
             ),
+            (
+                "Fewer runs diverge with clipping inside the recursion than with clip_grad_norm_ or without clipping",
+                lambda r: (
+                    r.share("diverged", "inside the recursion")
+                    < min(r.share("diverged", "clip_grad_norm_"), r.share("diverged", "no clipping"))
+                ),
+            ),
         ),
         full={"T": 300, "steps": 50_000},
     ),
