@@ -35,7 +35,7 @@ class Task:
         train: settings and generator -> a batch.
         test: settings -> the test data.
         loss: scores and targets -> what is minimised.
-        score: scores and targets -> the figure in the tables; low is good.
+        score: scores, targets and T -> the figure in the tables; low is good.
         constant: T -> the loss of the best answer that does not look at the input.
         measure: what the score is.
     """
