@@ -80,13 +80,14 @@ def test_a_run_that_leaves_the_numbers_has_diverged():
 def test_the_settings_reach_the_model():
     model = training.Model(
         settings(
-            cell="RNN", init={"identity_": {"scale": 0.5}}, input_std=0.1, hidden=200,
+            cell="RNN", init={"xavier_": {}, "identity_": {"scale": 0.5}}, hidden=200,
             module={"nonlinearity": "relu", "clip_state_grad_norm": 0.3},
         )
     )  # fmt: skip
     assert torch.equal(model.rnn.weight_hh_l0, 0.5 * torch.eye(200)) and model.rnn.clip_state_grad_norm == 0.3
-    # 400 draws: their standard deviation is known to 3.5 %, and five times that are allowed
-    assert model.rnn.weight_ih_l0.std().item() == pytest.approx(0.1, rel=0.18)
+    assert (
+        model.rnn.weight_ih_l0.abs().max() > 1.1 / 200**0.5
+    )  # Xavier's bound is sqrt(6 / 202), the default's 1 / sqrt(H)
 
 
 def test_scores_against_hand_counts():
@@ -196,6 +197,19 @@ def test_a_claim_that_fails_says_so_and_one_without_runs_is_open(tiny, tmp_path)
     assert "**0 to 1 of 2 seeds run**" in text
     store.save(store.path("tiny", False, tmp_path), [*runs, record("RNN", "lr 0.1", 0)])
     assert "Four steps are enough: **does not hold**" in report.write(tmp_path, tmp_path, pictures=False)
+
+
+def test_more_is_more_than_chance(tiny, tmp_path):
+    """The tail of the hypergeometric distribution by hand: 5 / 210 for 4 of 5 to none, 4 / 56 for 3 of 4 to none."""
+
+    def results(hits, others, n):
+        arms = {"a": [1] * hits + [None] * (n - hits), "b": [1] * others + [None] * (n - others)}
+        made = report.Results("tiny", folder=tmp_path)
+        made.runs = [{"arm": arm, "point": "", "solved": s} for arm, solved in arms.items() for s in solved]
+        return made
+
+    assert results(4, 0, 5).more("solved", "a", than="b") and not results(0, 4, 5).more("solved", "a", than="b")
+    assert not results(3, 0, 4).more("solved", "a", than="b") and not results(2, 2, 5).more("solved", "a", than="b")
 
 
 def test_an_experiment_without_results_says_so(tiny, tmp_path):

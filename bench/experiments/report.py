@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import math
 import statistics
 from pathlib import Path
 
@@ -22,8 +23,8 @@ Made by `{COMMAND}` from `bench/results/experiments/*.json`, which
 lack, one thread, seeded. A row pools the seeds of one arm. *Solved*: the score met the goal on {TEST_BATCH:,} test
 sequences, where the run stops. *Diverged*: the test loss ends not finite or above {DIVERGED:g} times the best constant
 answer's. *Monitor*: `GradientMonitor`'s verdict on test sequences before the first step and after the last, with the
-median gain per step. Figures are medians over the seeds, in brackets the extremes. A claim compares the runs that are
-there: among so few, one or two more or less are no evidence. What failed stays in the tables.
+median gain per step. Figures are medians over the seeds, in brackets the extremes. That an arm is solved or
+diverges more often than another is claimed where Fisher's exact test says so at 5 %. What failed stays in the tables.
 """
 
 
@@ -39,10 +40,17 @@ class Results:
     def of(self, arm: str, point: str | None = None) -> list[dict]:
         return [r for r in self.runs if r["arm"] == arm and point in (None, r["point"])]
 
-    def share(self, field: str, arm: str, point: str | None = None) -> float:
-        """The share of an arm's runs that are solved, or have diverged; NaN without runs."""
-        runs = self.of(arm, point)
-        return sum(r[field] not in (None, False) for r in runs) / len(runs) if runs else float("nan")
+    def share(self, field: str, arm: str) -> float:
+        """The share of an arm's runs that are `solved`, or have `diverged`."""
+        runs = self.of(arm)
+        return sum(r[field] not in (None, False) for r in runs) / len(runs)
+
+    def more(self, field: str, arm: str, than: str) -> bool:
+        """Whether more runs of `arm` are solved (have diverged) than chance gives at 5 %: Fisher's exact test."""
+        n, m = len(self.of(arm)), len(self.of(than))
+        hits, others = round(n * self.share(field, arm)), round(m * self.share(field, than))
+        ways = sum(math.comb(n, k) * math.comb(m, hits + others - k) for k in range(hits, min(n, hits + others) + 1))
+        return ways < 0.05 * math.comb(n + m, hits + others)
 
     def scores(self, arm: str) -> list[float]:
         """The scores at the end; infinite where not finite."""
@@ -175,7 +183,8 @@ def picture(results: Results, path: Path) -> None:
     goal = results.runs[0]["settings"]["goal"]
     if goal > 0:
         axes.axhline(goal, color="black", linewidth=0.8, linestyle=":", label="goal")
-    axes.set(xlabel="step", ylabel=TASKS[results.runs[0]["settings"]["task"]].measure, yscale="log")
+    measure = TASKS[results.runs[0]["settings"]["task"]].measure
+    axes.set(xlabel="step", ylabel=measure, yscale="linear" if measure == "test error" else "log")  # it may be 0
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)

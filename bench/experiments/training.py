@@ -114,8 +114,6 @@ class Model(nn.Module):
         self.every_step = task.every_step
         for name, arguments in settings["init"].items():
             getattr(fastrnn.init, name)(self.rnn, **arguments)
-        if settings["input_std"] is not None:
-            nn.init.normal_(self.rnn.weight_ih_l0, std=settings["input_std"])
 
     def forward(self, x: Tensor) -> Tensor:
         y, _ = self.rnn(x)
