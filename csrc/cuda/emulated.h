@@ -60,6 +60,7 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Meeting> clusters;
+  size_t left;  // fibers that are not done
   ucontext_t scheduler;
   Fiber* running = nullptr;
   const std::function<void(char*)>* body = nullptr;
@@ -90,8 +91,23 @@ inline void start() {
   yield();
 }
 
-// Runs body(shared memory) as `groups` clusters of `size` blocks of `threads`. `seed` chooses
-// the order in which threads get their turn; nothing may depend on it. Shared memory starts as NaN.
+// Every fiber of [first, first + count) that can go on does, up to its next wait; how many there were.
+inline size_t turn(size_t first, size_t count) {
+  size_t moved = 0;
+  for (size_t k = first; k < first + count; ++k) {
+    Fiber& fiber = machine.fibers[k];
+    if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
+    fiber.waits_for = nullptr;
+    machine.running = &fiber;
+    swapcontext(&machine.scheduler, &fiber.context);
+    machine.left -= fiber.done, ++moved;
+  }
+  return moved;
+}
+
+// Runs body(shared memory) as `groups` clusters of `size` blocks of `threads`. Shared memory starts as NaN.
+// With a `seed`, turns are unfair: again and again one block or one warp, drawn by lot, runs ahead as far as
+// it can, so that whoever does not wait where it should reads too early or writes too early.
 inline void launch(int groups, int size, int threads, size_t shared_bytes, unsigned seed,
                    const std::function<void(char*)>& body) {
   constexpr size_t stack_bytes = 64 * 1024;
@@ -105,7 +121,6 @@ inline void launch(int groups, int size, int threads, size_t shared_bytes, unsig
     m.blocks.push_back({b, b % size, Meeting{threads}, std::vector<Warp>(threads / 32),
                         std::vector<char>(shared_bytes + 16, char(0xFF)), &m.clusters[b / size], &m.blocks});
   m.fibers = std::vector<Fiber>(static_cast<size_t>(blocks) * threads);
-  std::vector<Fiber*> order;
   for (size_t k = 0; k < m.fibers.size(); ++k) {
     Fiber& fiber = m.fibers[k];
     fiber.stack.reset(new char[stack_bytes]);
@@ -114,20 +129,17 @@ inline void launch(int groups, int size, int threads, size_t shared_bytes, unsig
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = stack_bytes;
     makecontext(&fiber.context, start, 0);
-    order.push_back(&fiber);
   }
+  m.left = m.fibers.size();
   srand(seed);
-  for (size_t k = order.size(); seed && k > 1; --k) std::swap(order[k - 1], order[rand() % k]);
-  for (size_t left = order.size(); left > 0;) {
-    bool moved = false;
-    for (Fiber* fiber : order) {
-      if (fiber->done || (fiber->waits_for && fiber->waits_for->round == fiber->round)) continue;
-      fiber->waits_for = nullptr;
-      m.running = fiber;
-      swapcontext(&m.scheduler, &fiber->context);
-      left -= fiber->done, moved = true;
+  while (m.left > 0) {
+    if (seed) {
+      const size_t count = rand() % 2 ? threads : 32, first = rand() % (m.fibers.size() / count) * count;
+      for (int k = rand() % 1000; k > 0 && turn(first, count) > 0; --k) {
+      }
     }
-    if (!moved) abort();  // every thread waits for another
+    if ((!seed || rand() % 8 == 0) && m.left > 0 && turn(0, m.fibers.size()) == 0)
+      abort();  // every thread waits for another
   }
   m.fibers.clear();
 }
