@@ -1,6 +1,7 @@
 """csrc compiles: its headers without CUDA and with it, its CUDA library for every architecture, and setup.py's choices.
 
-What can be known about the CUDA code without a GPU: it compiles, links, and keeps its values in registers.
+What can be known about the CUDA code without a GPU: it compiles, links, keeps its values in registers, and what its
+machine code holds.
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(path.relative_to(ROOT / "csrc") for path in ROOT.glob("csrc/cells/*.cuh"))
@@ -82,15 +84,71 @@ def build(target, **environment):
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def cuda_library(tmp_path_factory):
+    """The CUDA library, and what ptxas said about it: about two minutes of one core."""
+    target = tmp_path_factory.mktemp("library")
+    home = str(Path(NVCC).parents[1])
+    done = build(target, FASTRNN_BUILD_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=home)
+    assert done.returncode == 0, done.stderr
+    (library,) = target.glob("fastrnn/_C_cuda*.so")
+    return library, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @needs_nvcc
-def test_cuda_library_builds_without_spills(tmp_path):
-    home = str(Path(NVCC).parents[1])
-    done = build(tmp_path, FASTRNN_BUILD_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=home)
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob("fastrnn/_C_cuda*.so"))
-    # 2 architectures x (4 dtypes x (6 cells forward, 6 backward, 1 total, 3 with layer norm) + 2 norms)
-    assert_no_spills(done.stdout + done.stderr, kernels=2 * (4 * 16 + 2))
+def test_cuda_library_builds_without_spills(cuda_library):
+    # 2 architectures x (4 dtypes x (6 cells forward, 6 backward, 1 total, 3 with layer norm) + 2 norms) of the steps,
+    # and the sequence kernels in both directions, 67 instances.
+    assert_no_spills(cuda_library[1], kernels=2 * (4 * 16 + 2) + 2 * 2 * 67)
+
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
+
+
+def sequence_kernels(library, arch):
+    """name -> [(address, instruction, operands)] of the persistent kernels."""
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.check_output([cuobjdump, "-sass", "-arch", arch, library], text=True)
+    kernels = (part.partition("\n") for part in text.split("Function : ")[1:])
+    return {
+        name: [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(code)]
+        for name, _, code in kernels
+        if "walk_sequence" in name
+    }
+
+
+def time_loop(code):
+    """First and last address of the smallest loop around all products of the tensor cores."""
+    products = [at for at, op, _ in code if op.startswith("HMMA")]
+    jumps = [(int(to, 16), at) for at, op, rest in code if op == "BRA" for to in re.findall(r"0x([0-9a-f]+)", rest)]
+    loops = [(to, at) for to, at in jumps if to <= products[0] and at >= products[-1]]
+    return min(loops, key=lambda loop: loop[1] - loop[0])
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
+def test_machine_code_of_the_sequence_kernels(cuda_library, arch):
+    """Tensor cores, no local memory, the agreement's own instructions, and W_hh read before the time loop."""
+    seen = 0
+    for name, code in sequence_kernels(cuda_library[0], arch).items():
+        cluster, needs_sm90 = "ByCluster" in name, "ByCluster" in name or "ByWideGrid" in name
+        found = {op.split(".")[0] for _, op, _ in code}
+        if needs_sm90 and arch == "sm_80":
+            assert len(code) < 50, f"{name} is not left out"
+            continue
+        seen += 1
+        assert "HMMA" in found and not found & {"LDL", "STL"}, name
+        assert ("UCGABAR_ARV" in found) == cluster, name
+        if not cluster:  # what others wrote is read past the level-1 cache
+            assert any(op.startswith("LDG.E.128.STRONG.GPU") for _, op, _ in code), name
+        first, last = time_loop(code)
+        read = [at for at, op, _ in code if op.startswith("LDG") and "STRONG" not in op]
+        # A step reads at most 2 elements of 4 planes and a flag; W_hh alone would be 8 times its fragments.
+        assert sum(first <= at <= last for at in read) <= 10, name
+        assert sum(at < first for at in read) >= 16, name
+    assert seen == {"sm_80": 84, "sm_90a": 134}[arch]
 
 
 def test_setup_refuses_cuda_without_nvcc(tmp_path):

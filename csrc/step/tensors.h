@@ -120,15 +120,15 @@ struct Frame {
     return Tensor(handle);
   }
 
- private:
-  static constexpr int64_t max_dim = 4;
-
   void check_device(const char* name, const Tensor& t) const {
     int32_t type;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
     check(type == device_type && t.get_device_index() == device_index, name,
           " must be on the same device as the other tensors");
   }
+
+ private:
+  static constexpr int64_t max_dim = 4;
 };
 
 template <class T>

@@ -1,0 +1,227 @@
+// The primitives of the sequence kernels on the host: one fiber per CUDA thread, all in one host thread,
+// switched only where a thread waits for others. For tests: it proves index arithmetic, exchange and order of
+// steps; what it cannot show is the memory model (fences, caches), since a host thread sees its own writes at
+// once.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define FASTRNN_DEVICE inline
+
+namespace fastrnn {
+namespace emulated {
+
+// `size` threads meet; each meeting starts a new round.
+struct Meeting {
+  int size, arrived = 0;
+  unsigned round = 0;
+
+  void arrive() {
+    if (++arrived == size) arrived = 0, ++round;
+  }
+};
+
+struct Warp {
+  Meeting meeting{32};
+  double value[2][32];          // of a shuffle
+  uint32_t operands[2][32][6];  // of a product: a0 a1 a2 a3 b0 b1
+};
+
+struct Block {
+  int index, rank;  // in the grid, in its group
+  Meeting meeting;
+  std::vector<Warp> warps;
+  std::vector<char> memory;  // shared
+  Meeting* cluster;
+  std::vector<Block>* all;  // blocks of the cluster are neighbours, the first of them at index - rank
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block;
+  int thread;
+  unsigned turn = 0;                   // which half of the warp's buffers is next
+  unsigned cluster_round = 0;          // at the last arrival
+  const Meeting* waits_for = nullptr;  // until its round is no longer `round`
+  unsigned round = 0;
+  bool done = false;
+};
+
+struct Machine {
+  int group_size;
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> clusters;
+  size_t left;  // fibers that are not done
+  ucontext_t scheduler;
+  Fiber* running = nullptr;
+  const std::function<void(char*)>* body = nullptr;
+};
+
+inline Machine machine;
+
+inline Fiber& self() { return *machine.running; }
+inline Warp& warp() { return self().block->warps[self().thread / 32]; }
+inline void yield() { swapcontext(&self().context, &machine.scheduler); }
+
+inline void wait(const Meeting& meeting, unsigned round) {
+  if (meeting.round != round) return;
+  self().waits_for = &meeting, self().round = round;
+  yield();
+}
+
+inline void meet(Meeting& meeting) {
+  unsigned round = meeting.round;
+  meeting.arrive();
+  wait(meeting, round);
+}
+
+inline void start() {
+  (*machine.body)(self().block->memory.data() +
+                  (-reinterpret_cast<uintptr_t>(self().block->memory.data()) & 15));
+  self().done = true;
+  yield();
+}
+
+// Every fiber of [first, first + count) that can go on does, up to its next wait; how many there were.
+inline size_t turn(size_t first, size_t count) {
+  size_t moved = 0;
+  for (size_t k = first; k < first + count; ++k) {
+    Fiber& fiber = machine.fibers[k];
+    if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
+    fiber.waits_for = nullptr;
+    machine.running = &fiber;
+    swapcontext(&machine.scheduler, &fiber.context);
+    machine.left -= fiber.done, ++moved;
+  }
+  return moved;
+}
+
+// Runs body(shared memory) as `groups` clusters of `size` blocks of `threads`. Shared memory starts as NaN.
+// With a `seed`, turns are unfair: again and again one block or one warp, drawn by lot, runs ahead as far as
+// it can, so that whoever does not wait where it should reads too early or writes too early.
+inline void launch(int groups, int size, int threads, size_t shared_bytes, unsigned seed,
+                   const std::function<void(char*)>& body) {
+  constexpr size_t stack_bytes = 64 * 1024;
+  Machine& m = machine;
+  const int blocks = groups * size;
+  m.body = &body;
+  m.group_size = size;
+  m.clusters.assign(groups, Meeting{size * threads});
+  m.blocks.clear();
+  for (int b = 0; b < blocks; ++b)
+    m.blocks.push_back({b, b % size, Meeting{threads}, std::vector<Warp>(threads / 32),
+                        std::vector<char>(shared_bytes + 16, char(0xFF)), &m.clusters[b / size], &m.blocks});
+  m.fibers = std::vector<Fiber>(static_cast<size_t>(blocks) * threads);
+  for (size_t k = 0; k < m.fibers.size(); ++k) {
+    Fiber& fiber = m.fibers[k];
+    fiber.stack.reset(new char[stack_bytes]);
+    fiber.block = &m.blocks[k / threads], fiber.thread = static_cast<int>(k % threads);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_bytes;
+    makecontext(&fiber.context, start, 0);
+  }
+  m.left = m.fibers.size();
+  srand(seed);
+  while (m.left > 0) {
+    if (seed) {
+      const size_t count = rand() % 2 ? threads : 32, first = rand() % (m.fibers.size() / count) * count;
+      for (int k = rand() % 1000; k > 0 && turn(first, count) > 0; --k) {
+      }
+    }
+    if ((!seed || rand() % 8 == 0) && m.left > 0 && turn(0, m.fibers.size()) == 0)
+      abort();  // every thread waits for another
+  }
+  m.fibers.clear();
+}
+
+inline float element(uint32_t word, int half, float) { return half ? 0.0f : float_of(word & 0xFFFFE000u); }
+template <class S>
+float element(uint32_t word, int half, S) {
+  return widen(static_cast<S>(static_cast<uint16_t>(half ? word >> 16 : word)));
+}
+
+}  // namespace emulated
+
+inline int thread_index() { return emulated::self().thread; }
+inline int block_rank() { return emulated::self().block->rank; }
+inline int group_size() { return emulated::machine.group_size; }
+inline int block_group() { return emulated::self().block->index / group_size(); }
+inline int group_count() { return static_cast<int>(emulated::machine.blocks.size()) / group_size(); }
+inline void forget(int&) {}
+inline void sync_warp() { emulated::meet(emulated::warp().meeting); }
+inline void sync_block() { emulated::meet(emulated::self().block->meeting); }
+
+inline double shuffled(double value, int lane) {
+  emulated::Warp& warp = emulated::warp();
+  double (&slot)[32] = warp.value[++emulated::self().turn & 1];
+  slot[thread_index() % 32] = value;
+  emulated::meet(warp.meeting);
+  return slot[lane];
+}
+inline uint32_t shuffle(uint32_t value, int lane) { return static_cast<uint32_t>(shuffled(value, lane)); }
+inline double shuffle_xor(double value, int mask) { return shuffled(value, (thread_index() % 32) ^ mask); }
+
+// To the nearest of ten bits, ties away from zero; NaN and inf stay.
+inline float operand(float x) {
+  return std::isfinite(x) ? float_of((bits_of(x) + 0x1000u) & 0xFFFFE000u) : x;
+}
+
+template <class S>
+void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  emulated::Warp& warp = emulated::warp();
+  uint32_t (&given)[32][6] = warp.operands[++emulated::self().turn & 1];
+  int lane = thread_index() % 32;
+  uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(given[lane], own, sizeof own);
+  emulated::meet(warp.meeting);
+  constexpr int halves = sizeof(S) == 4 ? 1 : 2;
+  for (int part = 0; part < 2; ++part)  // k < 4 * halves, and the rest
+    for (int q = 0; q < 4; ++q)         // the four lanes that share a row of a, or a column of b
+      for (int half = 0; half < halves; ++half)
+        for (int i = 0; i < 4; ++i) {  // d0 d1: row lane / 4; d2 d3: eight further
+          int row = lane / 4, column = lane % 4 * 2 + i % 2;
+          float a = emulated::element(given[row * 4 + q][part * 2 + i / 2], half, S{});
+          float b = emulated::element(given[column * 4 + q][4 + part], half, S{});
+          d[i] += a * b;
+        }
+}
+
+inline Quad load_shared_by_grid(const Quad* p) { return *p; }
+inline float load_shared_by_grid(const float* p) { return *p; }
+inline void add_release(uint32_t* p, uint32_t value) { *p += value; }
+inline uint32_t load_acquire(const uint32_t* p) {
+  emulated::yield();
+  return *p;
+}
+inline void tell_host(uint32_t* p) { *p = 1; }
+
+template <class T>
+void store_at_peer(T* p, int rank, T x) {
+  emulated::Block& own = *emulated::self().block;
+  emulated::Block& peer = (*own.all)[own.index - own.rank + rank];
+  auto aligned = [](emulated::Block& b) {
+    char* start = b.memory.data();
+    return start + (-reinterpret_cast<uintptr_t>(start) & 15);
+  };
+  std::memcpy(aligned(peer) + (reinterpret_cast<char*>(p) - aligned(own)), &x, sizeof x);
+}
+inline void arrive_at_cluster() {
+  emulated::Fiber& fiber = emulated::self();
+  fiber.cluster_round = fiber.block->cluster->round;
+  fiber.block->cluster->arrive();
+}
+inline void wait_for_cluster() {
+  emulated::wait(*emulated::self().block->cluster, emulated::self().cluster_round);
+}
+
+}  // namespace fastrnn

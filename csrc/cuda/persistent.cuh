@@ -1,0 +1,201 @@
+// How the sequence kernels are launched: chooses the instance that the device can run, sizes the grid so that
+// all of it is resident together, and makes the workspace. Instantiated per cell in scan_lstm.cu,
+// scan_gru.cu, scan_rnn.cu, so that they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "buckets.cuh"
+#include "persistent.h"
+
+namespace fastrnn {
+
+template <class Instance, class Scan, class Params>
+__global__ void __launch_bounds__(Instance::Tile::threads, 1)
+    walk_sequence(const __grid_constant__ Params p, const __grid_constant__ typename Instance::Cell cell) {
+#ifdef __CUDA_ARCH__
+  extern __shared__ Quad shared[];
+  if constexpr (Instance::architecture * 10 <= __CUDA_ARCH__)
+    Scan(p, cell, reinterpret_cast<char*>(shared)).run();
+#endif
+}
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "a CUDA device does not tell its limits");
+  return value;
+}
+
+// One kernel: an instance in one direction.
+template <class Instance, class Scan, class Params>
+class Kernel {
+  using Tile = typename Instance::Tile;
+  static constexpr auto* function = walk_sequence<Instance, Scan, Params>;
+
+ public:
+  // Groups of `size` CTAs that are resident together; 0 where not even one is.
+  static int resident(int size, int device) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, int>, int> known;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = known.find({size, device});
+    if (found == known.end()) found = known.emplace(std::pair(size, device), ask(size, device)).first;
+    return found->second;
+  }
+
+  static void launch(const Params& p, const typename Instance::Cell& cell, int size, int groups,
+                     cudaStream_t stream) {
+    Launch launch(size, groups, stream);
+    check_cuda(cudaLaunchKernelEx(&launch.config, function, p, cell),
+               "a persistent fastrnn kernel did not launch");
+  }
+
+ private:
+  struct Launch {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+
+    Launch(int size, int groups, cudaStream_t stream) {
+      config.gridDim = dim3(size, groups);
+      config.blockDim = dim3(Tile::threads);
+      config.dynamicSmemBytes = Scan::shared_bytes;
+      config.stream = stream;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      attribute.id = Instance::cluster ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
+      if (Instance::cluster) {
+        attribute.val.clusterDim = {unsigned(size), 1, 1};
+      } else {
+        attribute.val.cooperative = 1;
+      }
+    }
+  };
+
+  static int ask(int size, int device) {
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 < Instance::architecture) return 0;
+    if (attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) < Scan::shared_bytes) return 0;
+    check_cuda(
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Scan::shared_bytes),
+        "a persistent fastrnn kernel does not get its shared memory");
+    int count = 0;
+    if constexpr (Instance::cluster) {
+      Launch launch(size, 1, nullptr);
+      // More than 8 CTAs per cluster, and sizes that are no power of two, are at the device's discretion.
+      if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+          cudaOccupancyMaxActiveClusters(&count, function, &launch.config) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+      }
+      return count;
+    }
+    if (!attribute(cudaDevAttrCooperativeLaunch, device)) return 0;
+    check_cuda(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, Tile::threads, Scan::shared_bytes),
+        "the occupancy of a persistent fastrnn kernel is not known");
+    return count * attribute(cudaDevAttrMultiProcessorCount, device) / size;
+  }
+};
+
+// What Persistent does, out of the sight of those who only call it.
+template <class Cell, class S>
+class Launcher {
+ public:
+  // CTAs of a group, 0 where the device cannot run the kernels.
+  static int group_size(int64_t H, int device) {
+    int size = 0;
+    with_instance(H, device, [&](auto, int found) { size = found; });
+    return size;
+  }
+
+  template <bool forward, class Params>
+  static void run(const Cell& cell, Params p, const Frame& frame) {
+    with_instance(p.H, frame.device_index, [&](auto instance, int size) {
+      using Instance = decltype(instance);
+      if constexpr (forward) {
+        launch<ForwardKernel<Instance>, Instance, typename Instance::Tile::Forward>(cell, p, frame, size);
+      } else {
+        launch<BackwardKernel<Instance>, Instance, typename Instance::Tile::Backward>(cell, p, frame, size);
+      }
+    });
+  }
+
+ private:
+  static constexpr uint32_t wait_limit = 1u << 24;  // polls of at least half a microsecond: some ten seconds
+
+  template <class Instance>
+  using ForwardKernel = Kernel<Instance, typename Instance::Forward, ForwardParams<S>>;
+  template <class Instance>
+  using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<S>>;
+
+  // f(instance, group size) for the best instance that runs in both directions, if there is one.
+  template <class F>
+  static void with_instance(int64_t H, int device, const F& f) {
+    torch::stable::accelerator::DeviceGuard guard(device);
+    with_bucket(H, [&](auto bucket) {
+      attempt<ByCluster<Cell, S, bucket>>(H, device, f) ||
+          attempt<ByWideGrid<Cell, S, bucket>>(H, device, f) ||
+          attempt<ByGrid<Cell, S, bucket>>(H, device, f);
+    });
+  }
+
+  template <class Instance, class F>
+  static bool attempt(int64_t H, int device, const F& f) {
+    if constexpr (Instance::exists) {
+      const int size = static_cast<int>((H + Instance::Tile::units - 1) / Instance::Tile::units);
+      const bool runs = ForwardKernel<Instance>::resident(size, device) > 0 &&
+                        BackwardKernel<Instance>::resident(size, device) > 0;
+      if (runs) f(Instance{}, size);
+      return runs;
+    }
+    return false;
+  }
+
+  template <class Kernel, class Instance, class Slice, class Params>
+  static void launch(const Cell& cell, Params& p, const Frame& frame, int size) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(frame.device_index, &stream));
+    int groups = (p.B + Slice::rows - 1) / Slice::rows;
+    // The CTAs of different clusters do not wait for each other, so that there may be more of them than fit.
+    const int most = Instance::cluster ? 65535 : Kernel::resident(size, frame.device_index);
+    groups = std::min(groups, most);
+    // [groups] of: arrivals, a cache line; norms; slots
+    const int64_t line = 32, norms = int64_t{2} * size * Slice::rows;
+    const int64_t slots = int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(S)} / int64_t{sizeof(float)};
+    Tensor workspace = frame.empty<float>({Instance::cluster ? 0 : groups * (line + norms + slots)});
+    float* next = rows<float>(workspace).data;
+    if (!Instance::cluster)
+      check_cuda(
+          cudaMemsetAsync(next, 0, workspace.numel() * sizeof(float), static_cast<cudaStream_t>(stream)),
+          "the workspace of a persistent fastrnn kernel");
+    p.link.wait_limit = wait_limit;
+    p.link.slots = next;
+    p.link.norms = next + groups * slots;
+    p.link.arrivals = reinterpret_cast<uint32_t*>(p.link.norms + groups * norms);
+    Kernel::launch(p, cell, size, groups, static_cast<cudaStream_t>(stream));
+  }
+};
+
+template <class Cell, class S>
+int Persistent<Cell, S>::group_size(int64_t H, int device) {
+  return Launcher<Cell, S>::group_size(H, device);
+}
+template <class Cell, class S>
+void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, const Frame& frame) {
+  Launcher<Cell, S>::template run<true>(cell, p, frame);
+}
+template <class Cell, class S>
+void Persistent<Cell, S>::backward(const Cell& cell, const BackwardParams<S>& p, const Frame& frame) {
+  Launcher<Cell, S>::template run<false>(cell, p, frame);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,19 @@
+// Launches the sequence kernels. The definitions are instantiated in scan_lstm.cu, scan_gru.cu and
+// scan_rnn.cu, so that they compile side by side.
+#pragma once
+
+#include "../step/tensors.h"
+#include "params.cuh"
+
+namespace fastrnn {
+
+// Both directions of a cell over one storage type. link of the params is the launcher's, but for `trouble`.
+template <class Cell, class S>
+struct Persistent {
+  // CTAs of a group, 0 where the device cannot run the kernels.
+  static int group_size(int64_t H, int device);
+  static void forward(const Cell& cell, const ForwardParams<S>& p, const Frame& frame);
+  static void backward(const Cell& cell, const BackwardParams<S>& p, const Frame& frame);
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,121 @@
+// All that the sequence kernels ask of the machine, under names that a host build gives too (emulated.h):
+// there one fiber stands for one CUDA thread, so g++ runs the same index arithmetic, exchange and order of
+// steps.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../step/storage.cuh"
+
+namespace fastrnn {
+
+// 16 bytes: what one lane loads, stores and sends at a time.
+struct alignas(16) Quad {
+  uint32_t word[4];
+};
+
+}  // namespace fastrnn
+
+#ifndef __CUDACC__
+#include "emulated.h"
+#else
+
+#define FASTRNN_DEVICE __device__ __forceinline__
+
+namespace fastrnn {
+
+FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
+// The grid is [groups, CTAs of a group].
+FASTRNN_DEVICE int block_rank() { return blockIdx.x; }
+FASTRNN_DEVICE int block_group() { return blockIdx.y; }
+FASTRNN_DEVICE int group_size() { return gridDim.x; }
+FASTRNN_DEVICE int group_count() { return gridDim.y; }
+FASTRNN_DEVICE void sync_block() { __syncthreads(); }
+// The compiler moves no access to memory across it.
+FASTRNN_DEVICE void sync_warp() { __syncwarp(); }
+
+// Behind this the compiler knows nothing of x: what it would work out from x once and keep in registers for
+// the whole loop, it works out where it is used.
+FASTRNN_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// The value that `lane` gives; for all 32 lanes of a warp together, as are the products below.
+FASTRNN_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
+FASTRNN_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+// What an operand of the tensor cores keeps of x: ten bits of a float32 (rounded, else they would be cut
+// off).
+FASTRNN_DEVICE float operand(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+// d [16, 8] += a [16, k] b [k, 8]; k = 16 for the half types, 8 for float32. Who holds what: PTX ISA, mma.
+#define FASTRNN_MMA(instruction)                                                    \
+  asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+template <class S>
+FASTRNN_DEVICE void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                        uint32_t b1) {
+  if constexpr (sizeof(S) == 4)
+    FASTRNN_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+  else if constexpr (std::is_same_v<S, BFloat16>)
+    FASTRNN_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+  else
+    FASTRNN_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+}
+#undef FASTRNN_MMA
+
+// Global memory that other CTAs write during the launch: past the level-1 cache, which is not coherent.
+FASTRNN_DEVICE Quad load_shared_by_grid(const Quad* p) {
+  uint4 x = __ldcg(reinterpret_cast<const uint4*>(p));
+  return {{x.x, x.y, x.z, x.w}};
+}
+FASTRNN_DEVICE float load_shared_by_grid(const float* p) { return __ldcg(p); }
+
+FASTRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+FASTRNN_DEVICE uint32_t load_acquire(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+// For the host, which reads it without waiting for the kernel.
+FASTRNN_DEVICE void tell_host(uint32_t* p) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(1u) : "memory");
+}
+
+// Thread-block clusters (sm_90): shared memory of the CTA `rank`, at the place of `p` in one's own.
+FASTRNN_DEVICE void store_at_peer(void* p, int rank, Quad x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(there), "r"(x.word[0]), "r"(x.word[1]),
+               "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+#endif
+}
+FASTRNN_DEVICE void store_at_peer(float* p, int rank, float x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+#endif
+}
+FASTRNN_DEVICE void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+FASTRNN_DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+}  // namespace fastrnn
+
+#endif

@@ -1,0 +1,155 @@
+// The ops over the sequence kernels. The caller makes the outputs: see fastrnn/backends/cuda.py.
+#include <torch/csrc/stable/library.h>
+
+#include "../step/ops.h"
+#include "any_rnn.cuh"
+#include "persistent.h"
+
+namespace fastrnn {
+
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// The cell as the sequence kernels know it: all nonlinearities of the RNN in one.
+LSTM persistent_cell(LSTM cell) { return cell; }
+GRU persistent_cell(GRU cell) { return cell; }
+AnyRNN persistent_cell(RNN<Tanh>) { return {AnyRNN::tanh}; }
+AnyRNN persistent_cell(RNN<Relu>) { return {AnyRNN::relu}; }
+AnyRNN persistent_cell(RNN<LeakyRelu>) { return {AnyRNN::leaky_relu}; }
+AnyRNN persistent_cell(RNN<Elu>) { return {AnyRNN::elu}; }
+
+// f(cell, storage) over what the kernels are built for
+template <class F>
+auto with_kernels(const std::string& cell, const char* name, const Tensor& like, const F& f) {
+  return with_cell(cell, [&](auto tag) {
+    return with_dtype(name, like, [&](auto dtype) {
+      using S = typename decltype(dtype)::Storage;
+      if constexpr (std::is_same_v<S, double>) {
+        check(false, name, " must not be float64: the persistent kernels accumulate in float32");
+        return f(persistent_cell(tag), float{});
+      } else {
+        return f(persistent_cell(tag), S{});
+      }
+    });
+  });
+}
+
+// The pointers of one call: of its device and dtype, contiguous, and as large as they should be.
+struct Arguments {
+  Frame frame;
+
+  template <class T>
+  T* get(const char* name, const Optional& t, int64_t count) const {
+    if (!t.has_value()) return nullptr;
+    check(t->scalar_type() == dtype_of<T>(), name, " must be ", dtype_name(dtype_of<T>()), ", got ",
+          dtype_name(t->scalar_type()));
+    check(t->is_contiguous() && t->numel() == count, name, " must be contiguous and have ", count,
+          " elements, got shape ", shape_of(*t));
+    frame.check_device(name, *t);
+    return static_cast<T*>(t->mutable_data_ptr());
+  }
+};
+
+int64_t persistent_group(std::string cell, Tensor w_hh) {
+  return with_kernels(cell, "w_hh", w_hh, [&](auto kernel, auto zero) -> int64_t {
+    return Persistent<decltype(kernel), decltype(zero)>::group_size(w_hh.size(1), w_hh.get_device_index());
+  });
+}
+
+// A word in the host's memory, which the device reaches too.
+uint32_t* word(const Tensor& trouble) {
+  check(trouble.scalar_type() == ScalarType::Int && trouble.numel() == 1, "trouble must be one int32");
+  return static_cast<uint32_t*>(trouble.mutable_data_ptr());
+}
+
+void persistent_forward(std::string cell, Tensor gx, Tensor w_hh, Optional b_hh, Tensor h0, Optional c0,
+                        Optional flags, bool reverse, Tensor y, Tensor h_n, Optional c_n, Optional c,
+                        Optional saved, Tensor trouble) {
+  with_kernels(cell, "gx", gx, [&](auto kernel, auto zero) {
+    using Cell = decltype(kernel);
+    using S = decltype(zero);
+    check(y.dim() == 3, "y must have shape [T, B, H], got ", shape_of(y));
+    const int64_t T = y.size(0), B = y.size(1), H = y.size(2), step = B * H;
+    const Arguments from{Frame(gx, B, H)};
+    ForwardParams<S> p{};
+    p.T = T, p.B = static_cast<int>(B), p.H = static_cast<int>(H), p.reverse = reverse;
+    p.gx = from.get<S>("gx", gx, T * step * Cell::gates);
+    p.w_hh = from.get<S>("w_hh", w_hh, Cell::gates * H * H);
+    p.b_hh = from.get<S>("b_hh", b_hh, Cell::gates * H);
+    p.h0 = from.get<S>("h0", h0, step);
+    p.c0 = from.get<float>("c0", c0, step);
+    p.flags = from.get<uint8_t>("flags", flags, T * B);
+    p.y = from.get<S>("y", y, T * step);
+    p.h_n = from.get<S>("h_n", h_n, step);
+    p.c_n = from.get<float>("c_n", c_n, step);
+    p.c = from.get<float>("c", c, T * step);
+    p.saved = from.get<S>("saved", saved, T * step * Cell::saved);
+    p.link.trouble = word(trouble);
+    check(Cell::states == 1 || (p.c0 != nullptr && p.c_n != nullptr), "c0 and c_n are needed for this cell");
+    Persistent<Cell, S>::forward(kernel, p, from.frame);
+  });
+}
+
+void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh_n, Optional dc_n,
+                         Tensor saved, Tensor y, Optional c, Tensor h0, Optional c0, Tensor w_hh,
+                         Optional flags, Optional clip_norm, std::optional<double> clip_value, bool reverse,
+                         Tensor dgx, Optional dgh, Tensor dh0, Optional dc0, Optional norms, Tensor trouble) {
+  with_kernels(cell, "saved", saved, [&](auto kernel, auto zero) {
+    using Cell = decltype(kernel);
+    using S = decltype(zero);
+    check(y.dim() == 3, "y must have shape [T, B, H], got ", shape_of(y));
+    const int64_t T = y.size(0), B = y.size(1), H = y.size(2), step = B * H;
+    const int64_t size = norms.has_value() ? Persistent<Cell, S>::group_size(H, saved.get_device_index()) : 0;
+    const Arguments from{Frame(saved, B, H)};
+    BackwardParams<S> p{};
+    p.T = T, p.B = static_cast<int>(B), p.H = static_cast<int>(H), p.reverse = reverse;
+    p.dy = from.get<S>("dy", dy, T * step);
+    p.dc = from.get<float>("dc", dc, T * step);
+    p.dh_n = from.get<S>("dh_n", dh_n, step);
+    p.dc_n = from.get<float>("dc_n", dc_n, step);
+    p.saved = from.get<S>("saved", saved, T * step * Cell::saved);
+    p.y = from.get<S>("y", y, T * step);
+    p.c = from.get<float>("c", c, T * step);
+    p.h0 = from.get<S>("h0", h0, step);
+    p.c0 = from.get<float>("c0", c0, step);
+    p.w_hh = from.get<S>("w_hh", w_hh, Cell::gates * H * H);
+    p.flags = from.get<uint8_t>("flags", flags, T * B);
+    p.clip_norm = from.get<float>("clip_norm", clip_norm, 1);
+    p.clip_value = clip_value.has_value() ? static_cast<float>(*clip_value) : no_bound;
+    p.dgx = from.get<S>("dgx", dgx, T * step * Cell::gates);
+    p.dgh = from.get<S>("dgh", dgh, T * step * Cell::gates);
+    p.dh0 = from.get<S>("dh0", dh0, step);
+    p.dc0 = from.get<float>("dc0", dc0, step);
+    p.norms = from.get<float>("norms", norms, 2 * Cell::states * T * B * size);
+    p.link.trouble = word(trouble);
+    check(Cell::states == 1 || (p.c != nullptr && p.c0 != nullptr && p.dc0 != nullptr),
+          "c, c0 and dc0 are needed for this cell");
+    check(!Cell::split || p.dgh != nullptr, "dgh is needed for this cell");
+    Persistent<Cell, S>::backward(kernel, p, from.frame);
+  });
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
+  m.def("persistent_group(str cell, Tensor w_hh) -> int");
+  m.def(
+      "persistent_forward(str cell, Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor? "
+      "flags, "
+      "bool reverse, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? c_n, Tensor(d!)? c, Tensor(e!)? saved, "
+      "Tensor(f!) trouble) -> ()");
+  m.def(
+      "persistent_backward(str cell, Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor saved, "
+      "Tensor y, "
+      "Tensor? c, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? flags, Tensor? clip_norm, float? clip_value, "
+      "bool reverse, Tensor(a!) dgx, Tensor(b!)? dgh, Tensor(c!) dh0, Tensor(d!)? dc0, Tensor(e!)? norms, "
+      "Tensor(f!) trouble) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CUDA, m) {
+  m.impl("persistent_group", TORCH_BOX(&fastrnn::persistent_group));
+  m.impl("persistent_forward", TORCH_BOX(&fastrnn::persistent_forward));
+  m.impl("persistent_backward", TORCH_BOX(&fastrnn::persistent_backward));
+}

@@ -1,0 +1,30 @@
+// Numbers as the sequence kernels store and send them.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace fastrnn {
+
+template <class T>
+FASTRNN_DEVICE T rounded(float x) {
+  T out;
+  narrow(x, out);
+  return out;
+}
+
+template <class T>
+FASTRNN_DEVICE T not_a_number() {
+  return rounded<T>(float_of(0x7FC00000u));
+}
+
+// A float as an operand of the tensor cores.
+template <class S>
+FASTRNN_DEVICE S operand_of(float x) {
+  if constexpr (sizeof(S) == 4) {
+    return operand(x);
+  } else {
+    return rounded<S>(x);
+  }
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,141 @@
+// The sequence kernels of csrc/cuda on the host, for tests/test_csrc_persistent.py: plain C functions over
+// pointers.
+#include <cstring>
+#include <string>
+
+#include "cuda/buckets.cuh"
+
+using namespace fastrnn;
+
+namespace {
+
+// f(cell) with the cell of that name
+template <class F>
+void with_cell(const std::string& name, const F& f) {
+  if (name == "lstm") f(LSTM{});
+  if (name == "gru") f(GRU{});
+  if (name == "rnn_tanh") f(AnyRNN{AnyRNN::tanh});
+  if (name == "rnn_relu") f(AnyRNN{AnyRNN::relu});
+  if (name == "rnn_leaky_relu") f(AnyRNN{AnyRNN::leaky_relu});
+  if (name == "rnn_elu") f(AnyRNN{AnyRNN::elu});
+}
+
+template <class F>
+void with_storage(const std::string& name, const F& f) {
+  if (name == "float32") f(float{});
+  if (name == "bfloat16") f(BFloat16{});
+  if (name == "float16") f(Float16{});
+}
+
+// f(cell, instance): the kernel that takes H, by "cluster", "grid" or "wide_grid"; 0 where it does not exist.
+template <class F>
+int with_instance(const char* cell, const char* dtype, const char* way, int H, const F& f) {
+  int found = 0;
+  with_cell(cell, [&](auto cell) {
+    with_storage(dtype, [&](auto zero) {
+      with_bucket(H, [&](auto bucket) {
+        using Cell = decltype(cell);
+        using S = decltype(zero);
+        auto run = [&](auto instance) {
+          if constexpr (decltype(instance)::exists) found = 1, f(cell, instance);
+        };
+        if (std::string(way) == "cluster") run(ByCluster<Cell, S, bucket>{});
+        if (std::string(way) == "grid") run(ByGrid<Cell, S, bucket>{});
+        if (std::string(way) == "wide_grid") run(ByWideGrid<Cell, S, bucket>{});
+      });
+    });
+  });
+  return found;
+}
+
+struct Shape {
+  int64_t T;
+  int B, H, reverse;
+};
+
+// How a launch is laid out, and how it shall go.
+struct Layout {
+  int groups;        // 0: one per batch tile
+  unsigned seed;     // of the order in which threads get their turn
+  int wait_limit;    // polls
+  int missing;       // CTA of the first group that never starts, or -1
+  uint32_t trouble;  // out
+};
+
+template <class Scan, class Instance, class Params, class Cell>
+void launch(Params& p, const Cell& cell, Layout& layout, int K) {
+  using Tile = typename Instance::Tile;
+  using S = typename Instance::S;
+  const int size = (p.H + Tile::units - 1) / Tile::units, tiles = (p.B + Tile::rows - 1) / Tile::rows;
+  const int groups = layout.groups ? layout.groups : tiles;
+  std::vector<uint32_t> arrivals(groups * 32);
+  std::vector<char> slots(static_cast<size_t>(groups) * 2 * Tile::rows * K * sizeof(S));
+  std::vector<float> norms(static_cast<size_t>(groups) * 2 * size * Tile::rows);
+  layout.trouble = 0;
+  p.link = {static_cast<uint32_t>(layout.wait_limit), arrivals.data(), slots.data(), norms.data(),
+            &layout.trouble};
+  emulated::launch(groups, size, Tile::threads, Scan::shared_bytes, layout.seed, [&](char* shared) {
+    if (block_group() == 0 && block_rank() == layout.missing) return;
+    Scan(p, cell, shared).run();
+  });
+}
+
+template <class T>
+T take(void**& next) {
+  return static_cast<T>(*next++);
+}
+
+}  // namespace
+
+extern "C" {
+
+// pointers: those of ForwardParams in its order
+int emulate_forward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
+                    void** pointers) {
+  return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
+    using Instance = decltype(instance);
+    using S = typename Instance::S;
+    void** next = pointers;
+    ForwardParams<S> p{shape->T,           shape->B,
+                       shape->H,           shape->reverse != 0,
+                       take<S*>(next),     take<S*>(next),
+                       take<S*>(next),     take<S*>(next),
+                       take<float*>(next), take<uint8_t*>(next),
+                       take<S*>(next),     take<S*>(next),
+                       take<float*>(next), take<float*>(next),
+                       take<S*>(next),     {}};
+    launch<typename Instance::Forward, Instance>(p, cell, *layout, Instance::Tile::Forward::K);
+  });
+}
+
+// pointers: those of BackwardParams in its order
+int emulate_backward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
+                     void** pointers, float clip_value) {
+  return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
+    using Instance = decltype(instance);
+    using S = typename Instance::S;
+    void** next = pointers;
+    BackwardParams<S> p{};
+    p.T = shape->T, p.B = shape->B, p.H = shape->H, p.reverse = shape->reverse != 0;
+    p.dy = take<S*>(next), p.dc = take<float*>(next), p.dh_n = take<S*>(next), p.dc_n = take<float*>(next);
+    p.saved = take<S*>(next), p.y = take<S*>(next), p.c = take<float*>(next), p.h0 = take<S*>(next);
+    p.c0 = take<float*>(next), p.w_hh = take<S*>(next), p.flags = take<uint8_t*>(next);
+    p.clip_norm = take<float*>(next), p.clip_value = clip_value;
+    p.dgx = take<S*>(next), p.dgh = take<S*>(next), p.dh0 = take<S*>(next), p.dc0 = take<float*>(next);
+    p.norms = take<float*>(next);
+    launch<typename Instance::Backward, Instance>(p, cell, *layout, Instance::Tile::Backward::K);
+  });
+}
+
+// sizes: bucket, units, rows, shared bytes forward and backward; 0 where there is no such kernel
+int describe(const char* cell, const char* dtype, const char* way, int H, int* sizes) {
+  return with_instance(cell, dtype, way, H, [&](auto, auto instance) {
+    using Instance = decltype(instance);
+    using Tile = typename Instance::Tile;
+    int found[] = {Tile::K, Tile::units, Tile::rows, Instance::Forward::shared_bytes,
+                   Instance::Backward::shared_bytes};
+    std::memcpy(sizes, found, sizeof found);
+  });
+}
+
+}  // extern "C"

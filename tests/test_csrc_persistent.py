@@ -1,0 +1,459 @@
+"""csrc's persistent CUDA kernels without a GPU: their own source, emulated on the host, against the reference.
+
+`emulate_scan.cpp` compiles csrc/cuda with a C++ compiler: a fiber stands for a CUDA thread; tensor-core products,
+shared memory, clusters and barriers are emulated (csrc/cuda/emulated.h). The launcher is fastrnn/backends/cuda.py, with
+the emulated ops in place of csrc's. Not covered: the memory model (fences, caches), and the C++ code that launches.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrnn.backends import cuda, extension, reference
+from fastrnn.cells import CELLS, PAD, RESET, START
+
+ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX", "g++")
+WAYS = ("cluster", "grid", "wide_grid")
+
+if shutil.which(CXX) is None:
+    pytest.skip(f"no C++ compiler {CXX}", allow_module_level=True)
+if (reason := extension.load("cpu")) is not None:
+    pytest.skip(f"csrc: {reason}", allow_module_level=True)
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [("T", ctypes.c_int64), ("B", ctypes.c_int), ("H", ctypes.c_int), ("reverse", ctypes.c_int)]
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [
+        ("groups", ctypes.c_int), ("seed", ctypes.c_uint), ("wait_limit", ctypes.c_int), ("missing", ctypes.c_int),
+        ("trouble", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class Emulator:
+    """csrc's ops, run by the emulator; `way` chooses the kernel, the other fields a launch."""
+
+    way, groups, seed, wait_limit, missing = "grid", 0, 0, 2**30, -1
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+
+    def describe(self, cell, dtype, hidden_size):
+        """bucket, units, rows, shared bytes forward and backward, or None."""
+        sizes = (ctypes.c_int * 5)()
+        name = str(dtype).split(".")[1].encode()
+        found = self.library.describe(cell.encode(), name, self.way.encode(), hidden_size, sizes)
+        return list(sizes) if found else None
+
+    def persistent_group(self, cell, w_hh):
+        sizes = self.describe(cell, w_hh.dtype, w_hh.shape[1])
+        return -(-w_hh.shape[1] // sizes[1]) if sizes else 0
+
+    def call(self, function, cell, like, reverse, pointers, trouble, *rest):
+        layout = Layout(self.groups, self.seed, self.wait_limit, self.missing, 0)
+        addresses = (ctypes.c_void_p * len(pointers))(*(None if x is None else x.data_ptr() for x in pointers))
+        assert function(
+            cell.encode(), str(like.dtype).split(".")[1].encode(), self.way.encode(),
+            ctypes.byref(Shape(*like.shape, reverse)), ctypes.byref(layout), addresses, *rest,
+        )  # fmt: skip
+        trouble[0] |= layout.trouble
+
+    def persistent_forward(self, cell, gx, w_hh, b_hh, h0, c0, flags, reverse, y, h_n, c_n, c, saved, trouble):
+        pointers = [gx, w_hh, b_hh, h0, c0, flags, y, h_n, c_n, c, saved]
+        self.call(self.library.emulate_forward, cell, y, reverse, pointers, trouble)
+
+    def persistent_backward(self, cell, dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, clip_value,
+                            reverse, dgx, dgh, dh0, dc0, norms, trouble):  # fmt: skip
+        pointers = [dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, dgx, dgh, dh0, dc0, norms]
+        bound = ctypes.c_float(float("inf") if clip_value is None else clip_value)
+        self.call(self.library.emulate_backward, cell, y, reverse, pointers, trouble, bound)
+
+    def __getattr__(self, name):  # the ops that are not emulated
+        return getattr(torch.ops.fastrnn_c, name)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The kernels, compiled for the host."""
+    made = tmp_path_factory.mktemp("emulated") / "scan.so"
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", *strict, f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(ROOT / "tests/emulate_scan.cpp"), "-o", str(made)], check=True)
+    return made
+
+
+@pytest.fixture
+def emulator(library, monkeypatch):
+    """`fastrnn.backends.cuda` runs its persistent path on the emulator, into outputs that hold NaN before."""
+    emulator = Emulator(library)
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return made
+
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    monkeypatch.setattr(cuda, "OPS", emulator)
+    monkeypatch.setenv("FASTRNN_CUDA_MODE", "persistent")
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    return emulator
+
+
+class Problem:
+    """Random arguments of one forward and one backward call. `extras`: what goes beyond the plain call."""
+
+    ALL = ("flags", "clip_norm", "clip_value", "norms")
+
+    def __init__(self, cell, dtype, T=3, B=5, H=40, reverse=False, extras=(), draw=torch.randn, w_hh=None, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        G, has_c = len(CELLS[cell].gates), "c" in CELLS[cell].states
+
+        def drawn(*shape, dtype=dtype):
+            return draw(shape, generator=rng).to(dtype)
+
+        self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
+        self.gx, self.h0, self.b_hh = drawn(T, B, G * H), drawn(B, H), drawn(G * H)
+        self.w_hh = (torch.randn(G * H, H, generator=rng) / H**0.5).to(dtype) if w_hh is None else w_hh
+        self.dy, self.dh_n = drawn(T, B, H), drawn(B, H)
+        self.c0, self.dc_n = (drawn(B, H, dtype=torch.float32) if has_c else None for _ in range(2))
+        self.dc = drawn(T, B, H, dtype=torch.float32) if has_c else None
+        self.flags = self.some_flags(rng, T, B, reverse) if "flags" in extras else None
+        self.clip_norm = torch.tensor(0.9 * H**0.5) if "clip_norm" in extras else None
+        self.clip_value = 1.1 if "clip_value" in extras else None
+
+    @staticmethod
+    def some_flags(rng, T, B, reverse):
+        """Lengths, one of them zero and one full, and resets."""
+        lengths = torch.randint(1, T + 1, (B,), generator=rng)
+        lengths[0], lengths[-1] = T, 0
+        t = torch.arange(T)[:, None]
+        flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=rng) < 0.25)
+        return (flags + (START * (t == lengths - 1) if reverse else 0)).to(torch.uint8)
+
+    def forward(self, backend, save=True):
+        return backend.scan_forward(
+            self.gx, self.w_hh, self.b_hh, self.h0, self.c0, *[None] * 4, self.flags, *[None] * 3,
+            self.cell, self.reverse, save,
+        )  # fmt: skip
+
+    def backward(self, backend, y, c, _h_n, _c_n, saved):
+        return backend.scan_backward(
+            self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, None if self.c0 is None else c, self.h0, self.c0,
+            self.w_hh, *[None] * 6, self.flags, *[None] * 3, self.clip_norm, self.clip_value,
+            self.cell, self.reverse, self.norms,
+        )  # fmt: skip
+
+
+def check(got, want, tolerance):
+    """Every output within `tolerance` of the largest element of the wanted one."""
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), k
+        if a.numel():
+            error = (a.double() - b.double()).abs().max().item()
+            assert error <= tolerance * max(1e-30, b.double().abs().max().item()), f"output {k} is off by {error}"
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Against the reference in the same type, over few steps. Sums in another order: some roundings fall to the other side
+# of a tie, and one such flip of h passes through the gates. TF32 keeps 10 bits of each factor.
+TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-9}
+
+
+@pytest.mark.parametrize("way", ["cluster", "grid"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_equals_the_reference(emulator, cell, dtype, reverse, way):
+    emulator.way = way
+    extras = Problem.ALL if dtype != torch.float16 else tuple(set(Problem.ALL) - {"clip_norm"})
+    problem = Problem(cell, dtype, B=19, reverse=reverse, extras=extras)
+    want = problem.forward(reference)
+    check(problem.forward(cuda), want, TOLERANCE[dtype])
+    check(problem.backward(cuda, *want), problem.backward(reference, *want), TOLERANCE[dtype])
+
+
+def small_integers(shape, generator):
+    return torch.randint(-2, 3, shape, generator=generator).float()
+
+
+def three_per_row(H, dtype):
+    """Three signed permutations: every sum stays a small integer, exact in each type, so that one wrong index shows."""
+    rng, w = torch.Generator().manual_seed(3), torch.zeros(H, H)
+    for _ in range(3):
+        w[torch.arange(H), torch.randperm(H, generator=rng)] += torch.randint(0, 2, (H,), generator=rng) * 2.0 - 1
+    return w.to(dtype)
+
+
+# Every bucket, below its full size and at it; the widest of them once per storage size.
+@pytest.mark.parametrize(
+    ("way", "H", "dtype"),
+    [("cluster", H, dtype) for H in (1, 33, 256, 500) for dtype in (torch.bfloat16, torch.float32)]
+    + [("grid", H, dtype) for H in (7, 250, 512, 767) for dtype in (torch.float16, torch.float32)]
+    + [("grid", 1000, torch.bfloat16), ("grid", 1280, torch.bfloat16), ("grid", 1025, torch.float32)],
+)
+def test_sums_are_exact(emulator, way, H, dtype):
+    emulator.way = way
+    problem = Problem(
+        "rnn_relu", dtype, B=9, H=H, reverse=H % 2 == 1, draw=small_integers, w_hh=three_per_row(H, dtype)
+    )
+    want = problem.forward(reference)
+    assert same_bits(problem.forward(cuda), want)
+    assert same_bits(problem.backward(cuda, *want), problem.backward(reference, *want))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "way", "H", "dtype"),
+    [
+        ("lstm", "cluster", 512, torch.bfloat16),
+        ("lstm", "grid", 700, torch.float16),
+        ("lstm", "wide_grid", 1000, torch.bfloat16),
+        ("lstm", "wide_grid", 500, torch.float32),
+        ("gru", "cluster", 300, torch.float32),
+        ("gru", "wide_grid", 1280, torch.bfloat16),
+    ],
+)
+def test_large_layers_equal_the_reference(emulator, cell, way, H, dtype):
+    """Where a part of W_hh lies in shared memory, and groups have many members."""
+    emulator.way = way
+    assert emulator.describe(cell, dtype, H)
+    problem = Problem(cell, dtype, T=2, B=3, H=H, extras=("norms",))
+    want = problem.forward(reference)
+    check(problem.forward(cuda), want, TOLERANCE[dtype])
+    check(problem.backward(cuda, *want), problem.backward(reference, *want), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", ["cluster", "grid"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_neither_the_order_of_threads_nor_the_number_of_groups_changes_a_bit(emulator, cell, way):
+    emulator.way = way
+    problem = Problem(cell, torch.bfloat16, B=35, H=90, extras=Problem.ALL)
+    first = problem.forward(cuda)
+    gradients = problem.backward(cuda, *first)
+    for emulator.seed, emulator.groups in ((1, 0), (2, 1), (3, 2)):
+        again = problem.forward(cuda)
+        assert same_bits(again, first)
+        assert same_bits(problem.backward(cuda, *again), gradients)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_chunks_of_steps_equal_the_whole(emulator, cell, reverse):
+    whole = Problem(cell, torch.float32, T=5, reverse=reverse, extras=("norms", "clip_norm"))
+    y, c, h_n, c_n, saved = whole.forward(cuda)
+    gradients = whole.backward(cuda, y, c, h_n, c_n, saved)
+    early, late = (slice(2, None), slice(0, 2)) if reverse else (slice(0, 3), slice(3, None))
+    parts = []
+    for when in (early, late):
+        part = Problem(cell, torch.float32, reverse=reverse)
+        vars(part).update(vars(whole))
+        part.gx, part.dy, part.dc = whole.gx[when], whole.dy[when], None if whole.dc is None else whole.dc[when]
+        parts.append(part)
+    first, second = parts
+    between = first.forward(cuda)
+    second.h0, second.c0 = between[2], None if whole.c0 is None else between[3]
+    assert same_bits(second.forward(cuda)[2:4], (h_n, c_n))
+
+    def at(when):
+        return y[when], c if whole.c0 is None else c[when], None, None, saved[when]
+
+    back = second.backward(cuda, *at(late))
+    first.dh_n, first.dc_n = back[2], None if whole.c0 is None else back[3]
+    front = first.backward(cuda, *at(early))
+    assert same_bits(front[2:4], gradients[2:4])
+    for outputs, when in ((back, late), (front, early)):
+        assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
+
+
+@pytest.mark.parametrize("left_out", ["b_hh", "dy", "dc", "dh_n", "dc_n"])
+def test_what_may_be_absent(emulator, left_out):
+    problem = Problem("lstm", torch.float32)
+    setattr(problem, left_out, None)
+    want = problem.forward(reference)
+    check(problem.forward(cuda), want, TOLERANCE[torch.float32])
+    check(problem.backward(cuda, *want), problem.backward(reference, *want), TOLERANCE[torch.float32])
+
+
+def test_without_save_nothing_is_saved(emulator):
+    problem = Problem("lstm", torch.float32)
+    y, c, h_n, c_n, saved = problem.forward(cuda, save=False)
+    assert c.numel() == saved.numel() == 0
+    assert same_bits((y, h_n, c_n), [problem.forward(cuda)[k] for k in (0, 2, 3)])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_over_the_whole_range(emulator, scale):
+    """Squares of 1e-30 are zero in float32, those of 1e30 infinite."""
+    problem = Problem("lstm", torch.float32, extras=("norms",))
+    for name in ("dy", "dc", "dh_n", "dc_n"):
+        setattr(problem, name, getattr(problem, name) * scale)
+    want = problem.forward(reference)
+    check(problem.backward(cuda, *want), problem.backward(reference, *want), TOLERANCE[torch.float32])
+
+
+def test_nan_stays_visible_and_in_its_sample(emulator):
+    problem = Problem("gru", torch.bfloat16, extras=("norms", "clip_norm", "clip_value"))
+    want = problem.forward(reference)
+    problem.dy[1, 2, 5] = float("nan")
+    dgx, dgh, dh0, _, _, norms = problem.backward(cuda, *want)
+    lost = torch.arange(5) == 2
+    for x in (dgx[:2], dgh[:2]):
+        assert torch.equal(x.isnan().any(0).any(-1), lost)
+    assert torch.equal(dh0.isnan().any(-1), lost)
+    assert norms[0, 0, :2, 2].isnan().all() and not norms[..., [0, 1, 3, 4]].isnan().any()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wait_in_vain_gives_nan_and_the_next_call_raises(emulator, direction):
+    problem = Problem("lstm", torch.float32)
+    want = problem.forward(cuda)
+    emulator.missing, emulator.wait_limit = 1, 2000
+    if direction == "forward":
+        y, _, h_n, _, _ = problem.forward(cuda)
+        assert y.isnan().all() and h_n.isnan().all()
+    else:
+        dgx, _, dh0, _, _, _ = problem.backward(cuda, *want)
+        assert dgx.isnan().all() and dh0.isnan().all()
+    emulator.missing = -1
+    with pytest.raises(RuntimeError, match="waited in vain"):
+        problem.forward(cuda)
+    assert same_bits(problem.forward(cuda), want)  # told once
+
+
+def test_why_a_scan_runs_step_by_step(emulator, monkeypatch):
+    w, half = torch.zeros(4 * 40, 40), torch.zeros(4 * 40, 40, dtype=torch.float16)
+    bound = torch.ones(())
+
+    def why(w=w, rows=5, clip_norm=None, **beyond):
+        return cuda.why_step("lstm", w, rows, clip_norm, **beyond) or ""
+
+    assert why() == why(clip_norm=bound) == why(half) == ""
+    assert "no zone_h" in why(zone_h=w)
+    assert "float64" in why(w.double())
+    assert "overflow float16" in why(half, clip_norm=bound)
+    assert "empty" in why(rows=0)
+    assert "32-bit" in why(rows=2**31 // 160 + 1)
+    assert "does not fit" in why(torch.zeros(4 * 1281, 1281, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert "not tf32" in why() and why(half) == ""
+    monkeypatch.setenv("FASTRNN_CUDA_MODE", "step")
+    assert "is step" in why(half)
+    monkeypatch.delenv("FASTRNN_CUDA_MODE")
+    assert "is step" in why(half)
+    monkeypatch.setenv("FASTRNN_CUDA_MODE", "presistent")
+    with pytest.raises(ValueError, match="step, persistent"):
+        why()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_the_table_has_a_kernel_that_fits(emulator, cell):
+    """For every bucket in the half types on either architecture, and shared memory within what a CTA can have."""
+    for H in (1, 256, 257, 512, 768, 1024, 1280):
+        for dtype in TOLERANCE:
+            found = {}
+            for emulator.way in WAYS:
+                if sizes := emulator.describe(cell, dtype, H):
+                    found[emulator.way] = sizes
+                    bucket, units, rows, forward, backward = sizes
+                    assert H <= bucket and (units, rows) in ((32, 8), (32, 16), (16, 16))
+                    assert max(forward, backward) <= (163 if emulator.way == "grid" else 227) * 1024
+            assert dtype == torch.float32 or "grid" in found
+            assert ("cluster" in found) == (H <= 512) or (cell, dtype) == ("lstm", torch.float32)
+    assert emulator.describe(cell, torch.bfloat16, 1281) is None
+
+
+def test_what_the_kernels_do_not_know_runs_step_by_step(emulator):
+    """And gives what the step path gives: here zoneout of c."""
+    problem = Problem("lstm", torch.float32)
+    zone = torch.full_like(problem.dc, 0.3)
+    arguments = [problem.gx, problem.w_hh, problem.b_hh, problem.h0, problem.c0, *[None] * 7, zone, "lstm", False, True]
+    check(cuda.scan_forward(*arguments), reference.scan_forward(*arguments), 1e-5)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A function that runs a problem on the GPU: persistent, or step by step."""
+    if cuda.MISSING:
+        pytest.skip(f"csrc: {cuda.MISSING}")
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+
+    def run(problem, mode="persistent"):
+        for name, value in vars(problem).items():
+            setattr(problem, name, value.cuda() if torch.is_tensor(value) else value)
+        monkeypatch.setenv("FASTRNN_CUDA_MODE", mode)
+        if mode == "persistent":
+            assert cuda.why_step(problem.cell, problem.w_hh, problem.gx.shape[1], problem.clip_norm) is None
+        outputs = problem.forward(cuda)
+        return outputs + problem.backward(cuda, *outputs)
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [1, 40, 256, 500, 512, 700, 1000])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gpu_equals_step_by_step_and_repeats_its_bits(native, cell, dtype, reverse, H):
+    extras = Problem.ALL if dtype != torch.float16 else tuple(set(Problem.ALL) - {"clip_norm"})
+    for B in (1, 19, 150):
+        problem = Problem(cell, dtype, T=4, B=B, H=H, reverse=reverse, extras=extras)
+        first = native(problem)
+        check(first, native(problem, "step"), TOLERANCE[dtype])
+        assert same_bits(first, native(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [256, 1000])
+def test_gpu_sums_are_exact(native, H):
+    problem = Problem("rnn_relu", torch.bfloat16, B=33, H=H, draw=small_integers, w_hh=three_per_row(H, torch.bfloat16))
+    assert same_bits(native(problem), native(problem, "step"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [256, 700])
+def test_gpu_ten_thousand_launches_beside_a_busy_stream(native, H):
+    """No hang, no drift: the same bits at the end as at the start, while another stream keeps the multiprocessors."""
+    problem = Problem("lstm", torch.bfloat16, T=8, B=64, H=H, extras=("norms",))
+    first = native(problem)
+    busy, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for k in range(5000):  # forward and backward
+        if k % 10 == 0:
+            with torch.cuda.stream(busy):
+                load @ load
+        last = native(problem)
+    assert same_bits(first, last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [256, 700])
+def test_gpu_graph_replay(native, H):
+    problem = Problem("gru", torch.bfloat16, T=16, B=40, H=H, extras=("norms", "clip_norm"))
+    want = native(problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = native(problem)
+    for _ in range(100):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(got, want)
