@@ -4,15 +4,19 @@ To add a contestant, write a function `(case, module) -> Model` and give it a ro
 name it in the `features` of the rows that have it.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import dispatch, functional
+from fastrnn import dispatch, functional, tiles
+from fastrnn.backends import cuda, triton
 
 # Bound of the state gradient's norm in the cases that clip, in units of the norm of dL/dy_t, which is sqrt(H) on
 # average: low enough that most steps are clipped. What clipping costs does not depend on it.
@@ -31,12 +35,25 @@ class Model(NamedTuple):
     """A contestant ready for one case.
 
     `forward(x [T, B, I])` returns the outputs (y, h_n, and c_n for the LSTM) and, where the state gradients' norms are
-    asked for, the leaf whose gradient they become.
+    asked for, the leaf whose gradient they become. `environment` is set during forward and backward.
     """
 
     forward: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor | None]]
     parameters: tuple[Tensor, ...]  # in the order of torch.nn's module
     note: str = ""
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+@contextmanager
+def environment(values: Mapping[str, str]):
+    """os.environ with these set, within the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @dataclass(frozen=True)
@@ -203,6 +220,37 @@ def on_backend(backend: str | None) -> Callable:
     return build
 
 
+def triton_mode(mode: str) -> Callable:
+    """The Triton backend in one of its modes, where it would not take that by itself."""
+    settings = {"FASTRNN_TRITON_MODE": mode}
+
+    def build(case, module: nn.Module) -> Model:
+        model, weight = on_backend("triton")(case, module), module.weight_hh_l0
+        own = triton._tile(case.cell, weight, case.B)
+        try:
+            with environment(settings):
+                triton._tile(case.cell, weight, case.B)
+        except ValueError as reason:
+            raise CannotRun(str(reason)) from reason
+        if own.mode == mode:
+            raise CannotRun(f"{mode} is what it takes by itself", same_as="fastrnn:triton")
+        return model._replace(note=f"mode {mode}", environment=settings)
+
+    return build
+
+
+def cuda_persistent(case, module: nn.Module) -> Model:
+    """The CUDA backend's persistent kernels instead of its step by step."""
+    settings = {"FASTRNN_CUDA_MODE": "persistent"}
+    model = on_backend("cuda")(case, module)
+    clip = None if clip_norm(case) is None else torch.tensor(clip_norm(case))
+    with environment(settings):
+        reason = cuda.why_step(case.cell, module.weight_hh_l0, case.B, clip)
+    if reason is not None:
+        raise CannotRun(reason)
+    return model._replace(note="mode persistent", environment=settings)
+
+
 EVERYTHING = frozenset({"tap", "clip"})
 
 # fastrnn itself (auto) before its backends one by one. The first row is the yardstick.
@@ -214,4 +262,6 @@ CONTESTANTS: tuple[Contestant, ...] = (
         Contestant(f"fastrnn:{name}", on_backend(name), EVERYTHING, brief=name in ("cpu", "reference"))
         for name in dispatch.BACKENDS
     ),
+    *(Contestant(f"fastrnn:triton {mode}", triton_mode(mode), EVERYTHING) for mode in tiles.MODES if mode != "local"),
+    Contestant("fastrnn:cuda persistent", cuda_persistent, EVERYTHING),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import agreement, machine, timing
 from .cases import CASE_SECONDS, DEVICE
-from .contestants import CONTESTANTS, CannotRun, Contestant, Model, chosen, on_backend, yardstick_module
+from .contestants import CONTESTANTS, CannotRun, Contestant, Model, chosen, environment, on_backend, yardstick_module
 from .limit import device_model, floor
 
 SEED = 2013
@@ -58,12 +58,13 @@ def precision(tf32: bool):
 
 def call(case, model: Model, inputs: Inputs, outputs_used: int):
     """Forward, and in training the gradients of x, all parameters and the tap, from those of the first outputs."""
-    if case.mode != "train":
-        with torch.no_grad():
-            return model.forward(inputs.x)[0], ()
-    outputs, tap = model.forward(inputs.x)
-    leaves = (inputs.x, *model.parameters) if tap is None else (inputs.x, *model.parameters, tap)
-    return outputs, torch.autograd.grad(outputs[:outputs_used], leaves, inputs.gradients[:outputs_used])
+    with environment(model.environment):
+        if case.mode != "train":
+            with torch.no_grad():
+                return model.forward(inputs.x)[0], ()
+        outputs, tap = model.forward(inputs.x)
+        leaves = (inputs.x, *model.parameters) if tap is None else (inputs.x, *model.parameters, tap)
+        return outputs, torch.autograd.grad(outputs[:outputs_used], leaves, inputs.gradients[:outputs_used])
 
 
 def results(case, model: Model, module: torch.nn.Module, inputs: Inputs) -> agreement.Tensors:
