@@ -2,7 +2,7 @@
 # test  the whole test suite (GPU tests skip where there is no GPU)
 # lint  ruff and clang-format, in check mode; `make format` applies them
 # bench the benchmarks, JSON in bench/results/
-# gpu   build, test and bench with the Python that is already there: no venv, no downloads
+# gpu   build, test and bench with the Python that is already there: no venv, no downloads; STAGES= takes some of it
 # clean remove what the others made
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ JOBS   ?= 2
 PYTEST_ARGS ?=
 # Where `make gpu` leaves its logs and JSON, and which of its stages it runs
 OUT    ?= bench/results
-STAGES ?= build test latency bench rivals
+STAGES ?= build kernels latency bench rivals sanitize test
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -72,6 +72,14 @@ bench: $(READY)
 # kernels that wait for each other within a bounded time must not share the GPU with another process.
 stage_build = $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
 stage_test  = $(PYTHON) -m pytest tests -m 'gpu or not gpu' -p no:benchmark --durations=20 $(PYTEST_ARGS)
+# What has to hold before any figure counts: the kernels themselves, natively. `test` is the whole suite.
+stage_kernels = $(PYTHON) -m pytest tests/test_kernels.py tests/test_csrc_cuda.py tests/test_csrc_persistent.py \
+    tests/test_norms.py tests/test_reliability.py -p no:benchmark --durations=20 $(PYTEST_ARGS)
+# A small case of each kind of kernel under compute-sanitizer, once per tool.
+SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
+    or grouped_equals_stepwise and lstm and bfloat16 and all
+stage_sanitize = for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
+    $(PYTHON) -m pytest tests/test_csrc_persistent.py tests/test_kernels.py -p no:benchmark -k '$(SANITIZED)' || exit; done
 stage_latency = $(PYTHON) -m bench.latency '$(OUT)'
 stage_bench = $(PYTHON) -m pytest bench --ignore=bench/bench_rivals.py --benchmark-json='$(OUT)/bench-gpu.json' $(PYTEST_ARGS)
 stage_rivals = $(PYTHON) -m pytest bench/bench_rivals.py --benchmark-json='$(OUT)/rivals-gpu.json' $(PYTEST_ARGS)
