@@ -240,7 +240,8 @@ def check(
         features.append("eval_gradient")
     if tracing():
         features.append("tracing")
-    request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features))
+    steps = 0 if packed is not None or tracing() else T  # a compiled graph shall not be tied to its T
+    request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), steps)
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
 
 

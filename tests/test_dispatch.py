@@ -1,0 +1,52 @@
+"""Which backend `auto` takes, and what it says of the others."""
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import dispatch
+from fastrnn.dispatch import BACKENDS, CPU_FIRST, Request
+
+CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
+needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+
+
+def chosen(module, x, **call):
+    return fastrnn.explain(module, x, **call).chosen
+
+
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+@needs_cpu_backend
+def test_long_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind):
+    module = getattr(fastrnn, kind)(2, 3)
+    fewest = CPU_FIRST[module._cell]
+    assert chosen(module, torch.randn(fewest, 1, 2)) == "cpu"
+    assert chosen(module, torch.randn(fewest - 1, 1, 2)) == "aten"
+    assert chosen(module.double(), torch.randn(fewest, 1, 2).double()) == "aten"
+
+
+@needs_cpu_backend
+def test_the_rest_of_the_plain_calls_stay_with_torch():
+    assert chosen(fastrnn.LSTM(2, 3), torch.randn(100, 1, 2)) == "aten"
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(100, 1, 2), torch.tensor([100]))
+    assert chosen(fastrnn.GRU(2, 3), packed) == "aten"
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+def test_a_long_plain_call_is_torch_nns_within_rounding(kind):
+    torch.manual_seed(0)
+    torchs = getattr(torch.nn, kind)(3, 5, num_layers=2, bidirectional=True)
+    ours = fastrnn.convert(torchs)
+    x = torch.randn(40, 4, 3)
+    assert chosen(ours, x) == "cpu"
+    for got, want in zip(ours(x), torchs(x), strict=True):
+        # 40 steps of some ten float32 roundings each, contracting.
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_explain_ranks_as_choose_does():
+    request = Request("gru", "cpu", torch.float32, 8, steps=100)
+    names = [row.name for row in dispatch.ranked(request)]
+    assert names[0] == "cpu" and sorted(names) == sorted(BACKENDS)
+    assert [row[0] for row in dispatch.explanation(request).rows] == names
