@@ -6,6 +6,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 LEAST_ROWS = 64  # with fewer, what goes around oneDNN's product takes longer than the product saves
+LONGEST_SUM = 256
+"""Terms that oneDNN adds up one after the other; longer sums come in parts, so that they round no more than MKL's."""
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 """F.linear takes MKL's float32 products there, whose best are for their maker's own processors; oneDNN's serve all."""
 
@@ -32,8 +34,12 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        # The op behind torch.compile's linear layers on a CPU; "none": nothing is applied to the result.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        y = None
+        for part, columns in zip(x.split(LONGEST_SUM, 1), weight.split(LONGEST_SUM, 1), strict=True):
+            # The op behind torch.compile's linear layers on a CPU; "none": nothing is applied to the result.
+            product = torch.ops.mkldnn._linear_pointwise(part, columns, bias if y is None else None, "none", [], "")
+            y = product if y is None else y.add_(product)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
