@@ -71,8 +71,8 @@ def _cpu_cases() -> list[Case]:
         *(Case("rnn_tanh", **size, features=on, bounds=FEATURED) for on in features[:2]),
         *(Case(cell, **small, bounds=PLAIN) for cell in ("lstm", "gru", "rnn_tanh")),
         # Where `auto` begins to take the C++ scan for plain calls, at the sizes that gain least.
-        Case("gru", B=1, T=32, I=1024, H=1024, mode="infer", bounds=PLAIN),
-        Case("rnn_tanh", B=8, T=32, I=16, H=16, mode="infer", bounds=PLAIN),
+        Case("gru", B=1, T=64, I=1024, H=1024, mode="infer", bounds=PLAIN),
+        Case("rnn_tanh", B=8, T=64, I=16, H=16, mode="infer", bounds=PLAIN),
         Case("lstm", **small, features=features[2], bounds=FEATURED[:1]),
         Case("lstm", **size, mode="infer", bounds=PLAIN),
         Case("lstm", **small, num_layers=2, bidirectional=True, bounds=PLAIN),
