@@ -1,5 +1,7 @@
 """`linear` is torch's product: its values, its derivatives, in any layout and from any number of threads."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,3 +87,24 @@ def test_torchs_own_for_other_types_and_few_rows(shape, dtype):
     x, weight, bias = (t.requires_grad_() for t in operands(*shape, 5, dtype))
     y = linear(x, weight, bias)
     assert torch.equal(y, F.linear(x, weight, bias)) and y.grad_fn.name() == "AddmmBackward0"
+
+
+@needs_onednn
+def test_no_layout_of_the_weight_takes_far_longer():
+    """The fastest of three in processor time; a layout that oneDNN has no kernel for took a hundred times as long."""
+
+    x = torch.randn(M, 1024)
+
+    def seconds(weight):
+        found = []
+        for _ in range(3):
+            begin = time.process_time()
+            linear(x, weight)
+            found.append(time.process_time() - begin)
+        return min(found)
+
+    weight = torch.randn(512, 1024)
+    wide = torch.randn(512, 2048)
+    usual = seconds(weight)
+    for other in (weight.t().contiguous().t(), wide[:, :1024], wide[:, ::2]):
+        assert seconds(other) < 10 * usual
