@@ -222,14 +222,16 @@ EXPERIMENTS = {
     "copy": Experiment(
         title="Copy memory, T = 100",
         about="Ten symbols to be said again a hundred steps later; solved at a tenth of the memoryless loss 10 ln 8"
-        " / (T + 20). Also tried by hand, with seed 0 and no better within fewer steps: 128 units, RMSprop, "
-        "chrono with orthogonal W_hh, and tanh RNNs with orthogonal W_hh and small W_ih. The published curves"
-        " take tens of thousands of steps, which --full allows.",
-        base={"task": "copy", "batch": 20, "steps": 6000, "every": 250, "goal": 0.1} | adam(0.002),
+        " / (T + 20). The first row may take 10,000 steps: with 5,000, as the others have, one of its three seeds "
+        "ended at 0.12. The learning rate decides, here 0.01. By hand, with seed 0: at 0.002 a GRU and an LSTM of "
+        "64 units with chrono came to 0.78 and 0.90 in 6,000 steps, and 128 units, RMSprop and orthogonal W_hh "
+        "were no better in fewer. At 0.01 and 64 units, orthogonal and chrono, the GRU needs 8,000 steps, and the "
+        "LSTM is at 0.15 after 20,000. Tanh RNNs with orthogonal W_hh and small W_ih stay at the memoryless loss.",
+        base={"task": "copy", "batch": 20, "hidden": 128, "steps": 5000, "every": 250, "goal": 0.1},
         arms={
+            "GRU, orthogonal and chrono": {"cell": "GRU", "steps": 10_000} | chrono(150),
+            "LSTM, orthogonal and chrono": chrono(150),
             "GRU": {"cell": "GRU"},
-            "GRU, chrono": {"cell": "GRU", "init": {"chrono_": {"t_max": 150}}},
-            "LSTM, chrono": {"init": {"chrono_": {"t_max": 150}}},
         },
         claims=(
             (
@@ -237,7 +239,7 @@ EXPERIMENTS = {
                 lambda r: any(r.share("solved", arm) == 1 for arm in r.experiment.arms),
             ),
         ),
-        full={"hidden": 128, "steps": 50_000},
+        full={"hidden": 256, "steps": 50_000},
     ),
     "digits": Experiment(
         title="Sequential digits, T = 64",
