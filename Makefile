@@ -25,7 +25,7 @@ SHELL := bash
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
 SOURCES  := $(sort $(shell find csrc -type f 2>/dev/null))
-CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu)
+CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu tests/*.cpp)
 
 # One stamp per value of TORCH, so that asking for another PyTorch installs it.
 BASE    := $(VENV)/.base
