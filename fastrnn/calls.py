@@ -20,7 +20,7 @@ def rows(module: _Recurrent) -> tuple[int, int, int]:
 
 
 def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
-    """T and B of a call; None for input that the module is about to refuse."""
+    """T and B of a call; None for input that the module is about to refuse, and for an empty batch."""
     x = args[0] if args else kwargs.get("input")
     if isinstance(x, PackedSequence):
         return len(x.batch_sizes), int(x.batch_sizes[0])
@@ -28,7 +28,8 @@ def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
         return None
     if x.dim() == 2:
         return x.shape[0], 1
-    return (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+    T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+    return (T, B) if B else None
 
 
 def needs_gradient(module: _Recurrent, args, kwargs) -> bool:

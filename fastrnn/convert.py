@@ -51,7 +51,7 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     Returns:
         The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
         same objects. Forward and backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized
-        ones, say) are left as they are, with a warning.
+        ones, say), and modules whose weights hooks compute (weight_norm, pruning), are left alone, with a warning.
 
     Raises:
         ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
@@ -65,10 +65,12 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     def twin(module: nn.Module) -> nn.Module:
         if module in replaced:
             return replaced[module]
-        if type(module) in kinds:
+        if type(module) in kinds and modules.has_computed_weights(module):
+            warnings.warn(f"{type(module).__name__} has weights that hooks compute and was left as it is", stacklevel=3)
+        elif type(module) in kinds:
             replaced[module] = _rebuilt(module, kinds[type(module)], target)
             return replaced[module]
-        if isinstance(module, tuple(kinds)):
+        elif isinstance(module, tuple(kinds)):
             warnings.warn(f"{type(module).__name__} is a subclass and was left as it is", stacklevel=3)
         replaced[module] = module
         for name, child in module._modules.items():

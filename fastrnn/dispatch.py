@@ -93,10 +93,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-CPU_FIRST = {"gru": 64, "rnn_tanh": 64, "rnn_relu": 64}
-"""Cells that torch runs step by step on a CPU: from so many steps on, in float32, the C++ scan takes less time (the
-plain cases of bench/results; H 16 to 1024, B 1 to 64). With fewer, what goes around a call decides, and torch has less
-of it."""
+CPU_FIRST = {"gru": 64, "rnn_tanh": 64}
+"""Cells that torch runs step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
+(the plain cases of bench/results; H 16 to 1024, B 1 to 32). With fewer, what goes around a call decides, and torch has
+less of it."""
 
 
 def ranked(request: Request) -> list[Backend]:

@@ -143,12 +143,12 @@ def _autocast_dtypes(call: Call, dtype: torch.dtype) -> tuple[torch.dtype, torch
 
     On a GPU `dtype` throughout. On a CPU autocast knows only some of the kernels behind (seen on torch 2.13).
     """
-    plain, projected = call.x.dtype, "projection" in call.request.features
+    plain, projected = call.states[0].dtype, "projection" in call.request.features
     if call.x.device.type != "cpu":
         return dtype, dtype
     if call.options.cell == "gru" or (call.options.cell == "lstm" and call.packed is not None and not projected):
         return plain, plain
-    return dtype, plain if projected else dtype
+    return dtype, call.states[1].dtype if projected else dtype
 
 
 def _present(call: Call, input, y, states, c, batch_first: bool):
@@ -240,7 +240,8 @@ def check(
         features.append("eval_gradient")
     if tracing():
         features.append("tracing")
-    steps = 0 if packed is not None or tracing() else T  # a compiled graph shall not be tied to its T
+    # A compiled graph shall not be tied to its T, and the scan has no forward mode, which torch's own kernels have.
+    steps = 0 if packed is not None or tracing() or torch.autograd.forward_ad._current_level >= 0 else T
     request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), steps)
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .cells import CELLS
-from .modules import _Cell, _Recurrent
+from .modules import _Cell, _Recurrent, has_computed_weights
 
 RNNS = tuple(name for name in CELLS if name.startswith("rnn_"))
 ACTIVATION = {"g": "tanh", "n": "tanh"} | {CELLS[name].gates[0]: CELLS[name].gates[0] for name in RNNS}
@@ -74,6 +74,8 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS)
         if is_parametrized(module):
             raise ValueError(f"{where} has parametrized weights: initialise it before you parametrize it")
         parameters, gates = dict(module.named_parameters(recurse=False)), CELLS[cell].gates
+        if has_computed_weights(module):
+            raise ValueError(f"{where} has weights that hooks compute (weight_norm, pruning): initialise it before")
         for end in (key.removeprefix("weight_hh") for key in parameters if key.startswith("weight_hh")):
             split = {
                 kind: dict(zip(gates, parameters[kind + end].split(module.hidden_size), strict=True))

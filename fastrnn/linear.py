@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.numel() < LEAST_ROWS * size or size == 0:
         return F.linear(x, weight, bias)
-    return Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, steps)
+    return Linear.apply(x.reshape(-1, size), weight, bias).reshape(*steps, len(weight))
 
 
 def _dense(weight: Tensor) -> Tensor:

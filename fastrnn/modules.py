@@ -85,6 +85,13 @@ def _shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool)
     return shapes
 
 
+def has_computed_weights(module: nn.Module) -> bool:
+    """Whether hooks make weights anew at every call, so that they are attributes and no parameters: torch.nn.utils'
+    weight_norm, spectral_norm and prune."""
+    kinds = ("weight_", "bias_")
+    return any(name.startswith(kinds) and isinstance(value, Tensor) for name, value in vars(module).items())
+
+
 class _Recurrent(nn.Module):
     """What LSTM, GRU and RNN share: the constructor, the parameters, the call."""
 

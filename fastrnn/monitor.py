@@ -68,6 +68,8 @@ class GradientMonitor:
         for name, count in (("every", every), ("accumulate", accumulate)):
             if count < 1:
                 raise ValueError(f"{name} counts training steps or backwards and is at least 1, got {count}")
+        if max_steps is not None and min(max_steps, batch) < 1:
+            raise ValueError(f"max_steps and batch are at least 1, got {max_steps} and {batch}")
         self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)
         self._modules: dict[str, _Recurrent] = {}
@@ -118,6 +120,8 @@ class GradientMonitor:
 
     def _fresh_tap(self, name: str):
         def hook(module, args, kwargs):
+            if module is not self._modules[name]:
+                return None  # a deep copy, which took the hook along
             self._before_call()
             sizes = calls.steps_and_batch(module, args, kwargs)
             if not self._observing or sizes is None or not calls.needs_gradient(module, args, kwargs):

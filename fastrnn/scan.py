@@ -172,7 +172,7 @@ class Scan(Function):
 
 def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`."""
-    return linear(dy.flatten(0, 1).t(), x.flatten(0, 1).t())
+    return linear(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
 
 
 def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):

@@ -163,6 +163,8 @@ def run(
             drop = _locked_dropout if options.locked_dropout else F.dropout
             y = drop(y, options.dropout, options.training)
         x = y
+    if x is outputs[0].y and x.device.type == "cpu" and torch.is_grad_enabled():
+        x = x.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     last = [torch.stack([out.h_n for out in final])]
     if len(states) > 1:
         last.append(torch.stack([out.c_n for out in final]))

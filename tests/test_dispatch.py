@@ -34,6 +34,41 @@ def test_the_rest_of_the_plain_calls_stay_with_torch():
 
 @needs_cpu_backend
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "batch_first": True}], ids=str)
+def test_a_long_plain_calls_output_may_be_changed_in_place(kind, settings):
+    module, x = getattr(fastrnn, kind)(3, 4, **settings), torch.randn(70, 2, 3)
+    x = x.transpose(0, 1) if settings else x
+    assert chosen(module, x) == "cpu"
+    (once,) = torch.autograd.grad(module(x)[0].sum(), module.weight_hh_l0)
+    (twice,) = torch.autograd.grad(module(x)[0].mul_(2).sum(), module.weight_hh_l0)
+    assert torch.equal(twice, 2 * once)
+
+
+@needs_cpu_backend
+def test_forward_mode_goes_to_torch():
+    module, x = fastrnn.GRU(3, 4), torch.randn(70, 2, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert chosen(module, dual) == "aten"
+        assert torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent is not None
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+@pytest.mark.parametrize("B", [1, 5])  # 5 * 70 rows: beyond LEAST_ROWS of linear.py
+def test_batched_gradients_of_a_long_plain_call(kind, B):
+    module, x = getattr(fastrnn, kind)(3, 4), torch.randn(70, B, 3, requires_grad=True)
+    y, leaves = module(x)[0], [x, *module.parameters()]
+    dy = torch.randn(2, *y.shape)
+    batched = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(y, leaves, g, retain_graph=True) for g in dy]
+    for got, want in zip(batched, zip(*singly, strict=True), strict=True):
+        # Sums of up to 350 float32 terms of order one, in another order.
+        torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-4)
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
 def test_a_long_plain_call_is_torch_nns_within_rounding(kind):
     torch.manual_seed(0)
     torchs = getattr(torch.nn, kind)(3, 5, num_layers=2, bidirectional=True)

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
@@ -534,3 +535,21 @@ def test_convert_leaves_subclasses_alone_and_warns():
     with pytest.warns(UserWarning, match="Own"):
         fastrnn.convert(model)
     assert type(model[0]) is Own
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: torch.nn.utils.spectral_norm(m, "weight_hh_l0"),
+        lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.5),
+    ],
+    ids=["spectral_norm", "prune"],
+)
+def test_convert_leaves_modules_alone_whose_weights_hooks_compute(change):
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+    change(model[0])
+    with pytest.warns(UserWarning, match="hooks compute"):
+        fastrnn.convert(model)
+    assert type(model[0]) is torch.nn.GRU and not any(p.is_meta for p in model.parameters())
+    with pytest.raises(ValueError, match="hooks compute"):
+        fastrnn.init.orthogonal_(model)

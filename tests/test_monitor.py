@@ -1,5 +1,6 @@
 """GradientMonitor: gains against closed forms, verdicts, every kind of call, and what it leaves behind."""
 
+import copy
 import gc
 import math
 import sys
@@ -356,3 +357,19 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install fastrnn\[plots\]"):
         watched(fastrnn.RNN(I, H), torch.randn(T, B, I)).plot(tmp_path / "norms.png")
+
+
+def test_an_empty_batch_is_no_sample():
+    model = fastrnn.LSTM(3, 4)
+    with fastrnn.GradientMonitor(model) as monitor:
+        model(torch.randn(5, 0, 3))[0].sum().backward()
+    assert not monitor.report()
+
+
+def test_a_copy_made_inside_is_not_watched():
+    model = fastrnn.LSTM(3, 4)
+    with fastrnn.GradientMonitor(model) as monitor:
+        copy.deepcopy(model)(torch.randn(5, 2, 3))[0].sum().backward()
+        assert not monitor.report()
+        model(torch.randn(5, 2, 3))[0].sum().backward()
+    assert len(monitor.report()) == 2

@@ -453,6 +453,20 @@ def test_autocast_gives_torch_nns_dtypes(kind, call):
         assert options["tap"].grad.dtype == torch.float32 and options["tap"].grad.any()
 
 
+@pytest.mark.parametrize("steps", [5, 70])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_autocast_gives_torch_nns_dtypes_for_a_state_of_another_dtype(kind, steps):
+    torchs = getattr(torch.nn, kind)(3, 4)
+    ours, x, h = fastrnn.convert(torchs), torch.randn(steps, 2, 3), torch.randn(1, 2, 4).bfloat16()
+    hx = (h, h.clone()) if kind == "LSTM" else h
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = torchs(x, hx)
+        for backend in ("auto", "reference"):
+            with fastrnn.backend(backend):
+                y, _ = ours(x, hx)
+            assert y.dtype == want[0].dtype, backend
+
+
 @every_backend
 def test_autocast_leaves_the_cell_state_alone(backend):
     """c0 = 4 + 2^-6 is 4 in bfloat16. Gates that take 1 off it at each of 4 steps leave the 2^-6 to be seen."""
