@@ -29,7 +29,8 @@ class GradientMonitor:
     `history` about all of them. Several calls of one module in a step are pooled as further samples (a shorter call
     counts as padded). Calls that need no gradient are left alone. A tap that the caller passes himself is read along.
     The single-step cells have no tap. Off, and in the steps that `every` leaves out, no call has a tap and plain calls
-    go to torch's own kernels; in an observed step they go through the scan, and its end waits for the device.
+    go to torch's own kernels; in an observed step they go through the scan, and its end waits for the device. A deep
+    copy made inside is not watched. Inside, save the `state_dict`: a module with hooks on it cannot be pickled.
 
     Under DistributedDataParallel each rank's monitor sees its own samples and its own loss; `report(all_ranks=True)`
     pools them. Under activation checkpointing the gradient is seen once, whichever variant.
