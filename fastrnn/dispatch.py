@@ -58,7 +58,7 @@ class Backend:
     """A row of the table.
 
     `auto` names the device types on which `choose` may take this backend unasked (None: all); `measured` says what that
-    rests on.
+    rests on. `directions`: a call of its scan may hold both directions of a layer, and run them side by side.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Backend:
     measured: str
     why_not: Callable[[Request], str | None]
     launcher: ModuleType | None = None  # has scan_forward and scan_backward; aten takes whole calls instead
+    directions: bool = False
 
     def takes(self, device: str) -> bool:
         return self.auto is None or device in self.auto
@@ -79,7 +80,7 @@ BACKENDS: dict[str, Backend] = {
     row.name: row
     for row in (
         Backend("aten", None, "torch's own kernels, the yardstick", _aten_why_not),
-        Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton),
+        Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton, True),
         Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda),
         Backend(
             "cpu",

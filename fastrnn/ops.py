@@ -3,14 +3,26 @@
 `scan.py` makes them differentiable. Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states,
 K saved planes (`cells.py`). "acc" is float32 for the half types and the input's own type otherwise. An empty tensor
 stands for an output that does not exist. Index t is the input's own t, whichever way the scan walks.
+
+Both directions of a layer may go in one call: then every tensor but `clip_norm`, and every result, has a leading
+dimension D, and direction d walks back where d is odd, or even if `reverse`. Backends that know only one direction
+(`dispatch.Backend.directions`) take them one after the other.
 """
 
 import torch
 from torch import Tensor
 
 from . import dispatch
+from .backends.directions import each_direction
 from .cells import CELLS
 from .reference import accumulate_dtype
+
+
+def _run(scan: str, backend: str, w_hh: Tensor, tensors, *rest):
+    launcher, directions = dispatch.kernels(backend), w_hh.dim() == 3
+    if directions and not dispatch.BACKENDS[backend].directions:
+        return each_direction(getattr(launcher, scan), tensors, *rest)
+    return getattr(launcher, scan)(*tensors, *rest)
 
 
 @torch.library.custom_op("fastrnn::scan_forward", mutates_args=())
@@ -35,24 +47,24 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, B, P] (zero at padding), c [T, B, H] acc (empty without c or save), h_n [B, P], c_n [B, H] acc (empty
     without c), saved [T, B, K*H] (empty without save)."""
-    return dispatch.kernels(backend).scan_forward(
-        gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
+    tensors = (
+        gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c
     )  # fmt: skip
+    return _run("scan_forward", backend, w_hh, tensors, cell, reverse, save)
 
 
 @scan_forward.register_fake
 def _(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c,
       cell, reverse, save, backend):  # fmt: skip
-    T, B, _ = gx.shape
-    P, H, acc = w_hh.shape[1], w_hh.shape[0] // len(CELLS[cell].gates), accumulate_dtype(gx.dtype)
+    *D, T, B, _ = gx.shape
+    P, H, acc = w_hh.shape[-1], w_hh.shape[-2] // len(CELLS[cell].gates), accumulate_dtype(gx.dtype)
     has_c = c0 is not None
     return (
-        gx.new_empty(T, B, P),
-        gx.new_empty((T, B, H) if has_c and save else (0,), dtype=acc),
-        gx.new_empty(B, P),
-        gx.new_empty((B, H) if has_c else (0,), dtype=acc),
-        gx.new_empty((T, B, len(CELLS[cell].saved) * H) if save else (0,)),
+        gx.new_empty(*D, T, B, P),
+        gx.new_empty((*D, T, B, H) if has_c and save else (0,), dtype=acc),
+        gx.new_empty(*D, B, P),
+        gx.new_empty((*D, B, H) if has_c else (0,), dtype=acc),
+        gx.new_empty((*D, T, B, len(CELLS[cell].saved) * H) if save else (0,)),
     )
 
 
@@ -89,23 +101,24 @@ def scan_backward(
     """dgx [T, B, G*H], dgh [T, B, G*H] (empty where it equals dgx), dh0 [B, P], dc0 [B, H] acc (empty without c),
     dh_new [T, B, P] (dL/dh behind clipping and zoneout, before the projection; empty unless w_hr or ln_c is given),
     norms [2, S, T, B] acc (total and carried; empty unless asked for). All are zero at padding."""
-    return dispatch.kernels(backend).scan_backward(
+    tensors = (
         dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
+        flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
     )  # fmt: skip
+    return _run("scan_backward", backend, w_hh, tensors, cell, reverse, norms)
 
 
 @scan_backward.register_fake
 def _(dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
       flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, backend):  # fmt: skip
-    T, B, P = y.shape
+    *D, T, B, P = y.shape
     spec, acc = CELLS[cell], accumulate_dtype(saved.dtype)
-    gates = (T, B, w_hh.shape[0])
+    gates = (*D, T, B, w_hh.shape[-2])
     return (
         saved.new_empty(gates),
         saved.new_empty(gates if spec.split else (0,)),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         saved.new_empty((0,), dtype=acc) if c0 is None else c0.new_empty(c0.shape),
-        saved.new_empty((T, B, P) if w_hr is not None or ln_c_weight is not None else (0,)),
-        saved.new_empty((2, len(spec.states), T, B) if norms else (0,), dtype=acc),
+        saved.new_empty((*D, T, B, P) if w_hr is not None or ln_c_weight is not None else (0,)),
+        saved.new_empty((*D, 2, len(spec.states), T, B) if norms else (0,), dtype=acc),
     )

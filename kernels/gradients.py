@@ -127,12 +127,12 @@ def clip_scales(parts, bound_ptr):
 @triton.jit
 def leave(
     dgx, dgh, parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-    batch, origin, rows, row_inside, tile,
+    slot, origin, rows, row_inside, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gate gradients of step `i`, where the other programs of the group look for them at the step that follows.
 
-    Under clipping by norm they lie in one of two slots. The one that step `i` fills was read by the programs before
+    Under clipping by norm they lie in one of two slots of `slot` rows. The one that step `i` fills was read by the programs before
     they left what step `i + 1` has left, and all of that has been waited for: nobody reads it any more.
     """
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -142,24 +142,25 @@ def leave(
         if dgh_ptr is not None:
             store_planes(dgh_ptr, row, rows, cols, inside, dgh, G, H)
     else:
-        slot = i % 2 * batch
-        store_planes(sent_x_ptr, slot + origin, rows, cols, inside, dgx, G, H)
+        at = i % 2 * slot
+        store_planes(sent_x_ptr, at + origin, rows, cols, inside, dgx, G, H)
         if dgh_ptr is not None:
-            store_planes(sent_h_ptr, slot + origin, rows, cols, inside, dgh, G, H)
+            store_planes(sent_h_ptr, at + origin, rows, cols, inside, dgh, G, H)
         columns = tl.arange(0, WIDTH)
         own = (columns < S * TILES) & (columns % TILES == tile)
-        offsets = slot * (S * TILES) + columns[None, :] * batch + origin + rows[:, None]
+        offsets = at * (S * TILES) + columns[None, :] * slot + origin + rows[:, None]
         tl.store(parts_ptr + offsets, parts, mask=row_inside[:, None] & own[None, :])
 
 
 @triton.jit
 def receive(
     rest, alive, i, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights, flags_ptr,
-    recurrent_ptr, T, batch, origin, rows, row_inside, tile,
+    recurrent_ptr, T, row, slot, origin, rows, row_inside, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the states before step `i`, from what the programs of the group have left; `rest`, if i is T.
+    """The gradients of the states before step `i`, which is at `row`, from what the programs of the group have left;
+    `rest`, if i is T.
 
     Under clipping by norm they left gate gradients that are not scaled yet, and the norms of their tiles. NaN where
     not all of them are `alive`.
@@ -167,27 +168,26 @@ def receive(
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     row_inside = row_inside & (each_row(i, rows) < T)
     cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
-    row = (T - 1 - i if REVERSE else i) * batch + origin
     flags = load_flags(flags_ptr, row, rows, row_inside)
     if bound_ptr is None:
         scale = None
         sent_ptr, sent_row = dgx_ptr if dgh_ptr is None else dgh_ptr, row
     else:
-        slot = i % 2 * batch
+        at = i % 2 * slot
         columns = tl.arange(0, WIDTH)
         parts = tl.load(
-            parts_ptr + slot * (S * TILES) + columns[None, :] * batch + origin + rows[:, None],
+            parts_ptr + at * (S * TILES) + columns[None, :] * slot + origin + rows[:, None],
             mask=row_inside[:, None] & (columns < S * TILES)[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
         scale = clip_scales(parts, bound_ptr)
-        sent = load_planes(sent_x_ptr, slot + origin, rows, cols, inside, G, H, ".cg")
+        sent = load_planes(sent_x_ptr, at + origin, rows, cols, inside, G, H, ".cg")
         store_planes(dgx_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
         if dgh_ptr is not None:
-            sent = load_planes(sent_h_ptr, slot + origin, rows, cols, inside, G, H, ".cg")
+            sent = load_planes(sent_h_ptr, at + origin, rows, cols, inside, G, H, ".cg")
             store_planes(dgh_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
-        sent_ptr, sent_row = sent_x_ptr if dgh_ptr is None else sent_h_ptr, slot + origin
+        sent_ptr, sent_row = sent_x_ptr if dgh_ptr is None else sent_h_ptr, at + origin
     if GROUPED:
         product = grouped_product_back(
             sent_ptr, sent_row, weights, scale, rows, row_inside, G, H, BLOCK_H, BLOCK_K, PRECISION

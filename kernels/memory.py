@@ -16,6 +16,21 @@ EVERY_CACHE = tl.constexpr("")  # a plain string cannot be a default in Triton 3
 
 
 @triton.jit
+def of_direction(ptr, direction, size):
+    """Where the part of a direction begins, of so many elements each; None where there is no such tensor."""
+    part = ptr
+    if ptr is not None:
+        part = ptr + direction * size
+    return part
+
+
+@triton.jit
+def step_at(i, T, back):
+    """The index t of the i-th step of a scan."""
+    return tl.where(back, T - 1 - i, i)
+
+
+@triton.jit
 def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
     """The columns `[BLOCK_H]` of a tile of the hidden units, and which of its elements exist."""
     cols = index * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -11,7 +11,10 @@ They run in three modes of the same code, which give the same bits at equal tile
 Steps are counted in scan order: `i` counts up, and t is T - 1 - i where the scan walks back. The time loop never has a
 negative step, and takes `num_stages=1`, so that nothing written in one step is fetched ahead of the write.
 
-Shapes: T steps, B batch, H hidden, G gates, S states, K saved planes. Row indices are 64 bits wide.
+A grid holds all directions of a layer: a program walks one of them, with the weights of its own, back where the number
+of the direction is odd, or even if `reverse`. The programs of different directions do not wait for each other.
+
+Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. Row indices are 64 bits wide.
 """
 
 import triton
@@ -42,6 +45,8 @@ from .memory import (
     load_flags,
     load_planes,
     load_tile,
+    of_direction,
+    step_at,
     store_planes,
     store_tile,
 )  # fmt: skip
@@ -77,29 +82,30 @@ def carry_over(
     return states
 
 
-@triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end"])
+@triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end", "reverse"])
 def forward_kernel(
-    gx_ptr,  # [T, B, G*H]
-    w_ptr,  # [G*H, H]
-    b_ptr,  # [G*H] or None
-    flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, H] or None
-    zone_h_ptr,  # [T, B, H] or None
-    zone_c_ptr,  # [T, B, H] or None
-    h_in_ptr,  # [B, H]: the states before step t_begin
-    c_in_ptr,  # [B, H] float32, or None for a cell without c
-    h_out_ptr,  # [B, H]: the states after step t_end - 1; may be the same memory
-    c_out_ptr,  # [B, H] float32 or None
-    sent_ptr,  # [2, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
+    gx_ptr,  # [D, T, B, G*H]
+    w_ptr,  # [D, G*H, H]
+    b_ptr,  # [D, G*H] or None
+    flags_ptr,  # [D, T, B] uint8 or None
+    recurrent_ptr,  # [D, B, H] or None
+    zone_h_ptr,  # [D, T, B, H] or None
+    zone_c_ptr,  # [D, T, B, H] or None
+    h_in_ptr,  # [D, B, H]: the states before step t_begin
+    c_in_ptr,  # [D, B, H] float32, or None for a cell without c
+    h_out_ptr,  # [D, B, H]: the states after step t_end - 1; may be the same memory
+    c_out_ptr,  # [D, B, H] float32 or None
+    sent_ptr,  # [2, D, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
     arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     report_ptr,  # [] int32 or None: set where a wait was too long
-    y_ptr,  # [T, B, H]
-    c_ptr,  # [T, B, H] float32 or None
-    saved_ptr,  # [T, B, K*H] or None
+    y_ptr,  # [D, T, B, H]
+    c_ptr,  # [D, T, B, H] float32 or None
+    saved_ptr,  # [D, T, B, K*H] or None
     T,
     B,
     t_begin,
     t_end,
+    reverse,  # whether direction 0 walks back
     CELL_FORWARD: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -109,21 +115,26 @@ def forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
     MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
-    REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     LOCAL: tl.constexpr = MODE == "local"
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     OWN: tl.constexpr = TILES if LOCAL else 1
-    batch = B.to(tl.int64)
-    origin = tl.program_id(0).to(tl.int64) * BLOCK_B
+    batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
+    back = direction % 2 != reverse
+    forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
+    origin = direction * batch + top  # and in that of all directions
+    slot = tl.num_programs(2) * batch
     rows = tl.arange(0, BLOCK_B)
-    row_inside = origin + rows < batch
+    row_inside = top + rows < batch
     first = tl.program_id(1)
-    arrived = None if arrived_ptr is None else arrived_ptr + tl.program_id(0) * LINE
+    w_ptr = of_direction(w_ptr, direction, G * H * H)
+    arrived = of_direction(arrived_ptr, direction * tl.num_programs(0) + tl.program_id(0), LINE)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     states_out = (h_out_ptr, c_out_ptr)
     zone_ptrs = (zone_h_ptr, zone_c_ptr)
+    b_ptr = of_direction(b_ptr, direction, G * H)
 
     weights = ()
     if MODE != "stepwise":
@@ -137,8 +148,7 @@ def forward_kernel(
         states = states + (state,)
 
     for i in tl.range(t_begin, t_end, num_stages=1):
-        t = T - 1 - i if REVERSE else i
-        row = t * batch + origin
+        row = (direction * T + step_at(i, T, back)) * batch + top
         flags = load_flags(flags_ptr, row, rows, row_inside)
         operands = ()
         if LOCAL:
@@ -152,10 +162,9 @@ def forward_kernel(
             gx = load_planes(gx_ptr, row, rows, cols, inside, G, H)
             start = load_biases(b_ptr, rows, cols, G, H, BLOCK_H)
             if not LOCAL:
-                row_next = (t - 1 if REVERSE else t + 1) * batch + origin
-                flags_next = load_flags(flags_ptr, row_next, rows, row_inside & (each_row(i, rows) + 1 < T))
+                flags_next = load_flags(flags_ptr, row + forth, rows, row_inside & (each_row(i, rows) + 1 < T))
                 alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
-                sent = sent_ptr + i % 2 * batch * H
+                sent = sent_ptr + i % 2 * slot * H
             if LOCAL:
                 gh = local_product(start, operands, weights, n, G, TILES, PRECISION)
             elif MODE == "grouped":
@@ -175,7 +184,7 @@ def forward_kernel(
             if not LOCAL:
                 # Who read this slot did so at step i - 1, before it arrived, and that has been waited for.
                 operand = recurrent_operand(state[0], flags_next, recurrent_ptr, origin, rows, cols, inside, H)
-                store_tile(sent_ptr + (i + 1) % 2 * batch * H, origin, rows, cols, inside, operand, H)
+                store_tile(sent_ptr + (i + 1) % 2 * slot * H, origin, rows, cols, inside, operand, H)
                 arrive(arrived)
             store_tile(y_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[0]), H)
             if c_ptr is not None:
@@ -193,38 +202,39 @@ def forward_kernel(
 # ------------------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end"])
+@triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end", "reverse"])
 def backward_kernel(
-    dy_ptr,  # [T, B, H] or None
-    dc_ptr,  # [T, B, H] float32 or None
-    saved_ptr,  # [T, B, K*H]
-    y_ptr,  # [T, B, H]
-    c_ptr,  # [T, B, H] float32, or None for a cell without c
-    h0_ptr,  # [B, H]
-    c0_ptr,  # [B, H] float32 or None
-    w_ptr,  # [G*H, H]
-    flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, H] or None
-    zone_h_ptr,  # [T, B, H] or None
-    zone_c_ptr,  # [T, B, H] or None
+    dy_ptr,  # [D, T, B, H] or None
+    dc_ptr,  # [D, T, B, H] float32 or None
+    saved_ptr,  # [D, T, B, K*H]
+    y_ptr,  # [D, T, B, H]
+    c_ptr,  # [D, T, B, H] float32, or None for a cell without c
+    h0_ptr,  # [D, B, H]
+    c0_ptr,  # [D, B, H] float32 or None
+    w_ptr,  # [D, G*H, H]
+    flags_ptr,  # [D, T, B] uint8 or None
+    recurrent_ptr,  # [D, B, H] or None
+    zone_h_ptr,  # [D, T, B, H] or None
+    zone_c_ptr,  # [D, T, B, H] or None
     bound_ptr,  # [] or None: clipping by norm
     clip_value,  # float or None
-    dh_in_ptr,  # [B, H] or None: the gradients of the states after step t_end - 1; unless local, the part of them
-    dc_in_ptr,  # [B, H] float32 or None    that did not pass through W_hh, but for t_end = T
-    dh_out_ptr,  # [B, H]: the same of the states before step t_begin, whole for t_begin = -1; may be the same memory
-    dc_out_ptr,  # [B, H] float32 or None
-    dgx_ptr,  # [T, B, G*H]
-    dgh_ptr,  # [T, B, G*H], or None where it equals dgx
-    norms_ptr,  # [2, S, T, TILES, B] float32 or None: total and carried, of each tile
-    sent_x_ptr,  # [2, B, G*H] float32: under clipping by norm, the gate gradients of even and odd steps before they
-    sent_h_ptr,  # [2, B, G*H] float32    are scaled, for the programs of the group; None if local
-    parts_ptr,  # [2, S*TILES, B] float32 or None: the tiles' norms to scale them by
+    dh_in_ptr,  # [D, B, H] or None: the gradients of the states after step t_end - 1; unless local, the part of them
+    dc_in_ptr,  # [D, B, H] float32 or None    that did not pass through W_hh, but for t_end = T
+    dh_out_ptr,  # [D, B, H]: the same of the states before step t_begin, whole for t_begin = -1; may be the same memory
+    dc_out_ptr,  # [D, B, H] float32 or None
+    dgx_ptr,  # [D, T, B, G*H]
+    dgh_ptr,  # [D, T, B, G*H], or None where it equals dgx
+    norms_ptr,  # [D, 2, S, T, TILES, B] float32 or None: total and carried, of each tile
+    sent_x_ptr,  # [2, D, B, G*H] float32: under clipping by norm, the gate gradients of even and odd steps before they
+    sent_h_ptr,  # [2, D, B, G*H] float32    are scaled, for the programs of the group; None if local
+    parts_ptr,  # [2, S*TILES, D, B] float32 or None: the tiles' norms to scale them by
     arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     report_ptr,  # [] int32 or None: set where a wait was too long
     T,
     B,
     t_begin,  # unless local, -1 stands for a step before the first, which only receives what step 0 has left
     t_end,
+    reverse,  # whether direction 0 walks back
     CELL_TOTAL: tl.constexpr,
     CELL_BACKWARD: tl.constexpr,
     G: tl.constexpr,
@@ -236,18 +246,22 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
     WIDTH: tl.constexpr,  # S * TILES, rounded up to a power of two
     MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
-    REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     LOCAL: tl.constexpr = MODE == "local"
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     OWN: tl.constexpr = TILES if LOCAL else 1
-    batch = B.to(tl.int64)
-    origin = tl.program_id(0).to(tl.int64) * BLOCK_B
+    batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
+    back = direction % 2 != reverse
+    forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
+    origin = direction * batch + top  # and in that of all directions
+    slot = tl.num_programs(2) * batch
     rows = tl.arange(0, BLOCK_B)
-    row_inside = origin + rows < batch
+    row_inside = top + rows < batch
     first = tl.program_id(1)
-    arrived = None if arrived_ptr is None else arrived_ptr + tl.program_id(0) * LINE
+    w_ptr = of_direction(w_ptr, direction, G * H * H)
+    arrived = of_direction(arrived_ptr, direction * tl.num_programs(0) + tl.program_id(0), LINE)
     arriving_ptrs, leaving_ptrs = (dh_in_ptr, dc_in_ptr), (dh_out_ptr, dc_out_ptr)
     direct_ptrs, zone_ptrs = (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
 
@@ -261,8 +275,7 @@ def backward_kernel(
 
     for j in tl.range(0, t_end - t_begin, num_stages=1):
         i = t_end - 1 - j
-        t = T - 1 - i if REVERSE else i
-        row = t * batch + origin
+        row = (direction * T + step_at(i, T, back)) * batch + top
         live = row_inside if LOCAL else row_inside & (each_row(i, rows) >= 0)
         flags = load_flags(flags_ptr, row, rows, live)
         gates_x, gates_h, rests = (), (), ()
@@ -270,9 +283,8 @@ def backward_kernel(
         for n in tl.static_range(OWN):
             cols, inside = hidden_tile(first + n, live, BLOCK_H, H)
             saved = load_planes(saved_ptr, row, rows, cols, inside, K, H)
-            row_before = (t + 1 if REVERSE else t - 1) * batch + origin
             before = previous_states(
-                (y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row_before, flags, origin, rows, cols, inside, S, H
+                (y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row - forth, flags, origin, rows, cols, inside, S, H
             )
             direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
             carry = carries[n]
@@ -280,8 +292,8 @@ def backward_kernel(
                 alive = wait(arrived, j * tl.num_programs(1), report_ptr)
                 carry = receive(
                     carry, alive, i + 1, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights,
-                    flags_ptr, recurrent_ptr, T, batch, origin, rows, row_inside, first,
-                    G, S, H, BLOCK_H, BLOCK_K, WIDTH, MODE == "grouped", REVERSE, PRECISION,
+                    flags_ptr, recurrent_ptr, T, row + forth, slot, origin, rows, row_inside, first,
+                    G, S, H, BLOCK_H, BLOCK_K, WIDTH, MODE == "grouped", PRECISION,
                 )  # fmt: skip
             dstate = ()
             for s in tl.static_range(S):
@@ -289,7 +301,7 @@ def backward_kernel(
             fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
             total = CELL_TOTAL(saved, before, fresh)
             if norms_ptr is not None:
-                at = (t * batch) * TILES + (first + n) * batch + origin
+                at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
                 store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
                 at += S * T * batch * TILES
                 store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
@@ -328,7 +340,7 @@ def backward_kernel(
         else:
             leave(
                 gates_x[0], gates_h[0], parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-                batch, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH,
+                slot, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH,
             )  # fmt: skip
             arrive(arrived)
             carries = rests

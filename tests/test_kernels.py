@@ -3,6 +3,8 @@
 The launcher's outputs are filled with NaN before each launch, so an element that no program wrote shows.
 """
 
+import copy
+
 import pytest
 import torch
 import triton
@@ -224,6 +226,55 @@ def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
     assert same_bits(front[2:4], gradients[2:4])
     for outputs, when in ((front, early), (back, late)):
         assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
+
+
+def in_one_call(problems):
+    """The problem whose tensors are theirs, with a leading dimension for the directions."""
+    both = copy.copy(problems[0])
+    for name, x in vars(both).items():
+        if torch.is_tensor(x) and x.dim():
+            setattr(both, name, torch.stack([getattr(problem, name) for problem in problems]))
+    return both
+
+
+def check_both_directions(problems, tile):
+    """In one call, they give what each gives alone: the same bits, but where products are the library's, which may add
+    in another order when a matrix lies elsewhere."""
+    alone = zip(*(everything(problem, tile) for problem in problems), strict=True)
+    want = [torch.stack(each) if each[0].dim() > 1 else each[0] for each in alone]
+    got = everything(in_one_call(problems), tile)
+    if tile.mode == "rows":
+        for part in (slice(5), slice(5, None)):  # forward, backward
+            check(got[part], want[part], 1e-6)  # a few roundings to 2**-24 of sums of 17 products of order one
+    else:
+        assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("cell", "extras", "reverse"),
+    [("lstm", (), False), ("lstm", Problem.ALL, True), ("gru", Problem.ALL, False), ("rnn_tanh", Problem.ALL, False)],
+    ids=["lstm", "lstm-all-reverse", "gru-all", "rnn_tanh-all"],
+)
+def test_both_directions_in_one_call(cell, extras, reverse, mode, device):
+    backs = (reverse, not reverse)
+    directions = [Problem(cell, device, reverse=back, extras=extras, seed=int(back)) for back in backs]
+    check_both_directions(directions, MODES[mode])
+
+
+def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
+    grids = []
+    monkeypatch.setattr(
+        launcher, "_launcher", lambda kernel, cell, w, *rest: grids.append(len(w)) or (lambda **_: None)
+    )
+    both = in_one_call([Problem("gru", device, reverse=back) for back in (False, True)])
+    both.forward(launcher, tile=SMALL["grouped"])
+    assert grids == [2]
+    monkeypatch.setattr(launcher, "_processors", lambda x: 3)  # for four programs
+    both.forward(launcher, tile=SMALL["grouped"])
+    assert grids == [2, 3 * 17, 3 * 17]
+    both.forward(launcher, tile=SMALL["stepwise"])
+    assert grids[3:] == [2]
 
 
 @pytest.mark.parametrize("mode", SMALL)

@@ -5,8 +5,9 @@ What runs in mode "rows", as do layer norm and projection, goes to `rows.py`.
 
 import os
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import tiles
 from ..cells import CELLS, RESET
 from . import rows
+from .directions import each_direction, walks_back
 
 
 def _interpreted() -> bool:
@@ -41,6 +43,10 @@ def _precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else tiles.PROCESSORS_H100
+
+
 def _tile(cell: str, w_hh: Tensor, batch_size: int, whole_rows: bool = False) -> tiles.Tile | tiles.RowTile:
     """The tile of `tiles.py`, in the mode that the environment's FASTRNN_TRITON_MODE asks for, if it does.
 
@@ -49,12 +55,11 @@ def _tile(cell: str, w_hh: Tensor, batch_size: int, whole_rows: bool = False) ->
     device = {}
     if w_hh.is_cuda:
         properties = torch.cuda.get_device_properties(w_hh.device)
-        device["shared_memory"] = properties.shared_memory_per_block_optin
-        device["processors"] = properties.multi_processor_count
+        device = dict(shared_memory=properties.shared_memory_per_block_optin, processors=_processors(w_hh))
     mode = "rows" if whole_rows else os.environ.get("FASTRNN_TRITON_MODE") or None
     if mode == "grouped" and torch.version.hip is not None:
         raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
-    hidden_size = w_hh.shape[0] // len(CELLS[cell].gates)
+    hidden_size = w_hh.shape[-2] // len(CELLS[cell].gates)
     return tiles.choose(cell, w_hh.dtype, hidden_size, batch_size, _precision(), mode, **device)
 
 
@@ -62,14 +67,27 @@ def _contiguous(*tensors: Tensor | None):
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+def _grid(tile: tiles.Tile, hidden_size: int, batch_size: int, directions: int) -> tuple[int, int, int]:
+    """The programs of a launch: by tiles of the batch, of the hidden units, and by direction."""
+    return -(-batch_size // tile.block_b), 1 if tile.mode == "local" else -(-hidden_size // tile.block_h), directions
+
+
+def _together(tile: tiles.Tile | tiles.RowTile, w_hh: Tensor, batch_size: int) -> bool:
+    """Whether one grid takes all directions of `w_hh [D, G*H, H]`."""
+    if tile.mode == "rows":
+        return False
+    # The programs of a grouped launch must all run at once.
+    fits = prod(_grid(tile, w_hh.shape[-1], batch_size, len(w_hh))) <= _processors(w_hh)
+    return tile.mode != "grouped" or fits
+
+
 def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile, reverse: bool):
     """A function that launches `kernel`, given its pointers and step range, with what all launches of a call share."""
-    spec, hidden_size = CELLS[cell], w_hh.shape[1]
-    count = -(-hidden_size // tile.block_h)
-    grid = (-(-batch_size // tile.block_b), 1 if tile.mode == "local" else count)
+    spec, hidden_size = CELLS[cell], w_hh.shape[-1]
+    grid = _grid(tile, hidden_size, batch_size, len(w_hh) if w_hh.dim() == 3 else 1)
     shared = dict(
-        B=batch_size, G=len(spec.gates), K=len(spec.saved), S=len(spec.states), H=hidden_size,
-        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, REVERSE=reverse,
+        B=batch_size, reverse=int(reverse), G=len(spec.gates), K=len(spec.saved), S=len(spec.states), H=hidden_size,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode,
         PRECISION=_precision(),
         # Multiplications and additions stay apart, so that all modes round alike.
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
@@ -78,7 +96,7 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
         from ..kernels.barrier import LINE
 
         shared.update(
-            arrived_ptr=torch.empty(grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
+            arrived_ptr=torch.empty(grid[2], grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
             launch_cooperative_grid=True,
         )  # fmt: skip
     else:
@@ -129,9 +147,13 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
-def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None) -> Tensor:
+def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None, reverse: bool) -> Tensor:
     """What W_hh multiplies in the first step; in the others, `recurrent_operand` of kernels/products.py."""
-    operand = h0 if flags is None else h0.masked_fill((flags & RESET).bool()[:, None], 0)
+    if flags is not None and flags.dim() == 3:
+        flags = torch.stack([own[-1 if walks_back(d, reverse) else 0] for d, own in enumerate(flags)])
+    elif flags is not None:
+        flags = flags[-1 if reverse else 0]
+    operand = h0 if flags is None else h0.masked_fill((flags & RESET).bool()[..., None], 0)
     return operand if recurrent_mask is None else operand * recurrent_mask
 
 
@@ -149,18 +171,20 @@ def scan_forward(
         )
     )  # fmt: skip
     _raise_if_stuck(gx)
-    (T, B, _), H, K = gx.shape, w_hh.shape[1], len(CELLS[cell].saved)
+    (*D, T, B, _), H, K = gx.shape, w_hh.shape[-1], len(CELLS[cell].saved)
     tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
+    if D and not _together(tile, w_hh, B):
+        return each_direction(partial(scan_forward, tile=tile), tensors, cell, reverse, save)
     if tile.mode == "rows":
         with _device(gx):
             return rows.scan_forward(*tensors, cell, reverse, save, tile)
-    y, h_n = gx.new_empty(T, B, H), torch.empty_like(h0)
+    y, h_n = gx.new_empty(*D, T, B, H), torch.empty_like(h0)
     c_n = _nothing(gx, torch.float32) if c0 is None else torch.empty_like(c0)
-    c = c_n.new_empty((T, B, H) if c0 is not None and save else 0)
-    saved = gx.new_empty((T, B, K * H) if save else 0)
-    sent = None if tile.mode == "local" else gx.new_empty(2, B, H)
+    c = c_n.new_empty((*D, T, B, H) if c0 is not None and save else 0)
+    saved = gx.new_empty((*D, T, B, K * H) if save else 0)
+    sent = None if tile.mode == "local" else gx.new_empty(2, *D, B, H)
     if sent is not None:
-        sent[0] = _first_operand(h0, None if flags is None else flags[-1 if reverse else 0], recurrent_mask)
+        sent[0] = _first_operand(h0, flags, recurrent_mask, reverse)
     launch = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
 
     def steps(t_begin, t_end, before, after):
@@ -197,9 +221,12 @@ def scan_backward(
     )  # fmt: skip
     _raise_if_stuck(saved)
     clip_norm = None if clip_norm is None else clip_norm.to(saved.device)
-    (T, B, H), spec = y.shape, CELLS[cell]
-    S, GH = len(spec.states), w_hh.shape[0]
+    (*D, T, B, H), spec = y.shape, CELLS[cell]
+    S, GH = len(spec.states), w_hh.shape[-2]
     tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
+    if D and not _together(tile, w_hh, B):
+        tensors = *tensors[:4], None, *tensors[4:], clip_norm, clip_value
+        return each_direction(partial(scan_backward, tile=tile), tensors, cell, reverse, norms)
     if tile.mode == "rows":
         with _device(saved):
             return rows.scan_backward(*tensors, clip_norm, clip_value, cell, reverse, norms, tile)
@@ -209,11 +236,12 @@ def scan_backward(
     def scratch(*shape, when=True):
         return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
 
-    dgx, dgh = saved.new_empty(T, B, GH), saved.new_empty(T, B, GH) if spec.split else None
+    dgx = saved.new_empty(*D, T, B, GH)
+    dgh = torch.empty_like(dgx) if spec.split else None
     dh0, dc0 = torch.empty_like(h0), _nothing(saved, torch.float32) if c0 is None else torch.empty_like(c0)
-    partial = scratch(2, S, T, count, B, when=norms)
-    sent_x, sent_h = scratch(2, B, GH, when=apart), scratch(2, B, GH, when=apart and spec.split)
-    parts = scratch(2, S * count, B, when=apart)
+    parted = scratch(*D, 2, S, T, count, B, when=norms)
+    sent_x, sent_h = scratch(2, *D, B, GH, when=apart), scratch(2, *D, B, GH, when=apart and spec.split)
+    parts = scratch(2, S * count, *D, B, when=apart)
     launch = _launcher(backward_kernel, cell, w_hh, B, tile, reverse)
     _, total, backward = EQUATIONS[cell]
 
@@ -222,33 +250,33 @@ def scan_backward(
             dy_ptr=dy, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0, w_ptr=w_hh,
             flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, zone_c_ptr=zone_c,
             bound_ptr=clip_norm, clip_value=clip_value, dh_in_ptr=after[0], dc_in_ptr=after[1],
-            dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=dgx, dgh_ptr=dgh, norms_ptr=partial,
+            dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=dgx, dgh_ptr=dgh, norms_ptr=parted,
             sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T, t_begin=t_begin, t_end=t_end,
             CELL_TOTAL=total, CELL_BACKWARD=backward, WIDTH=1 << (S * count - 1).bit_length(),
         )  # fmt: skip
 
     last, first = (dh_n, dc_n), (dh0, None if c0 is None else dc0)
-    rest = (scratch(B, H), scratch(B, H, when=c0 is not None))
+    rest = (scratch(*D, B, H), scratch(*D, B, H, when=c0 is not None))
     begin = 0 if tile.mode == "local" else -1
     with _device(saved):
         for t_begin, t_end in reversed(_ranges(tile, H, begin, T)):
             steps(t_begin, t_end, last if t_end == T else rest, first if t_begin == begin else rest)
-        report = _whole_norms(partial) if norms else _nothing(saved, torch.float32)
+        report = _whole_norms(parted) if norms else _nothing(saved, torch.float32)
     return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, _nothing(saved), report
 
 
-def _whole_norms(partial: Tensor) -> Tensor:
-    """[2, S, T, tiles, B] -> [2, S, T, B]."""
+def _whole_norms(parted: Tensor) -> Tensor:
+    """[.., T, tiles, B] -> [.., T, B]."""
     from ..kernels.norms import finish_kernel
 
-    *lead, count, B = partial.shape
+    *lead, count, B = parted.shape
     if count == 1:
-        return partial.squeeze(-2)
-    whole = partial.new_empty(*lead, B)
+        return parted.squeeze(-2)
+    whole = parted.new_empty(*lead, B)
     if whole.numel():
         rows, block = whole.numel() // B, 32
         width = 1 << (count - 1).bit_length()
         finish_kernel[(rows, -(-B // block))](
-            partial_ptr=partial, norm_ptr=whole, B=B, TILES=count, WIDTH=width, BLOCK_B=block, num_warps=1
+            partial_ptr=parted, norm_ptr=whole, B=B, TILES=count, WIDTH=width, BLOCK_B=block, num_warps=1
         )
     return whole
