@@ -132,8 +132,8 @@ def leave(
 ):  # fmt: skip
     """The gate gradients of step `i`, where the other programs of the group look for them at the step that follows.
 
-    Under clipping by norm they lie in one of two slots of `slot` rows. The one that step `i` fills was read by the programs before
-    they left what step `i + 1` has left, and all of that has been waited for: nobody reads it any more.
+    Under clipping by norm they lie in one of two slots of `slot` rows. The one that step `i` fills was read by the
+    programs before they left what step `i + 1` has left, and all of that has been waited for: nobody reads it any more.
     """
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)

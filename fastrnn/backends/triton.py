@@ -95,10 +95,8 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
     if tile.mode == "grouped" and not _interpreted():
         from ..kernels.barrier import LINE
 
-        shared.update(
-            arrived_ptr=torch.empty(grid[2], grid[0], LINE.value, dtype=torch.int32, device=w_hh.device), report_ptr=_report(),
-            launch_cooperative_grid=True,
-        )  # fmt: skip
+        counters = torch.empty(grid[2], grid[0], LINE.value, dtype=torch.int32, device=w_hh.device)
+        shared.update(arrived_ptr=counters, report_ptr=_report(), launch_cooperative_grid=True)
     else:
         shared.update(arrived_ptr=None, report_ptr=None)
 
