@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .backends.directions import each_direction
 from .cells import CELLS
+from .directions import each_direction
 from .reference import accumulate_dtype
 
 

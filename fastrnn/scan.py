@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from . import ops, reference
 from .cells import CELLS
+from .directions import each_direction, walks_back
 from .linear import linear, tracing
 from .reference import LayerNorm, Masks, accumulate_dtype, normalize, normalize_backward, previous_state
 
@@ -54,6 +55,8 @@ def scan(
 ) -> ScanOutput:
     """Runs one layer in one direction over all T steps. `ops.scan_forward` gives the shapes.
 
+    Or in both, where every tensor but clip_norm has a leading dimension D, unless it has layer norm or projection.
+
     `tap [2, S, T, B]` receives, as its gradient, the norms of dL/ds_t: total and carried. `keep_c` returns every step's
     c also where no gradient is needed.
     """
@@ -70,11 +73,14 @@ def _fold(tensor, in_dim, batch_dim, size):
     if tensor is None or batch_dim is None:
         return tensor
     tensor = tensor.expand(size, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
-    return tensor.movedim(0, batch_dim).flatten(batch_dim, batch_dim + 1)
+    return tensor.movedim(0, batch_dim - 1).flatten(batch_dim - 1, batch_dim)
 
 
 def _vmap(function, batch_dims, out_batch_dims, info, in_dims, args):
-    """One rule for both functions: fold the vmapped dimension into the batch; loop where the weights are vmapped."""
+    """One rule for both functions: fold the vmapped dimension into the batch; loop where the weights are vmapped.
+
+    The places of the batch are counted from the end: a dimension for the directions may lead.
+    """
     size = info.batch_size
     if any(dim is not None and batch_dims[k] is None for k, dim in enumerate(in_dims)):
 
@@ -90,7 +96,8 @@ def _vmap(function, batch_dims, out_batch_dims, info, in_dims, args):
         out if gone else out.unflatten(dim, (size, out.shape[dim] // size))
         for out, dim, gone in zip(outputs, out_batch_dims, missing, strict=True)
     )
-    return unfolded, tuple(None if gone else dim for dim, gone in zip(out_batch_dims, missing, strict=True))
+    places = zip(unfolded, out_batch_dims, missing, strict=True)
+    return unfolded, tuple(None if gone else out.dim() + dim - 1 for out, dim, gone in places)
 
 
 def without_autocast(device: str):
@@ -132,9 +139,9 @@ class Scan(Function):
         if all(g is None for g in (dy, dc, dh_n, dc_n, dsaved)):
             return (None,) * 19
         acc = accumulate_dtype(saved.dtype)
-        h_prev = previous_state(y, h0, masks.flags, reverse)
+        h_prev = _previous_states(y, h0, masks.flags, reverse)
         if masks.recurrent is not None:
-            h_prev = h_prev * masks.recurrent
+            h_prev = h_prev * masks.recurrent.unsqueeze(-3)
         gh_hat = gh_rstd = None
         if ln_hh is not None:
             gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc)))
@@ -154,7 +161,7 @@ class Scan(Function):
             dln_hh = (dgh * gh_hat).sum((0, 1)).to(ln_hh.dtype)
             draw = normalize_backward(dgh * ln_hh, gh_hat, gh_rstd).to(dgh.dtype)
         dw_hh = _over_steps(draw, h_prev.to(draw.dtype))
-        db_hh = None if b_hh is None else dgh.sum((0, 1))
+        db_hh = None if b_hh is None else dgh.sum((-3, -2))
         dw_hr = dln_c_weight = dln_c_bias = None
         if w_hr is not None or ln_c_weight is not None:
             c_prev = previous_state(c, c0, masks.flags, reverse)
@@ -166,12 +173,23 @@ class Scan(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        batch_dims = (1, None, None, 0, 0, *(None,) * 4, 1, 0, 1, 1, 3, *(None,) * 5)
-        return _vmap(Scan, batch_dims, (1, 1, 0, 0, 1), info, in_dims, args)
+        batch_dims = (-2, None, None, -2, -2, *(None,) * 4, -1, -2, -2, -2, -1, *(None,) * 5)
+        return _vmap(Scan, batch_dims, (-2,) * 5, info, in_dims, args)
+
+
+def _previous_states(y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool) -> Tensor:
+    """`previous_state`, of one direction or of each."""
+    if y.dim() == 3:
+        return previous_state(y, h0, flags, reverse)
+    each = (None,) * len(y) if flags is None else flags
+    own = zip(y, h0, each, strict=True)
+    return torch.stack([previous_state(*states, walks_back(d, reverse)) for d, states in enumerate(own)])
 
 
 def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`."""
+    if dy.dim() == 4:
+        return dy.flatten(1, 2).mT @ x.flatten(1, 2)
     return linear(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
 
 
@@ -195,6 +213,17 @@ def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
     return dw_hr, (du * u_hat).sum((0, 1)).to(ln_c_weight.dtype), du.sum((0, 1)).to(ln_c_bias.dtype)
 
 
+def _differentiable_backward(*arguments):
+    """`ops.scan_backward` of one direction, such that autograd can follow."""
+    *floats, ln_c_weight, ln_c_bias = arguments[:17]
+    *masks, clip_norm, clip_value, cell, reverse, norms = arguments[17:]
+    ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
+    return reference.scan_backward(
+        *floats, ln_c, Masks(*masks), clip_norm, clip_value, cell, reverse, norms, reference.Step(cell),
+        differentiable=True,
+    )  # fmt: skip
+
+
 class ScanBackward(Function):
     """Arguments and outputs: those of `ops.scan_backward`."""
 
@@ -213,17 +242,15 @@ class ScanBackward(Function):
     @staticmethod
     def backward(ctx, *grads):
         *floats, flags, recurrent, zone_h, zone_c, clip_norm = ctx.saved_tensors
-        clip_value, cell, reverse = ctx.options
+        (clip_value, cell, reverse), saved = ctx.options, floats[5]
         present = [k for k, tensor in enumerate(floats) if tensor is not None]
 
         def outputs(*values):
             filled = dict(zip(present, values, strict=True))
-            *inputs, ln_c_weight, ln_c_bias = (filled.get(k) for k in range(len(floats)))
-            ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
-            return reference.scan_backward(
-                *inputs, ln_c, Masks(flags, recurrent, zone_h, zone_c), clip_norm, clip_value,
-                cell, reverse, False, reference.Step(cell), differentiable=True,
-            )[:5]  # fmt: skip
+            tensors = (*map(filled.get, range(len(floats))), flags, recurrent, zone_h, zone_c, clip_norm, clip_value)
+            if saved.dim() == 4:
+                return each_direction(_differentiable_backward, tensors, cell, reverse, False)[:5]
+            return _differentiable_backward(*tensors, cell, reverse, False)[:5]
 
         values, pull_back = torch.func.vjp(outputs, *(floats[k] for k in present))
         cotangents = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads[:5], strict=True))
@@ -232,5 +259,5 @@ class ScanBackward(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        batch_dims = (1, 1, 0, 0, 1, 1, 1, 1, 0, 0, *(None,) * 3, 1, 1, None, None, 1, 0, 1, 1, *(None,) * 6)
-        return _vmap(ScanBackward, batch_dims, (1, 1, 0, 0, 1, 3), info, in_dims, args)
+        batch_dims = (*(-2,) * 10, *(None,) * 3, -2, -2, None, None, -1, -2, -2, -2, *(None,) * 6)
+        return _vmap(ScanBackward, batch_dims, (*(-2,) * 5, -1), info, in_dims, args)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import CELLS, PAD, RESET, START
+from .dispatch import BACKENDS
 from .linear import linear
 from .reference import LN_EPS, Masks, accumulate_dtype
-from .scan import Weights, scan
+from .scan import ScanOutput, Weights, scan
 
 
 class Options(NamedTuple):
@@ -82,16 +83,26 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
     return torch.bernoulli(like.new_full((), probability).expand(shape))
 
 
-def _layer(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap, clip_norm, **scan_options):
-    """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
+class Direction(NamedTuple):
+    """What one layer needs in one direction besides its input; shapes as in `scan.py`."""
+
+    w_ih: Tensor  # [G*H, I]
+    b_ih: Tensor | None  # [G*H]
+    ln_ih: Tensor | None  # [G*H]
+    weights: Weights
+    h0: Tensor
+    c0: Tensor | None
+    masks: Masks
+    tap: Tensor | None
+
+
+def _direction(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap) -> Direction:
+    """The parameters of one direction, and its masks, drawn."""
     w_hh, w_hr = params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
-    ln_ih, spec = params.get(f"ln_ih_{name}"), CELLS[options.cell]
+    spec = CELLS[options.cell]
     if b_hh is not None and not spec.split:
         b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
-    gx = linear(x, params[f"weight_ih_{name}"], b_ih if ln_ih is None else None)
-    if ln_ih is not None:
-        gx = F.layer_norm(gx, ln_ih.shape, ln_ih, b_ih, LN_EPS)
     T, B, _ = x.shape
     recurrent = None
     if options.recurrent_dropout and options.training:
@@ -103,10 +114,37 @@ def _layer(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0,
         w_hh, b_hh, w_hr, params.get(f"ln_hh_{name}"),
         params.get(f"ln_c_{name}"), params.get(f"ln_c_bias_{name}"),
     )  # fmt: skip
+    masks = Masks(flags, recurrent, zone_h, zone_c)
+    return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
+
+
+def _one(x: Tensor, own: Direction, options: Options, **scan_options) -> ScanOutput:
+    """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
+    gx = linear(x, own.w_ih, own.b_ih if own.ln_ih is None else None)
+    if own.ln_ih is not None:
+        gx = F.layer_norm(gx, own.ln_ih.shape, own.ln_ih, own.b_ih, LN_EPS)
     return scan(
-        options.cell, gx, weights, h0, c0, Masks(flags, recurrent, zone_h, zone_c),
-        tap=tap, clip_norm=clip_norm, clip_value=options.clip_value, **scan_options,
+        options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
+        **scan_options,
     )  # fmt: skip
+
+
+def _together(x: Tensor, directions: list[Direction], options: Options, **scan_options) -> list[ScanOutput]:
+    """One layer in both directions, in one scan."""
+
+    def joined(*each):
+        return None if each[0] is None else torch.stack(each)
+
+    w_ih, b_ih, _, weights, h0, c0, masks, tap = zip(*directions, strict=True)
+    weights, masks = Weights(*map(joined, *weights)), Masks(*map(joined, *masks))
+    w_ih, b_ih = joined(*w_ih).mT, joined(*b_ih)
+    rows = x.flatten(0, 1).expand(len(directions), -1, -1)
+    gx = rows @ w_ih if b_ih is None else torch.baddbmm(b_ih.unsqueeze(1), rows, w_ih)
+    output = scan(
+        options.cell, gx.unflatten(1, x.shape[:2]), weights, joined(*h0), joined(*c0), masks, tap=joined(*tap),
+        clip_value=options.clip_value, **scan_options,
+    )  # fmt: skip
+    return [ScanOutput(*(v[d] if v.dim() > 1 else v for v in output)) for d in range(len(directions))]
 
 
 def drop_weights(params: Mapping[str, Tensor], options: Options) -> Mapping[str, Tensor]:
@@ -143,18 +181,21 @@ def run(
     clip_norm = options.clip_norm
     if clip_norm is not None:
         clip_norm = torch.as_tensor(clip_norm, dtype=acc, device=x.device)
+    whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
+    side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     final, outputs = [], []
     for layer, names in enumerate(options.suffixes):
-        outputs = []
+        own = []
         for d, name in enumerate(names):
             k = layer * len(names) + d
             c0 = states[1][k].to(acc) if len(states) > 1 else None
             tap_k = None if tap is None else tap[k]
-            output = _layer(
-                x, params, name, options, states[0][k], c0, flags[d], tap_k, clip_norm,
-                reverse=bool(d), keep_c=keep_c, backend=backend,
-            )  # fmt: skip
-            outputs.append(output)
+            own.append(_direction(x, params, name, options, states[0][k], c0, flags[d], tap_k))
+        scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
+        if side_by_side:
+            outputs = _together(x, own, options, **scan_options)
+        else:
+            outputs = [_one(x, each, options, reverse=bool(d), **scan_options) for d, each in enumerate(own)]
         final += outputs
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:

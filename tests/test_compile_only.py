@@ -54,7 +54,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
     S, H = len(spec.states), case["hidden_size"]
     constants = dict(
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
-        BLOCK_B=tile.block_b, REVERSE=True,
+        BLOCK_B=tile.block_b,
     )  # fmt: skip
     if case["rows"]:
         width = 1 << (H - 1).bit_length()

@@ -16,18 +16,19 @@ PACKAGE = Path(fastrnn.__file__).parent
 KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if p.is_dir()), None)
 
 # What each module may import of fastrnn. modules -> functional -> stack -> scan -> ops -> dispatch -> backends;
-# `cells` is a leaf, `tiles` and `reference` know `cells` only.
+# `cells` and `directions` are leaves, `tiles` and `reference` know `cells` only.
 BELOW = {
     "cells": set(),
+    "directions": set(),
     "tiles": {"cells"},
     "tasks": set(),
     "reference": {"cells"},
-    "backends": {"cells", "tiles", "reference", "kernels", "_C", "backends"},
+    "backends": {"cells", "directions", "tiles", "reference", "kernels", "_C", "backends"},
     "dispatch": {"backends", "cells"},
-    "ops": {"dispatch", "cells", "reference"},
+    "ops": {"dispatch", "cells", "directions", "reference"},
     "linear": set(),
-    "scan": {"ops", "linear", "cells", "reference"},
-    "stack": {"scan", "linear", "cells", "reference"},
+    "scan": {"ops", "linear", "cells", "directions", "reference"},
+    "stack": {"scan", "linear", "cells", "dispatch", "reference"},
     "functional": {"stack", "scan", "linear", "dispatch", "cells", "reference"},
     "modules": {"functional", "cells"},
     "convert": {"modules", "functional", "dispatch"},

@@ -264,9 +264,12 @@ def test_both_directions_in_one_call(cell, extras, reverse, mode, device):
 
 def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
     grids = []
-    monkeypatch.setattr(
-        launcher, "_launcher", lambda kernel, cell, w, *rest: grids.append(len(w)) or (lambda **_: None)
-    )
+
+    def launcher_of(kernel, cell, w_hh, *rest):
+        grids.append(len(w_hh))
+        return lambda **pointers: None
+
+    monkeypatch.setattr(launcher, "_launcher", launcher_of)
     both = in_one_call([Problem("gru", device, reverse=back) for back in (False, True)])
     both.forward(launcher, tile=SMALL["grouped"])
     assert grids == [2]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import tiles
 from ..cells import CELLS, RESET
+from ..directions import each_direction, walks_back
 from . import rows
-from .directions import each_direction, walks_back
 
 
 def _interpreted() -> bool:
