@@ -3,8 +3,6 @@
 The launcher's outputs are filled with NaN before each launch, so an element that no program wrote shows.
 """
 
-import copy
-
 import pytest
 import torch
 import triton
@@ -14,23 +12,20 @@ import fastrnn
 from fastrnn import tiles
 from fastrnn.backends import reference, rows
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.cells import CELLS
 from fastrnn.dispatch import FEATURES, Request
 from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
 from fastrnn.kernels.norms import row_norm
-from fastrnn.reference import accumulate_dtype, normalize, previous_state
 from fastrnn.tiles import RowTile, Tile
+from problems import FLOAT32, B, Problem, check, check_against_reference, everything, in_one_call, same_bits
 
 # numpy, under the interpreter, tells of what the kernels count on: 1 / 0 and exp of a large number are infinite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-T, B, H = 3, 3, 17
 SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
 ROWS = RowTile(2, 4)
 MODES = {**SMALL, "rows": ROWS}
-# Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
-FLOAT32 = 2e-5
 # Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
 # truncates where hardware rounds, so several units in the last place: 8 bits for bfloat16, 11 for float16.
 HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
@@ -50,108 +45,6 @@ def poisoned(monkeypatch):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     monkeypatch.setattr(launcher, "_precision", lambda: "ieee")
-
-
-def make_flags(generator, T, B, reverse):
-    """Lengths (one of them zero if there is room, one full) and resets, for the direction in which the scan walks."""
-    lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0] = T
-    if B > 2:
-        lengths[-1] = 0
-    t = torch.arange(T)[:, None]
-    flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=generator) < 0.25)
-    if reverse:
-        flags += START * (t == lengths - 1)
-    return flags.to(torch.uint8)
-
-
-class Problem:
-    """Random arguments of one forward and one backward call. `extras`: names of what goes beyond the plain call."""
-
-    FORWARD = ("gx", "w_hh", "b_hh", "h0", "c0")
-    MASKS = ("flags", "recurrent", "zone_h", "zone_c")
-    ALL = ("flags", "recurrent", "zone_h", "zone_c", "clip_norm", "clip_value", "norms")
-    WHOLE = ("w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")
-
-    def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        (T, B, H), G, has_c = sizes, len(CELLS[cell].gates), "c" in CELLS[cell].states
-        P = (H + 1) // 2 if "projection" in extras and has_c else H
-
-        def randn(*shape, dtype=dtype):
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
-        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, P) / P**0.5, randn(G * H)
-        self.h0, self.c0 = randn(B, P), randn(B, H, dtype=torch.float32) if has_c else None
-        self.dy, self.dh_n = randn(T, B, P) * scale, randn(B, P) * scale
-        self.dc = randn(T, B, H, dtype=torch.float32) * scale if has_c else None
-        self.dc_n = randn(B, H, dtype=torch.float32) * scale if has_c else None
-        self.flags = make_flags(generator, T, B, reverse).to(device) if "flags" in extras else None
-        keep = torch.rand(B, P, generator=generator) < 0.5
-        self.recurrent = (2.0 * keep).to(device, dtype) if "recurrent" in extras else None
-        zones = torch.rand(2, T, B, H, generator=generator).round(decimals=1).to(device, dtype)
-        self.zone_h = zones[0, ..., :P] if "zone_h" in extras else None
-        self.zone_c = zones[1] if "zone_c" in extras and has_c else None
-        # Bounds that some of the gradients exceed.
-        self.clip_norm = torch.tensor(0.9 * H**0.5 * scale, device=device) if "clip_norm" in extras else None
-        self.clip_value = 1.1 * scale if "clip_value" in extras else None
-        self.w_hr = randn(P, H) / H**0.5 if P < H else None
-        self.ln_hh, self.ln_c_weight, self.ln_c_bias = 1 + 0.3 * randn(G * H), 1 + 0.3 * randn(H), 0.3 * randn(H)
-        if "layer_norm" not in extras:
-            self.ln_hh = None
-        if "layer_norm" not in extras or not has_c:
-            self.ln_c_weight = self.ln_c_bias = None
-
-    def converted(self, x, dtype):
-        return x.to(dtype) if dtype and torch.is_tensor(x) and x.is_floating_point() else x
-
-    def normalized(self, y):
-        """gh_hat and gh_rstd, as `Scan` gives them to the backward."""
-        if self.ln_hh is None:
-            return None, None
-        operand = previous_state(y, self.h0.to(y.dtype), self.flags, self.reverse)
-        operand = operand if self.recurrent is None else operand * self.recurrent
-        acc = accumulate_dtype(y.dtype)
-        return normalize(operand.to(acc) @ self.w_hh.to(acc).t())
-
-    def forward(self, backend, dtype=None, **options):
-        arguments = [getattr(self, name) for name in (*self.FORWARD, *self.WHOLE, *self.MASKS)]
-        arguments = [self.converted(x, dtype) for x in arguments]
-        return backend.scan_forward(*arguments, self.cell, self.reverse, True, **options)
-
-    def backward(self, backend, y, c, saved, dtype=None, **options):
-        c = None if self.c0 is None else c
-        arguments = [self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, c, self.h0, self.c0, self.w_hh]
-        arguments += [self.w_hr, self.ln_hh, *self.normalized(y), self.ln_c_weight, self.ln_c_bias]
-        arguments += [getattr(self, name) for name in self.MASKS] + [self.clip_norm, self.clip_value]
-        arguments = [self.converted(x, dtype) for x in arguments]
-        return backend.scan_backward(*arguments, self.cell, self.reverse, self.norms, **options)
-
-
-def check(got, want, tolerance):
-    """Every output within `tolerance` of the largest element of the wanted one."""
-    for name, a, b in zip(("first", "second", "third", "fourth", "fifth", "sixth"), got, want, strict=False):
-        assert a.shape == b.shape, name
-        if a.numel():
-            error = (a.double() - b.double()).abs().max().item()
-            assert error <= tolerance * max(1e-30, b.double().abs().max().item()), f"{name} output is off by {error}"
-
-
-def check_against_reference(problem, tile, dtype=torch.float64, tolerance=FLOAT32):
-    """Forward and backward at one tile; returns all outputs. The backward starts from the reference's forward."""
-    forward = problem.forward(launcher, tile=tile)
-    want = problem.forward(reference, dtype)
-    check(forward, want, tolerance)
-    y, c, _, _, saved = want
-    rounded = y.to(forward[0].dtype), c.to(forward[1].dtype), saved.to(forward[4].dtype)
-    backward = problem.backward(launcher, *rounded, tile=tile)
-    check(backward, problem.backward(reference, y, c, saved, dtype), tolerance)
-    return forward + backward
-
-
-def same_bits(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -226,15 +119,6 @@ def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
     assert same_bits(front[2:4], gradients[2:4])
     for outputs, when in ((front, early), (back, late)):
         assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
-
-
-def in_one_call(problems):
-    """The problem whose tensors are theirs, with a leading dimension for the directions."""
-    both = copy.copy(problems[0])
-    for name, x in vars(both).items():
-        if torch.is_tensor(x) and x.dim():
-            setattr(both, name, torch.stack([getattr(problem, name) for problem in problems]))
-    return both
 
 
 def check_both_directions(problems, tile):
@@ -521,13 +405,6 @@ def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monk
     want = everything(problem, tile)
     monkeypatch.setattr(launcher, "MOST_STEPS", 3)
     assert same_bits(everything(problem, tile), want)
-
-
-def everything(problem, tile):
-    """Forward and backward, from the launcher's own forward."""
-    forward = problem.forward(launcher, tile=tile)
-    y, c, _, _, saved = forward
-    return forward + problem.backward(launcher, y, c, saved, tile=tile)
 
 
 @pytest.mark.gpu
