@@ -8,6 +8,8 @@ W_hh stays on the chip where it fits; then n CTAs share the gate rows of one til
 agree. The floor is the best over all n and tiles. Where W_hh does not fit, every step reads it again, and ends in
 a kernel edge. Everything else (pointwise work, memory traffic of gx and of what is saved) counts as free: a floor, not
 a forecast.
+
+`python -m bench.limit` prints what the model says of two layers, one after the other and as a wavefront.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import latency
+from .cases import GPU_SIZES
 
 RESULTS = Path(__file__).with_name("results")
 GEMM_EFFICIENCY = 0.65  # estimate: what a library GEMM reaches of the data sheet's peak, at the sizes here
@@ -73,20 +76,38 @@ def _gates(cell: str) -> int:
     return {"lstm": 4, "gru": 3}.get(cell, 1)
 
 
-def step_floor(device: Device, cell: str, B: int, H: int, itemsize: int, peak: float) -> tuple[float, str]:
-    """Seconds of one step of one direction, and the means by which its CTAs agree."""
-    weight, operations = _gates(cell) * H * H * itemsize, 2 * B * _gates(cell) * H * H
-    read = weight / device.memory_rate if weight > device.sms * device.shared_memory else 0.0
-    best = max(operations / (GEMM_EFFICIENCY * peak), read) + device.agree["kernel edge"], "kernel edge"
+def _on_chip(device: Device, B: int, weight: int, operations: int, exchanged: int, peak: float):
+    """Seconds of one step with `weight` bytes on the chip, and the means of agreement, for every size of a group.
+
+    operations: of the whole batch; exchanged: bytes that a CTA receives per row of the batch; peak: of all of `device`.
+    """
     for ctas in range(1, device.sms + 1):
         if weight / ctas > device.shared_memory:
             continue
         means = "none" if ctas == 1 else "cluster" if ctas <= device.cluster else "flag"
         rows = -(-B // max(1, device.sms // ctas))  # of the batch, in each group's tile
         arithmetic = operations * rows / B / (ctas * peak / device.sms)
-        exchange = 0.0 if ctas == 1 else rows * H * itemsize / device.exchange_rate
-        best = min(best, (max(arithmetic, exchange) + device.agree[means], means))
-    return best
+        exchange = 0.0 if ctas == 1 else rows * exchanged / device.exchange_rate
+        yield max(arithmetic, exchange) + device.agree[means], means
+
+
+def step_floor(device: Device, cell: str, B: int, H: int, itemsize: int, peak: float) -> tuple[float, str]:
+    """Seconds of one step of one direction, and the means by which its CTAs agree."""
+    weight, operations = _gates(cell) * H * H * itemsize, 2 * B * _gates(cell) * H * H
+    read = weight / device.memory_rate if weight > device.sms * device.shared_memory else 0.0
+    streamed = max(operations / (GEMM_EFFICIENCY * peak), read) + device.agree["kernel edge"], "kernel edge"
+    return min([streamed, *_on_chip(device, B, weight, operations, H * itemsize, peak)])
+
+
+def two_layers(device: Device, cell: str, B: int, T: int, H: int, itemsize: int = 2) -> tuple[float, float | None]:
+    """Seconds of the forward of two layers, I = H: one after the other; and as a wavefront, each on half of the SMs, a
+    step apart, the upper one's input product inside its steps. None where its two matrices do not fit."""
+    weight, operations, peak = _gates(cell) * H * H * itemsize, 2 * B * _gates(cell) * H * H, device.peak["half"]
+    gemm = T * operations / (GEMM_EFFICIENCY * peak)
+    half = replace(device, sms=device.sms // 2)
+    steps = [step for step, _ in _on_chip(half, B, 2 * weight, 2 * operations, 2 * H * itemsize, peak / 2)]
+    in_turn = 2 * (gemm + T * step_floor(device, cell, B, H, itemsize, peak)[0])
+    return in_turn, gemm + (T + 1) * min(steps) if steps else None
 
 
 def floor(device: Device | None, case) -> dict | None:
@@ -114,3 +135,17 @@ def floor(device: Device | None, case) -> dict | None:
         "agreement": means,
         "source": device.source,
     }
+
+
+def main():
+    device = H200
+    print(f"{device.match}, bfloat16, forward, ms (model; latencies of agreement: {device.source['agree']})")
+    print(f"{'':20}{'in turn':>10}{'wavefront':>12}")
+    for cell in ("lstm", "gru"):
+        for B, T, H in GPU_SIZES:
+            in_turn, wavefront = (f"{1e3 * t:.2f}" if t else "-" for t in two_layers(device, cell, B, T, H))
+            print(f"{f'{cell} {B}, {T}, {H}':20}{in_turn:>10}{wavefront:>12}")
+
+
+if __name__ == "__main__":
+    main()

@@ -46,6 +46,16 @@ assert limit.device_model("some CPU") is None
     run(code)
 
 
+def test_a_wavefront_needs_the_matrices_of_both_layers_on_the_chip():
+    code = """
+from bench import limit
+in_turn, wavefront = limit.two_layers(limit.H200, "lstm", 16, 2048, 256)
+assert in_turn / 2 < wavefront < in_turn
+assert limit.two_layers(limit.H200, "lstm", 64, 512, 1024)[1] is None
+"""
+    run(code)
+
+
 def test_the_search_knows_every_mode_and_prints_the_best_of_each():
     code = """
 import torch
