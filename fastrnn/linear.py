@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-LEAST_ROWS = 256  # with fewer, what goes around oneDNN's product takes longer than the product saves
+LEAST_WORK = 1 << 22  # multiplications; with fewer, what goes around oneDNN's product takes longer than it saves
 LONGEST_SUM = 256
 """Terms that oneDNN adds up one after the other; longer sums come in parts, so that they round no more than MKL's."""
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Tracing first: to compare a size would tie a compiled graph to it.
     if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
-    if x.numel() < LEAST_ROWS * size or size == 0:
+    if size == 0 or x.numel() // size * min(size, LONGEST_SUM) * len(weight) < LEAST_WORK:
         return F.linear(x, weight, bias)
     return Linear.apply(x.reshape(-1, size), weight, bias).reshape(*steps, len(weight))
 

@@ -109,12 +109,9 @@ class Scan(Function):
     """Arguments: those of `ops.scan_forward`, then tap and clipping. Outputs: y, c, h_n, c_n, saved."""
 
     @staticmethod
-    def forward(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c,
-                tap, clip_norm, clip_value, cell, reverse, backend):  # fmt: skip
-        return ops.scan_forward(
-            gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-            flags, recurrent_mask, zone_h, zone_c, cell, reverse, True, backend,
-        )  # fmt: skip
+    def forward(*inputs):  # by name, autograd would read and bind the signature in every call
+        *tensors, _, _, _, cell, reverse, backend = inputs
+        return ops.scan_forward(*tensors, cell, reverse, True, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrnn.linear import LEAST_ROWS, ONEDNN, linear
+from fastrnn.linear import LEAST_WORK, LONGEST_SUM, ONEDNN, linear
 
-M = LEAST_ROWS + 3
+M = 259
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="oneDNN takes no float32 products on this processor")
+
+
+@pytest.fixture
+def small_products_too(monkeypatch):
+    monkeypatch.setattr("fastrnn.linear.LEAST_WORK", 1)
 
 
 def operands(M, K, N, dtype=torch.float32):
@@ -22,6 +27,7 @@ def is_onednns(y):
 
 
 @needs_onednn
+@pytest.mark.usefixtures("small_products_too")
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("K", [1, 3, 17, 65, 3000])
 def test_values_and_gradients_within_twice_torchs_error(K, bias):
@@ -45,6 +51,7 @@ def test_values_and_gradients_within_twice_torchs_error(K, bias):
 
 
 @needs_onednn
+@pytest.mark.usefixtures("small_products_too")
 def test_second_derivatives():
     """Exact in the numbers used here: small integers, whose sums float32 holds."""
     x, weight, _ = (t.mul(2).round().requires_grad_() for t in operands(M, 4, 5))
@@ -59,6 +66,7 @@ def test_second_derivatives():
 
 
 @needs_onednn
+@pytest.mark.usefixtures("small_products_too")
 def test_same_bits_from_any_layout_and_any_number_of_threads():
     x, weight, bias = operands(333, 300, 130)
     threads = torch.get_num_threads()
@@ -80,16 +88,25 @@ def test_same_bits_from_any_layout_and_any_number_of_threads():
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((300, 4), torch.float64), ((3, 4), torch.float32), ((300, 4), torch.bfloat16), ((0, 4), torch.float32)],
+    [((300, 400), torch.float64), ((3, 4), torch.float32), ((300, 400), torch.bfloat16), ((0, 4), torch.float32)],
     ids=str,
 )
-def test_torchs_own_for_other_types_and_few_rows(shape, dtype):
-    x, weight, bias = (t.requires_grad_() for t in operands(*shape, 5, dtype))
+def test_torchs_own_for_other_types_and_little_work(shape, dtype):
+    x, weight, bias = (t.requires_grad_() for t in operands(*shape, 50, dtype))
     y = linear(x, weight, bias)
     assert torch.equal(y, F.linear(x, weight, bias)) and y.grad_fn.name() == "AddmmBackward0"
 
 
 @needs_onednn
+def test_work_is_that_of_one_part_of_a_sum_on_its_own():
+    rows = LEAST_WORK // LONGEST_SUM // 16
+    for M, K, N, taken in ((rows, 10 * LONGEST_SUM, 16, True), (rows - 1, 10 * LONGEST_SUM, 16, False)):
+        x, weight, _ = (t.requires_grad_() for t in operands(M, K, N))
+        assert is_onednns(linear(x, weight)) == taken
+
+
+@needs_onednn
+@pytest.mark.usefixtures("small_products_too")
 def test_no_layout_of_the_weight_takes_far_longer():
     """The fastest of three in processor time; a layout that oneDNN has no kernel for took a hundred times as long."""
 
