@@ -6,32 +6,37 @@ time loop and nothing is waited for, so that a CUDA graph can hold it. float32 i
 matmul says, as on the reference path, not as cuDNN's: that setting is the whole process's, and no launch turns it.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import tiles
 from ..cells import CELLS
+from .launch import Launch
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor):
-    """out = a b, with sums and result in float32."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+def _product(b: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function out = a b of a, with sums and result in float32."""
+    if b.dtype == out.dtype:
+        return partial(torch.mm, mat2=b, out=out)
+    if b.is_cuda:
+        return partial(torch.mm, mat2=b, out_dtype=out.dtype, out=out)
+    b = b.to(out.dtype)
+    return lambda a: torch.mm(a.to(out.dtype), b, out=out)
 
 
 def _width(hidden_size: int) -> int:
     return 1 << (hidden_size - 1).bit_length()
 
 
-def _launch(kernel, batch_size: int, tile: tiles.RowTile, **arguments):
+def _prepare(kernel, batch_size: int, tile: tiles.RowTile, **arguments) -> Launch:
     # As in the other modes: multiplications and additions stay apart.
-    kernel[(-(-batch_size // tile.block_b),)](
-        **arguments, B=batch_size, BLOCK_B=tile.block_b, num_warps=tile.warps, enable_fp_fusion=False
-    )
+    return Launch(
+        kernel, (-(-batch_size // tile.block_b),), **arguments, B=batch_size, BLOCK_B=tile.block_b,
+        num_warps=tile.warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def scan_forward(
@@ -55,26 +60,44 @@ def scan_forward(
     gh, projected = float32(B, GH), float32(B, P, when=w_hr is not None)
     out = None if w_hr is None else gx.new_empty(B, H)
     operand = None if recurrent_mask is None else (h0 * recurrent_mask).to(h0.dtype)
-    pair = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
-    before = h0, c0
-    for i in range(T if B else 0):
-        t = T - 1 - i if reverse else i
-        after = pair[i % 2] if i + 1 < T else (h_n, None if c0 is None else c_n)
+    recur = _product(w_hh.t(), gh)
+    project = _product(w_hr.t(), projected) if w_hr is not None else None
+
+    def step(before, after):
+        """A function of t that takes a step from one memory of the states to another."""
         of_h = dict(
             flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, h_in_ptr=before[0], h_out_ptr=after[0],
-            operand_ptr=operand, y_ptr=y, t=t,
+            operand_ptr=operand, y_ptr=y,
         )  # fmt: skip
-        _multiply(before[0] if operand is None else operand, w_hh.t(), gh)
-        _launch(
+        advance = _prepare(
             forward_kernel, B, tile, **of_h, gx_ptr=gx, gh_ptr=gh, b_ptr=b_hh, ln_hh_ptr=ln_hh,
             ln_c_weight_ptr=ln_c_weight, ln_c_bias_ptr=ln_c_bias, zone_c_ptr=zone_c, c_in_ptr=before[1],
             c_out_ptr=after[1], out_ptr=out, c_ptr=c if c.numel() else None, saved_ptr=saved if save else None,
             CELL_FORWARD=EQUATIONS[cell][0], G=len(spec.gates), K=K, S=len(spec.states), H=H, BLOCK_H=_width(H),
         )  # fmt: skip
-        if w_hr is not None:
-            _multiply(out, w_hr.t(), projected)
-            _launch(settle_kernel, B, tile, **of_h, projected_ptr=projected, P=P, BLOCK_P=_width(P))
-        before = after
+        settle = _prepare(settle_kernel, B, tile, **of_h, projected_ptr=projected, P=P, BLOCK_P=_width(P))
+        h = before[0] if operand is None else operand
+
+        def run(t):
+            recur(h)
+            advance(t=t)
+            if project is not None:
+                project(out)
+                settle(t=t)
+
+        return run
+
+    pair = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
+    ends = {-1: (h0, c0), T - 1: (h_n, None if c0 is None else c_n)}
+
+    def after(i):
+        """Where the states after step i are."""
+        return ends.get(i, pair[i % 2])
+
+    between = [step(pair[1 - k], pair[k]) for k in range(2)]
+    for i in range(T if B else 0):
+        run = between[i % 2] if 0 < i < T - 1 else step(after(i - 1), after(i))
+        run(T - 1 - i if reverse else i)
     return y, c, h_n, c_n, saved
 
 
@@ -103,25 +126,23 @@ def scan_backward(
     product, cell_h, reported = float32(B, P), float32(B, H, when=parted), float32(B, H, when=twice)
     unclamped = saved.new_empty(B, P) if twice else None
     norm_h, scales = float32(B, when=parted and bounded), float32(T, B, when=parted and bounded)
-    pair = [(float32(B, P), float32(B, H, when=c0 is not None)) for _ in range(2)]
-    after = dh_n, dc_n
-    for i in reversed(range(T if B else 0)):
-        t = T - 1 - i if reverse else i
-        before = pair[i % 2] if i else (pair[0][0], None if c0 is None else dc0)
+    gates = dgh if spec.split else dgx
+    recur = _product(w_hh, product)
+    project = _product(w_hr, cell_h) if parted else None
+    project_reported = _product(w_hr, reported) if twice else None
+
+    def step(after, before, last=False):
+        """A function of i and t that takes the gradients of the states a step back, from one memory to another."""
         of_h = dict(
             dy_ptr=dy, flags_ptr=flags, recurrent_ptr=recurrent_mask, clip_value=clip_value,
-            product_ptr=product if i + 1 < T else None, scales_ptr=scales, dh_in_ptr=after[0], dh_out_ptr=before[0],
-            norm_h_ptr=norm_h, norms_ptr=report, T=T, i=i, S=S, REVERSE=reverse,
+            product_ptr=None if last else product, scales_ptr=scales, dh_in_ptr=after[0], dh_out_ptr=before[0],
+            norm_h_ptr=norm_h, norms_ptr=report, T=T, S=S, REVERSE=reverse,
         )  # fmt: skip
-        if parted:
-            _launch(
-                settle_backward_kernel, B, tile, **of_h, zone_h_ptr=zone_h, dh_new_ptr=dh_new, unclamped_ptr=unclamped,
-                P=P, BLOCK_P=_width(P),
-            )  # fmt: skip
-            _multiply(dh_new[t], w_hr, cell_h)
-            if twice:
-                _multiply(unclamped, w_hr, reported)
-        _launch(
+        settle = _prepare(
+            settle_backward_kernel, B, tile, **of_h, zone_h_ptr=zone_h, dh_new_ptr=dh_new, unclamped_ptr=unclamped,
+            P=P, BLOCK_P=_width(P),
+        )  # fmt: skip
+        retreat = _prepare(
             backward_kernel, B, tile, **of_h, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0,
             ln_hh_ptr=ln_hh, gh_hat_ptr=gh_hat, gh_rstd_ptr=gh_rstd, ln_c_weight_ptr=ln_c_weight,
             ln_c_bias_ptr=ln_c_bias, zone_h_ptr=None if parted else zone_h, zone_c_ptr=zone_c, bound_ptr=clip_norm,
@@ -129,13 +150,34 @@ def scan_backward(
             draw_ptr=draw, dh_new_ptr=None if parted else dh_new, CELL_TOTAL=total, CELL_BACKWARD=backward,
             G=len(spec.gates), K=K, H=H, BLOCK_H=_width(H),
         )  # fmt: skip
-        _multiply((dgh if spec.split else dgx)[t] if draw is None else draw, w_hh, product)
-        after = before
+
+        def run(i, t):
+            if parted:
+                settle(i=i)
+                project(dh_new[t])
+            if twice:
+                project_reported(unclamped)
+            retreat(i=i)
+            recur(gates[t] if draw is None else draw)
+
+        return run
+
+    pair = [(float32(B, P), float32(B, H, when=c0 is not None)) for _ in range(2)]
+    ends = {-1: (pair[1][0], None if c0 is None else dc0), T - 1: (dh_n, dc_n)}
+
+    def after(i):
+        """Where the gradients of the states after step i are, but for the part that passed through W_hh."""
+        return ends.get(i, pair[i % 2])
+
+    between = [step(pair[k], pair[1 - k]) for k in range(2)]
+    for i in reversed(range(T if B else 0)):
+        run = between[i % 2] if 0 < i < T - 1 else step(after(i), after(i - 1), last=i == T - 1)
+        run(i, T - 1 - i if reverse else i)
     if B:
-        _launch(
+        _prepare(
             initial_kernel, B, tile, flags_ptr=flags, recurrent_ptr=recurrent_mask, product_ptr=product,
-            scales_ptr=scales, rest_ptr=after[0], dh0_ptr=dh0, T=T, P=P, BLOCK_P=_width(P), REVERSE=reverse,
-        )  # fmt: skip
+            scales_ptr=scales, rest_ptr=after(-1)[0], dh0_ptr=dh0, T=T, P=P, BLOCK_P=_width(P), REVERSE=reverse,
+        )()  # fmt: skip
     if scales is not None:
         dh_new.mul_(scales[..., None])
     dgh, dh_new = (saved.new_empty(0) if g is None else g for g in (dgh, dh_new))

@@ -16,6 +16,7 @@ from .. import tiles
 from ..cells import CELLS, RESET
 from ..directions import each_direction, walks_back
 from . import rows
+from .launch import Launch
 
 
 def _interpreted() -> bool:
@@ -82,7 +83,9 @@ def _together(tile: tiles.Tile | tiles.RowTile, w_hh: Tensor, batch_size: int) -
 
 
 def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile, reverse: bool):
-    """A function that launches `kernel`, given its pointers and step range, with what all launches of a call share."""
+    """A function of `kernel`'s pointers that returns one of a range of steps, `(t_begin, t_end)`, which launches it.
+
+    Both may be called again and again; what all launches of a call share is in them."""
     spec, hidden_size = CELLS[cell], w_hh.shape[-1]
     grid = _grid(tile, hidden_size, batch_size, len(w_hh) if w_hh.dim() == 3 else 1)
     shared = dict(
@@ -100,13 +103,18 @@ def _launcher(kernel, cell: str, w_hh: Tensor, batch_size: int, tile: tiles.Tile
     else:
         shared.update(arrived_ptr=None, report_ptr=None)
 
-    def launch(**arguments):
-        if shared["arrived_ptr"] is not None:
-            shared["arrived_ptr"].zero_()
-        if batch_size:
-            kernel[grid](**arguments, **shared)
+    def prepare(**arguments):
+        launch = Launch(kernel, grid, **arguments, **shared)
 
-    return launch
+        def run(t_begin: int, t_end: int):
+            if shared["arrived_ptr"] is not None:
+                shared["arrived_ptr"].zero_()
+            if batch_size:
+                launch(t_begin=t_begin, t_end=t_end)
+
+        return run
+
+    return prepare
 
 
 MOST_STEPS = 1 << 20  # of a grouped launch: times the programs of a group, below STUCK of kernels/barrier.py
@@ -183,20 +191,21 @@ def scan_forward(
     sent = None if tile.mode == "local" else gx.new_empty(2, *D, B, H)
     if sent is not None:
         sent[0] = _first_operand(h0, flags, recurrent_mask, reverse)
-    launch = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
+    prepare = _launcher(forward_kernel, cell, w_hh, B, tile, reverse)
 
-    def steps(t_begin, t_end, before, after):
-        launch(
+    def steps(before, after):
+        return prepare(
             gx_ptr=gx, w_ptr=w_hh, b_ptr=b_hh, flags_ptr=flags, recurrent_ptr=recurrent_mask,
             zone_h_ptr=zone_h, zone_c_ptr=zone_c, h_in_ptr=before[0], c_in_ptr=before[1],
             h_out_ptr=after[0], c_out_ptr=after[1], sent_ptr=sent, y_ptr=y, c_ptr=c if c.numel() else None,
-            saved_ptr=saved if save else None, T=T, t_begin=t_begin, t_end=t_end, CELL_FORWARD=EQUATIONS[cell][0],
+            saved_ptr=saved if save else None, T=T, CELL_FORWARD=EQUATIONS[cell][0],
         )  # fmt: skip
 
-    first, last = (h0, c0), (h_n, None if c0 is None else c_n)
+    last = h_n, None if c0 is None else c_n
+    first, others = steps((h0, c0), last), steps(last, last)
     with _device(gx):
         for t_begin, t_end in _ranges(tile, H, 0, T):
-            steps(t_begin, t_end, last if t_begin else first, last)
+            (others if t_begin else first)(t_begin, t_end)
     return y, c, h_n, c_n, saved
 
 
@@ -240,25 +249,28 @@ def scan_backward(
     parted = scratch(*D, 2, S, T, count, B, when=norms)
     sent_x, sent_h = scratch(2, *D, B, GH, when=apart), scratch(2, *D, B, GH, when=apart and spec.split)
     parts = scratch(2, S * count, *D, B, when=apart)
-    launch = _launcher(backward_kernel, cell, w_hh, B, tile, reverse)
+    prepare = _launcher(backward_kernel, cell, w_hh, B, tile, reverse)
     _, total, backward = EQUATIONS[cell]
 
-    def steps(t_begin, t_end, after, before):
-        launch(
+    def steps(after, before):
+        return prepare(
             dy_ptr=dy, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0, w_ptr=w_hh,
             flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, zone_c_ptr=zone_c,
             bound_ptr=clip_norm, clip_value=clip_value, dh_in_ptr=after[0], dc_in_ptr=after[1],
             dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=dgx, dgh_ptr=dgh, norms_ptr=parted,
-            sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T, t_begin=t_begin, t_end=t_end,
+            sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T,
             CELL_TOTAL=total, CELL_BACKWARD=backward, WIDTH=1 << (S * count - 1).bit_length(),
         )  # fmt: skip
 
     last, first = (dh_n, dc_n), (dh0, None if c0 is None else dc0)
     rest = (scratch(*D, B, H), scratch(*D, B, H, when=c0 is not None))
-    begin = 0 if tile.mode == "local" else -1
+    begin, between = 0 if tile.mode == "local" else -1, steps(rest, rest)
     with _device(saved):
         for t_begin, t_end in reversed(_ranges(tile, H, begin, T)):
-            steps(t_begin, t_end, last if t_end == T else rest, first if t_begin == begin else rest)
+            launch = between
+            if t_end == T or t_begin == begin:
+                launch = steps(last if t_end == T else rest, first if t_begin == begin else rest)
+            launch(t_begin, t_end)
         report = _whole_norms(parted) if norms else _nothing(saved, torch.float32)
     return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, _nothing(saved), report
 

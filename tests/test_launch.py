@@ -1,0 +1,217 @@
+"""What the launches of a call hand over to Triton's launch function, on a driver that only takes notes.
+
+Kernels compile for a GPU that is not there, so this runs in a process of its own, without Triton's interpreter: this
+file, as a script with the cases as JSON. `python tests/test_launch.py time` measures what a launch costs the CPU.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import timeit
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+T, B, H = 7, 2, 16
+MASKS = ["flags", "recurrent", "zone_h", "zone_c"]
+EVERYTHING = [*MASKS, "clip_norm", "clip_value", "norms"]
+# Mode, cell, dtype, extras; and the launches of the forward and the backward call.
+CASES = {
+    "stepwise": ("stepwise", "lstm", "bfloat16", [], T, T + 1),
+    "stepwise everything": ("stepwise", "gru", "float32", EVERYTHING, T, T + 1),
+    "grouped": ("grouped", "lstm", "float16", [*MASKS, "norms"], -(-T // 2), -(-(T + 1) // 2)),
+    "rows": ("rows", "gru", "bfloat16", [], T, T + 1),
+    "rows everything": (
+        "rows", "lstm", "float32", [*EVERYTHING, "layer_norm", "projection"], 2 * T, 2 * T + 1,
+    ),
+}  # fmt: skip
+
+
+NUMBERS = itertools.count()
+
+
+class Notes:
+    """Stands in for Triton's driver of an H100: keeps what every launch hands over, and launches nothing."""
+
+    def __init__(self, keep: bool):
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.stream, self.launched, self.keep = GPUTarget("cuda", 90, 32), 0, [], keep
+        self.utils = SimpleNamespace(
+            # module, function, registers, spills, threads
+            load_binary=lambda name, *_: (name, next(NUMBERS), 0, 0, 1024), unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        )  # fmt: skip
+
+    def take_over(self):
+        """Once per process: what has been compiled stays with the driver that it was compiled for."""
+        from triton.runtime import driver
+
+        driver.set_active(self)
+
+    def launcher_cls(self, source, metadata):
+        if not self.keep:
+            return lambda *arguments: None
+        return lambda *arguments: self.launched.append((metadata.launch_cooperative_grid, *arguments))
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return self.stream
+
+
+def run_case(mode, cell, dtype, extras, misaligned=False):
+    """One forward and one backward call of the Triton backend; yields after each."""
+    from fastrnn.backends import triton as launcher
+    from fastrnn.tiles import RowTile, Tile
+    from problems import Problem
+
+    launcher._report = lambda: torch.zeros(1, dtype=torch.int32)  # as a GPU has it, in pinned memory
+    launcher.MOST_STEPS = 2  # of a grouped launch, so that there are several
+    tile = RowTile(2, 4) if mode == "rows" else Tile(mode, 16, 16, 16, 4, 1)
+    problem = Problem(cell, "cpu", getattr(torch, dtype), (T, B, H), reverse=True, extras=extras)
+    if misaligned:
+        problem.h0 = problem.h0.new_zeros(1 + B * H)[1:].view(B, H)
+    y, c, _, _, saved = problem.forward(launcher, tile=tile)
+    yield
+    problem.backward(launcher, y, c, saved, tile=tile)
+    yield
+
+
+def noted(launch: tuple) -> list:
+    """What a launch handed over, in a form that compares: tensors as addresses, what hooks are told as its items."""
+    *head, function, metadata, told, enter, leave = launch[:10]
+    arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in launch[10:]]
+    return [*head, function, metadata, told.get(), enter, leave, *arguments]
+
+
+def watch(notes: Notes, case: dict) -> dict:
+    """The case run with every launch of ours beside Triton's own way of the same; what came of it."""
+    import triton
+
+    from fastrnn.backends.launch import Launch
+
+    ours, way = Launch.__call__, triton.runtime.JITFunction.run
+    found = {"launches": [], "bound": [], "different": []}
+    bound, functions = 0, set()
+
+    def count(*args, **kwargs):
+        nonlocal bound
+        bound += 1
+        return way(*args, **kwargs)
+
+    def both(launch, **step):
+        nonlocal bound
+        notes.stream += 1  # a launch goes to the stream that is current when it is made
+        before = bound
+        notes.launched.clear()
+        ours(launch, **step)
+        found["bound"][-1] += bound - before
+        found["launches"][-1] += 1
+        launch.kernel[launch.grid](**launch.arguments, **step)
+        functions.update(note[5] for note in notes.launched)
+        got, want = map(noted, notes.launched)
+        if got != want:
+            found["different"].append([launch.kernel.__name__, repr(got), repr(want)])
+
+    Launch.__call__, triton.runtime.JITFunction.run = both, count
+    try:
+        steps = run_case(**case)
+        for _ in range(2):
+            found["launches"].append(0)
+            found["bound"].append(0)
+            next(steps)
+    finally:
+        Launch.__call__, triton.runtime.JITFunction.run = ours, way
+    return {**found, "functions": len(functions)}
+
+
+def refused() -> str:
+    """The argument that the kernel specialises on and that may therefore not be passed to a second launch."""
+    from fastrnn.backends.launch import Launch
+    from fastrnn.kernels.norms import finish_kernel
+
+    x = torch.zeros(2, 1, 1)
+    launch = Launch(finish_kernel, (1,), partial_ptr=x, norm_ptr=x, TILES=2, WIDTH=2, BLOCK_B=32)
+    launch(B=1)
+    try:
+        launch(B=16)
+    except KeyError as error:
+        return error.args[0]
+
+
+def answer(cases: list[dict], cache) -> dict:
+    """`watch` of every case and `refused`, from a process without the interpreter."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(cases), env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.slow
+def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
+    """Function, grid, stream, metadata, hooks, and every argument, forward and backward, in every mode that repeats."""
+    names = ("mode", "cell", "dtype", "extras")
+    cases = [dict(zip(names, case, strict=False)) for case in CASES.values()]
+    cases.append({**cases[0], "misaligned": True})
+    found = answer(cases, tmp_path)
+    for name, (*_, forward, backward), watched in zip(CASES, CASES.values(), found["watched"], strict=False):
+        assert watched["different"] == [], name
+        assert watched["launches"] == [forward, backward], name
+    stepwise, rows = found["watched"][0], found["watched"][4]
+    # Bound by Triton: the step at either end, and each of the others the first time its pointers occur.
+    assert stepwise["bound"] == [2, 3]
+    assert rows["bound"] == [2 * 4, 2 * 4 + 1]
+    # A state of the caller's that does not lie on 16 bytes has a kernel of its own; the others keep theirs.
+    misaligned = found["watched"][5]
+    assert misaligned["different"] == [] and misaligned["functions"] == stepwise["functions"] + 1
+    assert found["refused"] == "B"
+
+
+def measure():
+    """What docs/kernels.md says of a launch's time on the CPU, with a launch function that does nothing."""
+    import triton
+
+    from fastrnn.backends.launch import Launch
+
+    Notes(keep=False).take_over()
+    ours, launches = Launch.__call__, {}
+
+    def keep(launch, **step):
+        launches[launch.kernel] = launch, step
+        ours(launch, **step)
+
+    print(f"Triton {triton.__version__}\n\n| | kernel | arguments | ordinary, us | repeated, us |\n|---|---|---|---|---|")
+    for name, case in CASES.items():
+        Launch.__call__ = keep
+        launches.clear()
+        list(run_case(*case[:4]))
+        Launch.__call__ = ours
+        for kernel, (launch, step) in launches.items():
+            ours(launch, **step)
+            ways = (lambda: kernel[launch.grid](**launch.arguments, **step)), (lambda: launch(**step))
+            times = [min(timeit.repeat(way, number=100, repeat=100)) * 1e4 for way in ways]
+            columns = name, kernel.__name__, len(kernel.params), *(f"{time:.1f}" for time in times)
+            print("|", " | ".join(map(str, columns)), "|", flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["time"]:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        measure()
+elif __name__ == "__main__":
+    notes = Notes(keep=True)
+    notes.take_over()
+    found = {"watched": [watch(notes, case) for case in json.load(sys.stdin)], "refused": refused()}
+    json.dump(found, sys.stdout)
