@@ -179,8 +179,10 @@ def run(
         # What stands in the padding, NaN included, must reach neither the weights' gradients nor the states.
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
     clip_norm = options.clip_norm
-    if clip_norm is not None:
-        clip_norm = torch.as_tensor(clip_norm, dtype=acc, device=x.device)
+    if isinstance(clip_norm, Tensor):
+        clip_norm = clip_norm.to(x.device, acc)
+    elif clip_norm is not None:  # filled there: a copy from the host waits for the GPU, and no CUDA graph holds it
+        clip_norm = torch.full((), clip_norm, dtype=acc, device=x.device)
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     final, outputs = [], []
