@@ -164,6 +164,14 @@ def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
     assert grids[3:] == [2]
 
 
+@pytest.mark.parametrize("mode", ["stepwise", "rows"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_one_step_and_more_than_two_kinds_of_launches(steps, mode, device):
+    """The first step, the last, and between them those that take turns with two buffers, launched again and again."""
+    extras = WHOLE if mode == "rows" else Problem.ALL
+    check_against_reference(Problem("lstm", device, sizes=(steps, 2, 5), extras=extras, reverse=True), MODES[mode])
+
+
 @pytest.mark.parametrize("mode", SMALL)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_of_tiny_and_huge_gradients(scale, mode, device):

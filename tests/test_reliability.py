@@ -1,5 +1,6 @@
 """What only shows over time or beside others: memory over many steps, very long sequences, threads, streams, graphs."""
 
+import copy
 import gc
 import os
 import threading
@@ -167,13 +168,23 @@ def test_two_streams_at_once_give_the_results_of_one(kind, backend):
             assert all(map(torch.equal, got, want))
 
 
+CAPTURED = [("local", {}), ("grouped", {}), ("stepwise", {}), ("rows", {}), ("rows", {"layer_norm": True})]
+
+
+@pytest.fixture
+def mode(request, monkeypatch):
+    """The mode of the Triton scan; grouped takes float32 as TF32 only."""
+    monkeypatch.setenv("FASTRNN_TRITON_MODE", request.param)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("mode", "settings"), CAPTURED, indirect=["mode"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_a_forward_and_backward_in_a_cuda_graph(kind, layer_norm):
+def test_a_forward_and_backward_in_a_cuda_graph(kind, mode, settings):
     """The whole step is captured, so it nowhere waits for the GPU; replayed on new input it gives what eager gives."""
     # eval: without masks, which a replay draws afresh
-    module = on_gpu(kind, bidirectional=True, zoneout=0.1, layer_norm=layer_norm).eval()
+    module = on_gpu(kind, bidirectional=True, zoneout=0.1, clip_state_grad_norm=0.5, **settings).eval()
     T, B = 12, 8
     x, lengths = torch.randn(T, B, 16, device="cuda"), torch.arange(B, device="cuda") + 5
     tap = torch.zeros(2, 2, len(module(x)[1]) if kind == "LSTM" else 1, T, B, device="cuda", requires_grad=True)
@@ -199,6 +210,24 @@ def test_a_forward_and_backward_in_a_cuda_graph(kind, layer_norm):
         for got, want in zip(captured, step(), strict=True):
             # float32; cuBLAS may choose another GEMM while capturing, which sums some 1e2 terms in another order.
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "settings"), CAPTURED, indirect=["mode"])
+def test_make_graphed_callables(mode, settings):
+    """PyTorch's own capture of a module, forward and backward apart."""
+    module = on_gpu("LSTM", **settings)
+    x = torch.randn(12, 8, 16, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(module), (torch.randn_like(x, requires_grad=True),))
+    for _ in range(2):
+        results = []
+        for each in (module, graphed):
+            y, (h, c) = each(x)
+            loss = y.square().sum() + h.sum() + c.sum()
+            results.append([y.detach().clone(), *torch.autograd.grad(loss, (x, *each.parameters()))])
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # as above
+        x = torch.randn_like(x, requires_grad=True)
 
 
 @pytest.mark.gpu
