@@ -67,16 +67,18 @@ class Notes:
         return self.stream
 
 
-def run_case(mode, cell, dtype, extras, misaligned=False):
+def run_case(mode, cell, dtype, extras, misaligned=False, directions=(True,)):
     """One forward and one backward call of the Triton backend; yields after each."""
     from fastrnn.backends import triton as launcher
     from fastrnn.tiles import RowTile, Tile
-    from problems import Problem
+    from problems import Problem, in_one_call
 
     launcher._report = lambda: torch.zeros(1, dtype=torch.int32)  # as a GPU has it, in pinned memory
     launcher.MOST_STEPS = 2  # of a grouped launch, so that there are several
     tile = RowTile(2, 4) if mode == "rows" else Tile(mode, 16, 16, 16, 4, 1)
-    problem = Problem(cell, "cpu", getattr(torch, dtype), (T, B, H), reverse=True, extras=extras)
+    sizes, dtype = (T, B, H), getattr(torch, dtype)
+    problems = [Problem(cell, "cpu", dtype, sizes, reverse, extras, seed=int(reverse)) for reverse in directions]
+    problem = problems[0] if len(problems) == 1 else in_one_call(problems)
     if misaligned:
         problem.h0 = problem.h0.new_zeros(1 + problem.h0.numel())[1:].view_as(problem.h0)
     y, c, _, _, saved = problem.forward(launcher, tile=tile)
@@ -163,7 +165,7 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
     """Function, grid, stream, metadata, hooks and every argument, forward and backward, in all modes but local."""
     names = ("mode", "cell", "dtype", "extras")
     cases = [dict(zip(names, case, strict=False)) for case in CASES.values()]
-    cases.append({**cases[0], "misaligned": True})
+    cases += [{**cases[0], "misaligned": True}, {**cases[0], "directions": [False, True]}]
     found = answer(cases, tmp_path)
     for name, (*_, forward, backward), watched in zip(CASES, CASES.values(), found["watched"], strict=False):
         assert watched["different"] == [], name
@@ -173,8 +175,9 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
     assert stepwise["bound"] == [2, 3]
     assert rows["bound"] == [2 * 4, 2 * 4 + 1]
     # A state of the caller's that does not lie on 16 bytes has a kernel of its own; the others keep theirs.
-    misaligned = found["watched"][5]
+    misaligned, both_directions = found["watched"][5:]
     assert misaligned["different"] == [] and misaligned["functions"] == stepwise["functions"] + 1
+    assert both_directions["different"] == [] and both_directions["launches"] == [T, T + 1]
     assert found["refused"] == "B"
 
 
