@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from scripts import without_interpreter
 
 from fastrnn import tiles
 from fastrnn.cells import CELLS
@@ -178,13 +179,7 @@ def compiled(case: dict) -> dict:
 
 def read_compiled(cases: list[dict], cache) -> list[dict]:
     """`compiled` of every case, in a process without the interpreter."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(cases), env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout)
+    return without_interpreter(__file__, cases, cache)
 
 
 # cell, dtype, H, B: the largest H of a tile that holds all of W_hh, or one far beyond.

@@ -7,7 +7,6 @@ file, as a script with the cases as JSON. `python tests/test_launch.py time` mea
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import timeit
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import without_interpreter
 
 T, B, H = 7, 2, 16
 MASKS = ["flags", "recurrent", "zone_h", "zone_c"]
@@ -149,24 +149,13 @@ def refused() -> str:
         return error.args[0]
 
 
-def answer(cases: list[dict], cache) -> dict:
-    """`watch` of every case and `refused`, from a process without the interpreter."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(cases), env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout)
-
-
 @pytest.mark.slow
 def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
     """Function, grid, stream, metadata, hooks and every argument, forward and backward, in all modes but local."""
     names = ("mode", "cell", "dtype", "extras")
     cases = [dict(zip(names, case, strict=False)) for case in CASES.values()]
     cases += [{**cases[0], "misaligned": True}, {**cases[0], "directions": [False, True]}]
-    found = answer(cases, tmp_path)
+    found = without_interpreter(__file__, cases, tmp_path)
     for name, (*_, forward, backward), watched in zip(CASES, CASES.values(), found["watched"], strict=False):
         assert watched["different"] == [], name
         assert watched["launches"] == [forward, backward], name
