@@ -13,14 +13,17 @@ TORCH  ?= torch
 JOBS   ?= 2
 # Passed on to pytest, e.g. make test PYTEST_ARGS="-k lengths -x"
 PYTEST_ARGS ?=
-# Where `make gpu` leaves its logs and JSON, and which of its stages it runs
+# Where `make gpu` leaves its logs and JSON, which of its stages it runs, and the seconds after which one is interrupted
 OUT    ?= bench/results
-STAGES ?= build kernels latency bench rivals sanitize test
+STAGES ?= build kernels latency warm bench features rivals sanitize test
+LIMIT  ?= 560
+CORES  ?= $(shell nproc)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu clean \
+    gpu-build gpu-kernels gpu-latency gpu-warm gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
@@ -68,29 +71,50 @@ bench: $(READY)
 	mkdir -p bench/results
 	$(RUN) -m pytest bench --benchmark-json=bench/results/bench-cpu.json $(PYTEST_ARGS)
 
-# Every stage runs, whatever became of the one before it; the exit codes come last. Test processes run one at a time:
-# kernels that wait for each other within a bounded time must not share the GPU with another process.
-stage_build = $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
-stage_test  = $(PYTHON) -m pytest tests -m 'gpu or not gpu' -p no:benchmark --durations=20 $(PYTEST_ARGS)
-# What has to hold before any figure counts: the kernels themselves, natively. `test` is the whole suite.
-stage_kernels = $(PYTHON) -m pytest tests/test_kernels.py tests/test_csrc_cuda.py tests/test_csrc_persistent.py \
-    tests/test_norms.py tests/test_reliability.py -p no:benchmark --durations=20 $(PYTEST_ARGS)
-# A small case of each kind of kernel under compute-sanitizer, once per tool.
-SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
-    or grouped_equals_stepwise and lstm and bfloat16 and all
-stage_sanitize = for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
-    $(PYTHON) -m pytest tests/test_csrc_persistent.py tests/test_kernels.py -p no:benchmark -k '$(SANITIZED)' || exit; done
-stage_latency = $(PYTHON) -m bench.latency '$(OUT)'
-stage_bench = $(PYTHON) -m pytest bench --ignore=bench/bench_rivals.py --benchmark-json='$(OUT)/bench-gpu.json' $(PYTEST_ARGS)
-stage_rivals = $(PYTHON) -m pytest bench/bench_rivals.py --benchmark-json='$(OUT)/rivals-gpu.json' $(PYTEST_ARGS)
+# Every stage runs, whatever became of the one before it; the exit codes come last. Side by side on the GPU, processes
+# mostly compile. What failed beside others is run once more alone, because kernels wait for each other for a bounded
+# time, and might not get the GPU within it. What is timed never shares the GPU.
 gpu: export FASTRNN_TEST_DEVICE := cuda
 gpu: export PYTHONUNBUFFERED := 1
 gpu:
 	@mkdir -p '$(OUT)'; unset TRITON_INTERPRET; failed=0; summary=; \
-	$(foreach s,$(STAGES),echo "== $(s)"; code=0; \
-	    ( $(stage_$(s)) ) 2>&1 | tee '$(OUT)/$(s).log' || code=$$?; \
-	    summary+="$(s): exit code $$code"$$'\n'; [ $$code = 0 ] || failed=1;) \
+	for stage in $(STAGES); do \
+	    echo "== $$stage"; code=0; begin=$$SECONDS; \
+	    timeout -s INT -k 15 $(LIMIT) $(MAKE) --no-print-directory "gpu-$$stage" 2>&1 | tee "$(OUT)/$$stage.log" \
+	        || code=$$?; \
+	    summary+="$$stage: exit code $$code, $$((SECONDS - begin)) s"$$'\n'; [ $$code = 0 ] || failed=1; \
+	done; \
 	printf '== summary\n%s' "$$summary"; exit $$failed
+
+GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --durations=20 --tb=short $(PYTEST_ARGS)
+GPU_BENCH = $(PYTHON) -m pytest --benchmark-json='$(OUT)/$(1).json' --records='$(OUT)/$(1).jsonl' $(PYTEST_ARGS)
+# A small case of each kind of kernel, for compute-sanitizer.
+SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
+    or grouped_equals_stepwise and lstm and bfloat16 and all
+
+gpu-build:
+	$(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
+# What has to hold before any figure counts: the kernels themselves, natively.
+gpu-kernels:
+	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none
+gpu-latency:
+	$(PYTHON) -m bench.latency '$(OUT)'
+gpu-warm:
+	$(PYTHON) -m bench.warm
+gpu-bench:
+	$(call GPU_BENCH,bench-gpu) bench/bench_scan.py
+gpu-features:
+	$(call GPU_BENCH,features-gpu) bench/bench_features.py
+gpu-rivals:
+	$(call GPU_BENCH,rivals-gpu) bench/bench_rivals.py
+gpu-sanitize:
+	failed=0; for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -p no:benchmark -k '$(SANITIZED)' \
+	        tests/test_csrc_persistent.py tests/test_kernels.py || failed=$$?; \
+	done; exit $$failed
+# The tests that no GPU takes part in.
+gpu-test:
+	$(GPU_TESTS) -m 'not gpu' -n $(CORES) --dist worksteal
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -16,8 +16,8 @@ ADAPTERS = {
 }
 
 
-def measure_with_rivals(case) -> dict:
-    return measure.measure(case, rivals.CONTESTANTS_OF_RIVAL_CASES) | {"suite": "rivals"}
+def measure_with_rivals(case, broken) -> dict:
+    return measure.measure(case, broken, rivals.CONTESTANTS_OF_RIVAL_CASES) | {"suite": "rivals"}
 
 
 @pytest.mark.parametrize("case", rivals.RIVAL_CASES, ids=lambda case: case.name)

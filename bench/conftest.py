@@ -1,39 +1,79 @@
 """One measurement per case and session, shared by the benchmarks and the acceptance tests; the JSON; the summary."""
 
+import json
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 
 from . import feature_cases, machine, report, rivals
-from .cases import CASES, DEVICE, SESSION_SECONDS
+from .cases import CASES, DEVICE, LONGEST_CASE, SESSION_SECONDS
 from .measure import measure
+from .worker import Worker
 
 
 class Session:
-    """The records so far, by case, and when each suite (told by its `measure`) began."""
+    """The records so far, by case, and when each suite (told by its `measure`) began.
 
-    def __init__(self):
+    `path`: takes the machine's description and each record as a line of JSON, as soon as it is there.
+    """
+
+    def __init__(self, path: Path | None):
         self.begin: dict[Callable, float] = {}
         self.records: dict[tuple[Callable, str], dict] = {}
+        self.failed: dict[tuple[Callable, str], Exception] = {}
         self.not_run: dict[str, str] = {}
+        self.path, self.worker = path, Worker()
 
-    def record(self, case, measure: Callable = measure, seconds: float = SESSION_SECONDS) -> dict:
+    def record(
+        self, case, measure: Callable = measure, seconds: float = SESSION_SECONDS, longest: float = LONGEST_CASE
+    ) -> dict:
         """Measures a case the first time it is asked for; skips the test once the suite's time is spent."""
         key = measure, case.name
+        if key in self.failed:
+            raise self.failed[key]
         if key not in self.records:
             if time.monotonic() - self.begin.setdefault(measure, time.monotonic()) > seconds:
                 self.not_run[case.name] = f"the time budget of {seconds:.0f} s was spent"
                 pytest.skip(self.not_run[case.name])
-            self.records[key] = measure(case)
+            try:
+                self.records[key] = (
+                    measure(case, {}) if DEVICE == "cpu" else self.worker.measure(measure, case, longest)
+                )
+            except Exception as error:
+                self.failed[key] = error
+                raise
+            self.write(self.records[key])
         return self.records[key]
+
+    def write(self, record: dict) -> None:
+        if self.path is None:
+            return
+        if len(self.records) == 1:
+            now = datetime.now(timezone.utc).isoformat()
+            head = {"datetime": now, "machine_info": machine.describe(DEVICE), "commit_info": machine.commit()}
+            self.path.write_text(json.dumps(head) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 SESSION = pytest.StashKey[Session]()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--records", type=Path, help="a file for each case's record, a line of JSON, as soon as it is there"
+    )
+
+
 def pytest_configure(config):
-    config.stash[SESSION] = Session()
+    config.stash[SESSION] = Session(config.getoption("--records", None))
+
+
+def pytest_unconfigure(config):
+    config.stash[SESSION].worker.close()
 
 
 @pytest.fixture

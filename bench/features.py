@@ -10,7 +10,7 @@ dtype under test, so that they are the same.
 import copy
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ from . import agreement, loops, machine, timing
 from .cases import DEVICE
 from .contestants import CannotRun
 from .feature_cases import CASE_SECONDS, LOOPS, PLAIN, ROUNDING, FeatureCase, P
-from .measure import SEED, precision
+from .measure import SEED, in_words, precision
+from .worker import raise_if_lost
 
 NAMES = ("y", "h_n", "c_n", "c")
 
@@ -193,7 +194,7 @@ def results(problem: Problem, contestant: Contestant, x: Tensor, gradients) -> a
     return dict(zip(NAMES, outputs, strict=False)) | dict(zip(names, found, strict=False))
 
 
-def measure(case: FeatureCase) -> dict:
+def measure(case: FeatureCase, broken: Mapping[str, str] = {}) -> dict:  # noqa: B006
     """The record of a case, as in `measure.measure`, with `speed_up` by contestant: the faster loop's time over its."""
     torch.manual_seed(SEED)
     record = {
@@ -208,8 +209,8 @@ def measure(case: FeatureCase) -> dict:
         "clocks": [machine.clocks(DEVICE)],
     }
     with precision(case.tf32):
-        problem, x, gradients = _given(case)
-        right = _agreeing(problem, x, gradients, record["contestants"])
+        problem, x, gradients = given(case)
+        right = _agreeing(problem, x, gradients, broken, record["contestants"])
         _time(problem, right, x, gradients, record)
     record["load"].append(os.getloadavg()[0])
     record["clocks"].append(machine.clocks(DEVICE))
@@ -221,7 +222,7 @@ def measure(case: FeatureCase) -> dict:
 
 def fastrnn_call(case: FeatureCase) -> Callable[[], None]:
     """A call of fastrnn on the backend that it chooses, waited for."""
-    problem, x, gradients = _given(case)
+    problem, x, gradients = given(case)
     run, leaves = fused(problem, None), [x, *problem.parameters.values()]
 
     def timed():
@@ -233,7 +234,7 @@ def fastrnn_call(case: FeatureCase) -> Callable[[], None]:
     return timed
 
 
-def _given(case: FeatureCase) -> tuple[Problem, Tensor, dict[str, Tensor]]:
+def given(case: FeatureCase) -> tuple[Problem, Tensor, dict[str, Tensor]]:
     """The problem, x, and the gradients of the outputs, by name."""
     problem = Problem(case)
     x, *gradients = (
@@ -244,13 +245,16 @@ def _given(case: FeatureCase) -> tuple[Problem, Tensor, dict[str, Tensor]]:
     return problem, x.requires_grad_(), dict(zip(names, gradients, strict=False))
 
 
-def _agreeing(problem: Problem, x, gradients, entries: dict) -> dict[str, Contestant]:
+def _agreeing(problem: Problem, x, gradients, broken, entries: dict) -> dict[str, Contestant]:
     """The contestants that compute what the float64 loop computes; the others get a reason in their entry."""
     case, twin = problem.case, problem.double()
     truth = results(twin, loop(twin, "ops"), x.detach().double().requires_grad_(), gradients)
     yardstick, right = {}, {}
     for name, build in contestants(problem).items():
         entry = entries[name] = {}
+        if name in broken:
+            entry["failed"] = broken[name]
+            continue
         try:
             contestant = build()
             entry["note"] = f"auto takes {contestant.takes}" if name == "fastrnn" else ""
@@ -267,7 +271,8 @@ def _agreeing(problem: Problem, x, gradients, entries: dict) -> dict[str, Contes
         except CannotRun as reason:
             entry |= {"cannot": str(reason), "same_as": reason.same_as}
         except Exception as error:  # one broken contestant must not hide the others; the test fails on it
-            entry["failed"] = f"{type(error).__name__}: {error}"[:1000]
+            entry["failed"] = in_words(error)
+            raise_if_lost(name, entry["failed"])
     return right
 
 

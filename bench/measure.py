@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import statistics
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from . import agreement, machine, timing
 from .cases import CASE_SECONDS, DEVICE
 from .contestants import CONTESTANTS, CannotRun, Contestant, Model, chosen, environment, on_backend, yardstick_module
 from .limit import device_model, floor
+from .worker import raise_if_lost
 
 SEED = 2013
 NAMES = ("y", "h_n", "c_n")
@@ -86,14 +88,17 @@ def truth(case, module: torch.nn.Module, inputs: Inputs, features: frozenset[str
 # ------------------------------------------------------------------------------------------------------- one case
 
 
-def measure(case, contestants: tuple[Contestant, ...] = CONTESTANTS) -> dict:
-    """The record of a case; see `bench/report.py` for what is made of it. The first contestant is the yardstick."""
+def measure(case, broken: Mapping[str, str] = {}, contestants: tuple[Contestant, ...] = CONTESTANTS) -> dict:  # noqa: B006
+    """The record of a case; see `bench/report.py` for what is made of it. The first contestant is the yardstick.
+
+    `broken`: contestants that are not tried, each with the reason. Raises GpuLost where another one has to be.
+    """
     torch.manual_seed(SEED)
     with precision(case.tf32):
         module = yardstick_module(case, DEVICE)
         inputs = random_inputs(case)
         record = _describe(case, module, inputs)
-        models = _build(case, module, contestants, record["contestants"])
+        models = _build(case, module, contestants, broken, record["contestants"])
         models = _agree(case, module, inputs, models, record["contestants"])
         _time(case, inputs, models, {row.name for row in contestants if row.brief}, record)
     gc.collect()
@@ -120,21 +125,25 @@ def _describe(case, module, inputs: Inputs) -> dict:
     }
 
 
-def _build(case, module, contestants, entries: dict) -> dict[str, tuple[Contestant, Model]]:
+def _build(case, module, contestants, broken, entries: dict) -> dict[str, tuple[Contestant, Model]]:
     models = {}
     for row in contestants:
         entry = entries[row.name] = {}
+        if row.name in broken:
+            entry["failed"] = broken[row.name]
+            continue
         try:
             models[row.name] = row, row.model(case, module)
             entry["note"] = models[row.name][1].note
         except CannotRun as reason:
             entry |= {"cannot": str(reason), "same_as": reason.same_as}
         except Exception as error:  # one broken contestant must not hide the others; the test fails on it
-            entry["failed"] = _in_words(error)
+            entry["failed"] = in_words(error)
+            raise_if_lost(row.name, entry["failed"])
     return models
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
@@ -151,7 +160,8 @@ def _agree(case, module, inputs, models, entries):
                 truths[target] = truth(case, module, inputs, target)
             found = agreement.errors(results(case, model, module, inputs), truths[target])
         except Exception as error:
-            entries[name]["failed"] = _in_words(error)
+            entries[name]["failed"] = in_words(error)
+            raise_if_lost(name, entries[name]["failed"])
             continue
         if own_way:
             found = {key: pair for key, pair in found.items() if key in NAMES}

@@ -16,7 +16,10 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3,
 
 
 def load(path: str | Path) -> tuple[dict, list[dict]]:
-    """The file, and the records of its cases."""
+    """The file, and the records of its cases. A file of `--records` will do, also of a run that was cut off."""
+    if Path(path).suffix == ".jsonl":
+        data, *records = map(json.loads, Path(path).read_text().splitlines())
+        return data, records
     data = json.loads(Path(path).read_text())
     return data, [benchmark["extra_info"] for benchmark in data["benchmarks"]]
 

@@ -16,7 +16,7 @@ from .cells import CELLS, NONLINEARITIES
 from .dispatch import Request
 from .linear import tracing
 from .reference import accumulate_dtype
-from .scan import without_autocast
+from .scan import AUTOCAST, without_autocast
 from .stack import Options
 
 
@@ -121,7 +121,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str):
     if call.packed is not None:
         x, packed_lengths = pad_packed_sequence(PackedSequence(x, call.packed.batch_sizes))
         lengths = packed_lengths.to(x.device)
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         h_dtype, c_dtype = _autocast_dtypes(call, dtype)
         x, h0 = x.to(dtype), h0.to(dtype)

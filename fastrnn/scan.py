@@ -100,9 +100,14 @@ def _vmap(function, batch_dims, out_batch_dims, info, in_dims, args):
     return unfolded, tuple(None if gone else out.dim() + dim - 1 for out, dim, gone in places)
 
 
+# Asked once, because torch.compile cannot follow the question (seen with torch 2.11).
+AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
+"""Device types that autocast knows."""
+
+
 def without_autocast(device: str):
     """The block in which autocast does not touch dtypes that have been chosen already."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST else nullcontext()
 
 
 class Scan(Function):

@@ -69,3 +69,68 @@ print(search.report({"cell": "lstm", "dtype": "bfloat16", "H": 128, "B": 64, "no
         "lstm bfloat16 H=128 B=64, 3 not tried",
         "  grouped       1.00 +     2.00 us a step  [1]",
     ]
+
+
+ASTRAY = """
+import time
+
+from bench.worker import GpuLost
+
+
+def loses(case, broken):
+    for name in ("second", "third"):
+        if name not in broken:
+            raise GpuLost(name, "an illegal memory access")
+    return {"case": case, "broken": broken}
+
+
+def hangs(case, broken):
+    time.sleep(60)
+
+
+def fails(case, broken):
+    raise ArithmeticError(case)
+"""
+
+
+def test_a_case_that_loses_its_gpu_or_hangs_costs_no_other_case(tmp_path):
+    """Only the contestant that lost the GPU is left out; the process is replaced."""
+    (tmp_path / "astray.py").write_text(ASTRAY)
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import astray
+from bench.worker import Worker
+if __name__ == "__main__":
+    worker = Worker()
+    record = worker.measure(astray.loses, "lstm", 60)
+    assert list(record["broken"]) == ["second", "third"] and "illegal" in record["broken"]["third"]
+    for function, error, seconds in ((astray.hangs, multiprocessing.TimeoutError, 0.1), (astray.fails, ArithmeticError, 60)):
+        try:
+            worker.measure(function, "gru", seconds)
+        except error:
+            continue
+        raise AssertionError(function)
+    assert worker.measure(astray.loses, "gru", 60)["case"] == "gru"
+    worker.close()
+"""
+    run(code)
+
+
+def test_records_are_written_as_they_come_and_can_be_read(tmp_path):
+    code = f"""
+from pathlib import Path
+from bench import report
+from bench.conftest import Session
+path = Path({str(tmp_path)!r}, "records.jsonl")
+session = Session(path)
+class Case:
+    def __init__(self, name): self.name = name
+def measured(case, broken): return {{"suite": "throughput", "case": case.name}}
+for name in ("a", "b", "a"):
+    session.record(Case(name), measured)
+data, records = report.load(path)
+assert [record["case"] for record in records] == ["a", "b"]
+assert {{"machine_info", "commit_info", "datetime"}} <= data.keys()
+"""
+    run(code)

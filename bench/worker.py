@@ -1,0 +1,53 @@
+"""A process of its own for a case on a GPU: a kernel that hangs or goes astray takes its process's GPU with it.
+
+The process stays from case to case, and is replaced when that has happened.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+
+import torch
+
+
+class GpuLost(Exception):
+    """A contestant left the process without a GPU."""
+
+    def __init__(self, contestant: str, reason: str):
+        super().__init__(contestant, reason)
+        self.contestant, self.reason = contestant, reason
+
+
+def raise_if_lost(contestant: str, reason: str) -> None:
+    """After an error of a contestant: GpuLost where the GPU does not answer this process any more."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise GpuLost(contestant, reason) from error
+
+
+class Worker:
+    def __init__(self):
+        self.pool = None
+
+    def measure(self, measure: Callable, case, seconds: float) -> dict:
+        """The record `measure(case, broken)`, with those contestants in `broken` that lost the GPU before.
+
+        Raises what `measure` raises, and multiprocessing.TimeoutError where it takes longer than `seconds`.
+        """
+        broken: dict[str, str] = {}
+        while True:
+            self.pool = self.pool or multiprocessing.get_context("spawn").Pool(1)
+            try:
+                return self.pool.apply_async(measure, (case, broken)).get(seconds)
+            except GpuLost as lost:
+                broken[lost.contestant] = f"the GPU was lost: {lost.reason}"
+                self.close()
+            except Exception:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.terminate()
+            self.pool = None
