@@ -39,9 +39,8 @@ class Session:
                 self.not_run[case.name] = f"the time budget of {seconds:.0f} s was spent"
                 pytest.skip(self.not_run[case.name])
             try:
-                self.records[key] = (
-                    measure(case, {}) if DEVICE == "cpu" else self.worker.measure(measure, case, longest)
-                )
+                on_gpu = DEVICE == "cuda"
+                self.records[key] = self.worker.measure(measure, case, longest) if on_gpu else measure(case, {})
             except Exception as error:
                 self.failed[key] = error
                 raise
@@ -63,9 +62,7 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--records", type=Path, help="a file for each case's record, a line of JSON, as soon as it is there"
-    )
+    parser.addoption("--records", type=Path, help="a file that takes each case's record at once, as a line of JSON")
 
 
 def pytest_configure(config):

@@ -194,7 +194,7 @@ def results(problem: Problem, contestant: Contestant, x: Tensor, gradients) -> a
     return dict(zip(NAMES, outputs, strict=False)) | dict(zip(names, found, strict=False))
 
 
-def measure(case: FeatureCase, broken: Mapping[str, str] = {}) -> dict:  # noqa: B006
+def measure(case: FeatureCase, broken: Mapping[str, str] = {}) -> dict:
     """The record of a case, as in `measure.measure`, with `speed_up` by contestant: the faster loop's time over its."""
     torch.manual_seed(SEED)
     record = {

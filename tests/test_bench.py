@@ -105,7 +105,8 @@ if __name__ == "__main__":
     worker = Worker()
     record = worker.measure(astray.loses, "lstm", 60)
     assert list(record["broken"]) == ["second", "third"] and "illegal" in record["broken"]["third"]
-    for function, error, seconds in ((astray.hangs, multiprocessing.TimeoutError, 0.1), (astray.fails, ArithmeticError, 60)):
+    late = multiprocessing.TimeoutError
+    for function, seconds, error in (astray.hangs, 0.1, late), (astray.fails, 60, ArithmeticError):
         try:
             worker.measure(function, "gru", seconds)
         except error:
