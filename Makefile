@@ -76,6 +76,7 @@ bench: $(READY)
 # time, and might not get the GPU within it. What is timed never shares the GPU.
 gpu: export FASTRNN_TEST_DEVICE := cuda
 gpu: export PYTHONUNBUFFERED := 1
+gpu: export PATH := $(PATH):/usr/local/cuda/bin
 gpu:
 	@mkdir -p '$(OUT)'; unset TRITON_INTERPRET; failed=0; summary=; \
 	for stage in $(STAGES); do \

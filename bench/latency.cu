@@ -32,16 +32,20 @@ __device__ bool wait(Ready ready) {
   return true;
 }
 
-// One counter per group, one arrival per CTA and round.
+// One counter per group, one arrival per CTA and round. A CTA that gave up leaves, and so do those behind it.
 __global__ void counter_barrier(unsigned* counters, int ctas, int rounds, int* failed) {
   unsigned* counter = counters + blockIdx.x / ctas * 32;  // a cache line of its own
   for (unsigned round = 1; round <= rounds; ++round) {
     __syncthreads();
+    bool lost = false;
     if (threadIdx.x == 0) {
       add_release(counter);
-      if (!wait([&] { return load_acquire(counter) >= round * ctas; })) *failed = 1;
+      lost = !wait([&] { return load_acquire(counter) >= round * ctas; });
     }
-    __syncthreads();
+    if (__syncthreads_or(lost)) {
+      *failed = 1;
+      return;
+    }
   }
 }
 
@@ -52,8 +56,10 @@ __global__ void data_as_flag(unsigned* words, int ctas, int rounds, int* failed)
   for (unsigned round = 1; round <= rounds; ++round) {
     volatile unsigned* slot = words + round % 3 * total;
     if (threadIdx.x == 0) slot[blockIdx.x] = round;
-    if (threadIdx.x < ctas && !wait([&] { return slot[first + threadIdx.x] == round; })) *failed = 1;
-    __syncthreads();
+    if (__syncthreads_or(threadIdx.x < ctas && !wait([&] { return slot[first + threadIdx.x] == round; }))) {
+      *failed = 1;
+      return;
+    }
   }
 }
 
@@ -113,39 +119,14 @@ double kernel_edges(cudaStream_t stream, int blocks, int rounds) {
   double seconds = timed(stream, [&] { return cudaGraphLaunch(executable, stream); });
   CHECK(cudaGraphExecDestroy(executable));
   CHECK(cudaGraphDestroy(graph));
-  return seconds / rounds;
+  return seconds < 0 ? seconds : seconds / rounds;
 }
 
-}  // namespace
-
-// Seconds per agreement of `groups` groups of `ctas` CTAs each. kind: 0 counter, 1 data as flag, 2 cluster, 3
-// kernel edge. Negative: -1 a wait gave up, -2 the groups do not fit the device at once, else -1000 - the
-// CUDA error.
-extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) {
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream));
-  if (kind == 3) {
-    double seconds = kernel_edges(stream, ctas * groups, rounds);
-    CHECK(cudaStreamDestroy(stream));
-    return seconds;
-  }
-  void (*kernels[])(unsigned*, int, int, int*) = {counter_barrier, data_as_flag, cluster_barrier};
-  auto kernel = kernels[kind];
-  unsigned* words;
-  int *failed, device, sms, per_sm, gave_up;
-  const size_t bytes = 3 * 32 * sizeof(unsigned) * ctas * groups;
-  CHECK(cudaMalloc(&words, bytes));
-  CHECK(cudaMalloc(&failed, sizeof(int)));
-  CHECK(cudaMemset(failed, 0, sizeof(int)));
-  CHECK(cudaGetDevice(&device));
-  CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0));
-  if (ctas * groups > sms * per_sm) return -2;
-
-  cudaLaunchAttribute attribute{};
+// The launch of `groups` groups of `ctas` CTAs; `attribute` has to live as long.
+cudaLaunchConfig_t configure(int kind, int ctas, int groups, cudaStream_t stream,
+                             cudaLaunchAttribute& attribute) {
   attribute.id = kind == 2 ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
   if (kind == 2) {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     attribute.val.clusterDim.x = ctas;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   } else {
@@ -157,13 +138,55 @@ extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) 
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  return config;
+}
+
+constexpr void (*kKernels[])(unsigned*, int, int, int*) = {counter_barrier, data_as_flag, cluster_barrier};
+
+}  // namespace
+
+// How many groups of `ctas` CTAs run at once, one CTA an SM; kind as below. A cluster lies within a part of
+// the chip, so that fewer fit. Negative: -1000 - the CUDA error.
+extern "C" double groups_at_once(int kind, int ctas) {
+  int device, sms, clusters;
+  CHECK(cudaGetDevice(&device));
+  CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  if (kind != 2) return sms / ctas;
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configure(kind, ctas, 1, nullptr, attribute);
+  CHECK(cudaFuncSetAttribute(kKernels[kind], cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernels[kind], &config));
+  return clusters < sms / ctas ? clusters : sms / ctas;
+}
+
+// Seconds per agreement of `groups` groups of `ctas` CTAs each, no more than run at once. kind: 0 counter, 1
+// data as flag, 2 cluster, 3 kernel edge. Negative: -1 a wait gave up, else -1000 - the CUDA error.
+extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) {
+  cudaStream_t stream;
+  CHECK(cudaStreamCreate(&stream));
+  if (kind == 3) {
+    double seconds = kernel_edges(stream, ctas * groups, rounds);
+    CHECK(cudaStreamDestroy(stream));
+    return seconds;
+  }
+  unsigned* words;
+  int *failed, gave_up;
+  const size_t bytes = 3 * 32 * sizeof(unsigned) * ctas * groups;
+  CHECK(cudaMalloc(&words, bytes));
+  CHECK(cudaMalloc(&failed, sizeof(int)));
+  CHECK(cudaMemset(failed, 0, sizeof(int)));
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configure(kind, ctas, groups, stream, attribute);
+  if (kind == 2)
+    CHECK(cudaFuncSetAttribute(kKernels[kind], cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   double seconds = timed(stream, [&] {
     cudaError_t status = cudaMemsetAsync(words, 0, bytes, stream);
-    return status != cudaSuccess ? status : cudaLaunchKernelEx(&config, kernel, words, ctas, rounds, failed);
+    return status != cudaSuccess ? status
+                                 : cudaLaunchKernelEx(&config, kKernels[kind], words, ctas, rounds, failed);
   });
   CHECK(cudaMemcpy(&gave_up, failed, sizeof(int), cudaMemcpyDeviceToHost));
   CHECK(cudaFree(words));
   CHECK(cudaFree(failed));
   CHECK(cudaStreamDestroy(stream));
-  return gave_up ? -1 : seconds / rounds;
+  return gave_up ? -1 : seconds < 0 ? seconds : seconds / rounds;
 }

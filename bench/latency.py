@@ -38,25 +38,27 @@ def compile_line(out: str, architectures: tuple[str, ...] = ("80", "90")) -> lis
 def seconds(library: ctypes.CDLL, kind: str, ctas: int, groups: int) -> float:
     """Of one agreement. RuntimeError where the device cannot, or a wait gave up."""
     rounds = EDGES if kind == "kernel edge" else ROUNDS
-    found = [library.agreement_seconds(KINDS.index(kind), ctas, groups, rounds) for _ in range(REPEATS)]
-    if min(found) < 0:
-        raise RuntimeError(f"{kind}, {groups} groups of {ctas}: code {min(found):.0f} (see latency.cu)")
+    found = []
+    while len(found) < REPEATS:
+        found.append(library.agreement_seconds(KINDS.index(kind), ctas, groups, rounds))
+        if found[-1] < 0:
+            raise RuntimeError(f"{kind}, {groups} groups of {ctas}: code {found[-1]:.0f} (see latency.cu)")
     return statistics.median(found)
 
 
 def measure() -> dict:
-    """`{kind: {"<CTAs> x <groups>": seconds}}`: one group alone, and as many groups as there are SMs for."""
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    """`{kind: {"<CTAs> x <groups>": seconds}}`: one group alone, and as many groups as run at once, one CTA an SM."""
     found: dict[str, dict[str, float | str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "latency.so"))
         subprocess.run(compile_line(out), check=True)
         library = ctypes.CDLL(out)
-        library.agreement_seconds.restype = ctypes.c_double
+        library.agreement_seconds.restype = library.groups_at_once.restype = ctypes.c_double
         for kind in KINDS:
             rows = found[kind] = {}
             for ctas in CTAS[kind]:
-                for groups in dict.fromkeys((1, max(1, sms // ctas))):
+                most = int(library.groups_at_once(KINDS.index(kind), ctas))
+                for groups in dict.fromkeys((1, max(1, most))):
                     try:
                         rows[f"{ctas} x {groups}"] = seconds(library, kind, ctas, groups)
                     except RuntimeError as reason:

@@ -297,8 +297,8 @@ def test_sigmoid_and_tanh(device):
     x = torch.cat((sizes[::2], -sizes[1::2], special)).to(device)
     got = torch.zeros(2, len(x), device=device)
     _pointwise[(1,)](x_ptr=x, sigmoid_ptr=got[0], tanh_ptr=got[1], N=len(x))
-    # 4 units in the last place: a polynomial or a quotient of an exponential, each rounded a few times. A GPU's exp(x) is
-    # 2**(x log2(e)), and rounding the exponent costs |x| 2**-24; tanh does not see it, sigmoid does where it is small.
+    # 4 units in the last place: a polynomial or a quotient of an exponential, each rounded a few times. A GPU's exp(x)
+    # is 2**(x log2(e)), and rounding the exponent costs |x| 2**-24; tanh does not see it, a small sigmoid does.
     want = torch.stack((x.double().sigmoid(), x.double().tanh())).float()
     exponent = (-x).clamp(0, 104) * 2**-24 if device.type == "cuda" else torch.zeros_like(x)
     for value, expected, extra in zip(got, want, (exponent, torch.zeros_like(x)), strict=True):
