@@ -15,7 +15,7 @@ JOBS   ?= 2
 PYTEST_ARGS ?=
 # Where `make gpu` leaves its logs and JSON, which of its stages it runs, and the seconds after which one is interrupted
 OUT    ?= bench/results
-STAGES ?= build kernels latency warm bench features rivals sanitize test
+STAGES ?= build kernels latency bench features rivals sanitize test
 LIMIT  ?= 560
 CORES  ?= $(shell nproc)
 
@@ -23,7 +23,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
 .PHONY: demo test lint format bench gpu clean \
-    gpu-build gpu-kernels gpu-latency gpu-warm gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
+    gpu-build gpu-kernels gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
@@ -100,13 +100,14 @@ gpu-kernels:
 	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none
 gpu-latency:
 	$(PYTHON) -m bench.latency '$(OUT)'
-gpu-warm:
-	$(PYTHON) -m bench.warm
 gpu-bench:
+	-$(PYTHON) -m bench.warm throughput
 	$(call GPU_BENCH,bench-gpu) bench/bench_scan.py
 gpu-features:
+	-$(PYTHON) -m bench.warm features
 	$(call GPU_BENCH,features-gpu) bench/bench_features.py
 gpu-rivals:
+	-$(PYTHON) -m bench.warm rivals
 	$(call GPU_BENCH,rivals-gpu) bench/bench_rivals.py
 gpu-sanitize:
 	failed=0; for tool in memcheck racecheck; do \

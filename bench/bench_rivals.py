@@ -23,7 +23,7 @@ def measure_with_rivals(case, broken) -> dict:
 @pytest.mark.parametrize("case", rivals.RIVAL_CASES, ids=lambda case: case.name)
 def test_against_rivals(case, session, benchmark):
     """A rival that fails or is wrong is recorded so; only our own failures fail the test."""
-    record = session.record(case, measure_with_rivals, rivals.SESSION_SECONDS)
+    record = session.record(case, measure_with_rivals, rivals.SESSION_SECONDS, rivals.LONGEST_CASE)
     benchmark.extra_info.update(record)
     benchmark.group = f"rivals-{case.name}"
     failed = {name: e["failed"] for name, e in record["contestants"].items() if name in OURS and "failed" in e}

@@ -1,15 +1,16 @@
-"""Compiles the Triton kernels of the GPU cases in as many processes as there are cores, into Triton's cache.
+"""Compiles the kernels of the GPU cases in as many processes as there are cores, into the caches on the disk.
 
-    python -m bench.warm [throughput | features | rivals ...]
+    python -m bench.warm throughput | features | rivals ...
 
-`pytest bench` does so itself, but one kernel after another, and its time is better spent on timing. Each contestant on
-Triton runs once, for a few steps: no kernel is compiled for a length.
+`pytest bench` does so itself, but one kernel after another, and its time is better spent on timing. Each contestant
+that compiles runs once, for a few steps: no kernel is compiled for a length.
 """
 
 import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -22,8 +23,8 @@ STEPS = 3  # a first, a last and one between
 SUITES = {"throughput": CASES, "features": feature_cases.CASES, "rivals": rivals.RIVAL_CASES}
 
 
-def plain(case) -> dict:
-    """By name, what runs each contestant on Triton once: as its results are checked, and as it is timed."""
+def plain(case, suite: str) -> dict:
+    """By name, what runs each contestant that compiles once: as its results are checked, and as it is timed."""
     module, inputs = yardstick_module(case, DEVICE), measure.random_inputs(case)
 
     def run(row):
@@ -31,7 +32,9 @@ def plain(case) -> dict:
         for outputs_used in (len(inputs.gradients), 1):
             measure.call(case, model, inputs, outputs_used)
 
-    return {row.name: lambda row=row: run(row) for row in CONTESTANTS if "triton" in row.name}
+    rows = [row for row in CONTESTANTS if "triton" in row.name]
+    rows += rivals.RIVALS if suite == "rivals" else ()
+    return {row.name: lambda row=row: run(row) for row in rows}
 
 
 def featured(case) -> dict:
@@ -44,11 +47,11 @@ def featured(case) -> dict:
     }
 
 
-def compile_case(case) -> list[str]:
+def compile_case(suite: str, case) -> list[str]:
     """What did not run, in words."""
     case, failed = replace(case, T=STEPS), []
     with measure.precision(case.tf32):
-        runs = featured(case) if isinstance(case, feature_cases.FeatureCase) else plain(case)
+        runs = featured(case) if suite == "features" else plain(case, suite)
         for name, run in runs.items():
             try:
                 run()
@@ -61,14 +64,14 @@ def compile_case(case) -> list[str]:
 
 
 def main() -> None:
-    if DEVICE != "cuda" or not {*sys.argv[1:]} <= {*SUITES}:
-        sys.exit(f"usage: python -m bench.warm [{' | '.join(SUITES)} ...], on a machine with a CUDA GPU")
-    cases = [case for suite in sys.argv[1:] or SUITES for case in SUITES[suite]]
+    if DEVICE != "cuda" or not sys.argv[1:] or not {*sys.argv[1:]} <= {*SUITES}:
+        sys.exit(f"usage: python -m bench.warm {' | '.join(SUITES)} ..., on a machine with a CUDA GPU")
+    jobs = [(suite, case) for suite in sys.argv[1:] for case in SUITES[suite]]
     begin = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(cases))) as pool:
-        for failed in pool.imap_unordered(compile_case, cases):
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for failed in pool.map(compile_case, *zip(*jobs, strict=True)):
             print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
-    print(f"{len(cases)} cases compiled in {time.monotonic() - begin:.0f} s")
+    print(f"{len(jobs)} cases compiled in {time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":
