@@ -89,6 +89,7 @@ gpu:
 
 GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --durations=20 --tb=short $(PYTEST_ARGS)
 GPU_BENCH = $(PYTHON) -m pytest --benchmark-json='$(OUT)/$(1).json' --records='$(OUT)/$(1).jsonl' $(PYTEST_ARGS)
+WARM      = timeout -k 5 200 $(PYTHON) -m bench.warm
 # A small case of each kind of kernel, for compute-sanitizer.
 SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
     or grouped_equals_stepwise and lstm and bfloat16 and all
@@ -101,13 +102,13 @@ gpu-kernels:
 gpu-latency:
 	$(PYTHON) -m bench.latency '$(OUT)'
 gpu-bench:
-	-$(PYTHON) -m bench.warm throughput
+	-$(WARM) throughput
 	$(call GPU_BENCH,bench-gpu) bench/bench_scan.py
 gpu-features:
-	-$(PYTHON) -m bench.warm features
+	-$(WARM) features
 	$(call GPU_BENCH,features-gpu) bench/bench_features.py
 gpu-rivals:
-	-$(PYTHON) -m bench.warm rivals
+	-$(WARM) rivals
 	$(call GPU_BENCH,rivals-gpu) bench/bench_rivals.py
 gpu-sanitize:
 	failed=0; for tool in memcheck racecheck; do \

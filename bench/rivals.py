@@ -131,9 +131,7 @@ def _case(cell: str, B: int, T: int, H: int) -> Case:
 
 RIVAL_CASES = [_case(cell, *size) for cell in ("lstm", "gru") for size in SIZES] if DEVICE == "cuda" else []
 SESSION_SECONDS = 300.0  # cases that no longer fit are recorded as not run
-LONGEST_CASE = (
-    240.0  # as in cases.py; room for FlashRNN's nvcc runs, several per shape, where `warm.py` has not done them
-)
+LONGEST_CASE = 240.0  # as in cases.py; FlashRNN runs nvcc several times per shape where `warm.py` has not done it
 
 SMALL_TOLERANCE = 64 * 2.0**-23  # 64 float32 roundings of numbers of order one
 
