@@ -163,7 +163,7 @@ class Launcher {
   template <class Kernel, class Instance, class Slice, class Params>
   static void launch(const Cell& cell, Params& p, const Frame& frame, int size) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(frame.device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(frame.device_index, &stream));
     int groups = (p.B + Slice::rows - 1) / Slice::rows;
     // The CTAs of different clusters do not wait for each other, so that there may be more of them than fit.
     const int most = Instance::cluster ? 65535 : Kernel::resident(size, frame.device_index);

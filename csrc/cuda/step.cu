@@ -56,7 +56,7 @@ struct Cuda {
     if (B == 0) return;
     torch::stable::accelerator::DeviceGuard guard(device_index);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     int64_t threads = std::clamp<int64_t>((H + warp - 1) / warp * warp, warp, max_threads);
     int64_t blocks = std::min<int64_t>(B, int64_t{1} << 20);
     walk<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,

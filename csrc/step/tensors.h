@@ -66,7 +66,7 @@ struct Frame {
   int32_t device_type, device_index;
 
   Frame(const Tensor& like, int64_t B, int64_t H) : B(B), H(H), device_index(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   }
 
   // dtype, shape and device of an argument, checked
@@ -115,14 +115,14 @@ struct Frame {
     static const int32_t dtype =
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype_of<T>()));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes.begin(), strides, dtype, device_type, device_index, &handle));
     return Tensor(handle);
   }
 
   void check_device(const char* name, const Tensor& t) const {
     int32_t type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
     check(type == device_type && t.get_device_index() == device_index, name,
           " must be on the same device as the other tensors");
   }
