@@ -140,10 +140,13 @@ def test_machine_code_of_the_sequence_kernels(cuda_library, arch):
             continue
         seen += 1
         assert "HMMA" in found and not found & {"LDL", "STL"}, name
-        assert ("UCGABAR_ARV" in found) == cluster, name
+        assert ("UCGABAR_ARV" in found) == ("STAS" in found) == cluster, name
         if not cluster:  # what others wrote is read past the level-1 cache
             assert any(op.startswith("LDG.E.128.STRONG.GPU") for _, op, _ in code), name
         first, last = time_loop(code)
+        # No fence between the CTAs of a cluster: it would wait for y, c and saved on their way to memory.
+        fences = [at for at, op, _ in code if op.startswith("MEMBAR") and first <= at <= last]
+        assert not (cluster and fences), name
         read = [at for at, op, _ in code if op.startswith("LDG") and "STRONG" not in op]
         # A step reads at most 2 elements of 4 planes and a flag; W_hh alone would be 8 times its fragments.
         assert sum(first <= at <= last for at in read) <= 10, name

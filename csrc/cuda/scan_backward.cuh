@@ -23,6 +23,9 @@ class ScanBackward {
   static constexpr int G = Cell::gates, E = Tile::elements, states = Cell::states;
   static constexpr bool has_c = states == 2;
   static constexpr int sent = G + (Cell::split ? G : 0), unscaled = sent + states;
+  // Published per round.
+  static constexpr int gates_bytes = G * Tile::rows * Tile::units * int(sizeof(S));
+  static constexpr int norm_bytes = Tile::rows * int(sizeof(float));
   // Per element: dgx, dgh where it differs, and what reaches the states before the step without W_hh.
   using Unscaled = Drawer<Tile, float, E * unscaled>;
   // Read ahead per element: the saved planes, dy, and h_prev where the cell reads it; dc and c_prev.
@@ -111,7 +114,7 @@ class ScanBackward {
         flags[j] = element_[j].flags;
         through_cell(map, j, step(i));
       }
-      exchange_.arrive();
+      exchange_.arrive(gates_bytes + (p_.clip_norm == nullptr ? 0 : norm_bytes));
 #pragma unroll
       for (int j = 0; j < E; ++j) read_ahead(map, j, i - 1);
       if (!exchange_.wait()) return false;
