@@ -45,13 +45,26 @@ def each_row(i, rows):
 
 
 @triton.jit
-def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
-    """The tiles of all planes, as float32; zero outside. CACHE: see `tl.load`."""
-    planes = ()
+def load_stored(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
+    """The tiles of all planes, in the dtype they are stored in; zero outside. CACHE: see `tl.load`."""
+    tiles = ()
     for k in tl.static_range(PLANES):
         offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
         tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
-        planes = planes + (tile.to(tl.float32),)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
+    """The same as float32.
+
+    Triton puts the change of layout, which waits for its tile, where the next operation on it stands, or behind its
+    load where there is none. `where` is one, for float32, too: so all loads are on their way before the first wait.
+    """
+    tiles, planes = load_stored(ptr, row, rows, cols, inside, PLANES, H, CACHE), ()
+    for k in tl.static_range(PLANES):
+        planes = planes + (tl.where(inside, tiles[k], 0.0).to(tl.float32),)
     return planes
 
 

@@ -7,7 +7,7 @@ is loaded with `.cg`, past the L1 cache, which knows nothing of their writes.
 import triton
 import triton.language as tl
 
-from .memory import RESET, choose, hidden_tile, load_planes, load_tile
+from .memory import RESET, choose, hidden_tile, load_stored, load_tile
 
 # Triton's interpreter multiplies the bits of bfloat16 tiles as integers (3.5 to 3.9), so there they become float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -193,7 +193,7 @@ def local_product_back(
 def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
     """The k-th tiles of the gate gradients that the programs of the group left at `sent_ptr [.., B, G*H]`."""
     unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-    return scaled(load_planes(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)
+    return scaled(load_stored(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)
 
 
 @triton.jit

@@ -132,6 +132,33 @@ def exchange(ttgir: str, pointers: list[str]) -> str:
     return letters
 
 
+OWN = {"forward": "gx", "backward": "saved"}  # what a step reads in several planes ahead of the others
+
+
+def fetched(ttgir: str, pointer: str) -> str:
+    """What becomes of the planes at the pointer in the time loop, a letter each: l(oaded), c(onverted), which waits."""
+    lines = [line for inside, line in lines_of(ttgir, [pointer], "convert_layout|local_alloc") if inside]
+    moves = [re.search(r"tt\.(l)oad|ttg\.(c)onvert_layout|ttg\.lo(c)al_alloc", line) for line in lines]
+    return "".join(move[1] or move[2] or move[3] for move in moves if move)
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)")
+# A letter for each that says when memory is read and written: asynchronous copy, report to the host, arrival, wait,
+# barrier, load of what others wrote, any other load, store.
+MACHINE = [
+    (r"LDGSTS|UTMA|UBLKCP", "*"), (r"STG.*STRONG\.SYS", "r"), (r"REDG?\..*ADD", "a"), (r"BAR\.RED", "w"), (r"BAR", "b"),
+    (r"LDG.*STRONG\.GPU", "x"), (r"LDG", "l"), (r"STG", "s"),
+]  # fmt: skip
+
+
+def machine(sass: str) -> str:
+    """The kernel's machine code in the letters of `MACHINE`."""
+    letters = ""
+    for name in INSTRUCTION.findall(sass):
+        letters += next((letter for pattern, letter in MACHINE if re.match(pattern, name)), "")
+    return letters
+
+
 def arithmetic(ttgir: str) -> list[str]:
     """What the order of sums depends on, each kind once: a product's types and instruction, a reduction's layout."""
     layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.M))
@@ -166,14 +193,17 @@ def compiled(case: dict) -> dict:
         "weights_in_loop": weights_in_loop(ttgir),
         "arithmetic": arithmetic(ttgir),
         "exchange": exchange(ttgir, [] if case["rows"] else EXCHANGED[case["kernel"]]),
+        "fetched": "" if case["rows"] else fetched(ttgir, OWN[case["kernel"]]),
         "copies_in_loop": [line.strip() for inside, line in marked_lines(ttgir) if inside and "async" in line],
     }
     if case["target"][0] == "cuda":
         path = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
         with open(path, "wb") as file:
             file.write(binary.asm["cubin"])
-        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], text=True)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.check_output([tool, "-res-usage", path], text=True)
         found.update(registers=int(re.search(r"REG:(\d+)", usage)[1]), spilled=int(re.search(r"STACK:(\d+)", usage)[1]))
+        found["machine"] = machine(subprocess.check_output([tool, "-sass", path], text=True))
     return found
 
 
@@ -233,6 +263,9 @@ def make_row_case(kernel, arch, cell, dtype, hidden_size, extras=()):
 def check(case, found, arch):
     tile, what = case["tile"], f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
     assert found["shared"] <= LIMITS[arch], what
+    # All planes are on their way before the first is waited for.
+    if tile.mode == "grouped":
+        assert re.fullmatch("l+c*", found["fetched"]), f"{what}: {found['fetched']}"
     if tile.mode != "stepwise":
         assert not found["weights_in_loop"], f"{what}: W_hh is loaded in the time loop"
         # What a step wrote may only be fetched after it was written.
@@ -242,6 +275,9 @@ def check(case, found, arch):
     if tile.mode == "grouped":
         # Nothing of the others is read before they arrived, nor out of L1; all that they wait for is there by then.
         assert re.fullmatch(r"w[ls]*l[ls]*s[ls]*a", found["exchange"]), f"{what}: {found['exchange']}"
+        # The same of the machine code, where the first x is the poll; and between the last store and the arrival, of
+        # one thread for all, stands a barrier.
+        assert re.fullmatch(r"[lbs]*xrw[lbsx]*x[lbsx]*s[lb]*ba[lbs]*", found["machine"]), f"{what}: {found['machine']}"
     # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
     # seen, at 128 registers); a tile that is too large spills hundreds. Grouped and clipping by norm, it also keeps a
     # dozen addresses there that do not change over time (40 bytes were seen).

@@ -205,16 +205,34 @@ inline uint32_t load_acquire(const uint32_t* p) {
 }
 inline void tell_host(uint32_t* p) { *p = 1; }
 
+// meeting.size: whether its owner has announced a delivery that is not complete; meeting.arrived: how many of
+// the announced bytes are missing.
+struct alignas(16) Delivery {
+  emulated::Meeting meeting;
+
+  void count(int announced, int bytes) {
+    meeting.size += announced, meeting.arrived += bytes;
+    if (meeting.size == 1 && meeting.arrived == 0) meeting.size = 0, ++meeting.round;
+  }
+};
 template <class T>
-void store_at_peer(T* p, int rank, T x) {
+T* at_peer(T* p, int rank) {
   emulated::Block& own = *emulated::self().block;
   emulated::Block& peer = (*own.all)[own.index - own.rank + rank];
   auto aligned = [](emulated::Block& b) {
     char* start = b.memory.data();
     return start + (-reinterpret_cast<uintptr_t>(start) & 15);
   };
-  std::memcpy(aligned(peer) + (reinterpret_cast<char*>(p) - aligned(own)), &x, sizeof x);
+  return reinterpret_cast<T*>(aligned(peer) + (reinterpret_cast<char*>(p) - aligned(own)));
 }
+template <class T>
+void send(T* p, int rank, T x, Delivery* delivery) {
+  std::memcpy(at_peer(p, rank), &x, sizeof x);
+  at_peer(delivery, rank)->count(0, -static_cast<int>(sizeof x));
+}
+inline void begin(Delivery* delivery) { delivery->meeting = {0}; }
+inline void announce(Delivery* delivery, int bytes) { delivery->count(1, bytes); }
+inline void await(Delivery* delivery, uint32_t count) { emulated::wait(delivery->meeting, count); }
 inline void arrive_at_cluster() {
   emulated::Fiber& fiber = emulated::self();
   fiber.cluster_round = fiber.block->cluster->round;

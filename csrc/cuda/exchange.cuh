@@ -1,9 +1,10 @@
 // How the CTAs of a group hand each other what all of them need of a step, and agree that it is complete.
 //
-// Both kinds have the same face. Per round: `publish` (and `publish_norm`) by every thread, `arrive`,
-// anything that need not wait, `wait`, then `read` (and `norm`) what all of the group published in that
-// round. Two slots suffice: who publishes into a slot has agreed on the round between, so everybody has read
-// what lay there.
+// Both kinds have the same face. Per round: `publish` (and `publish_norm`) by every thread, `arrive` with the
+// bytes that this CTA has published, anything that need not wait, `wait`, then `read` (and `norm`) what all
+// of the group published in that round. A CTA publishes only when all of its threads have read the round
+// before: its caller sees to that. So two slots suffice: who publishes into a slot has got the round between
+// from all of the group, hence all have read what lay there.
 #pragma once
 
 #include "tile.cuh"
@@ -38,7 +39,7 @@ class GridExchange {
     norms(round_ + 1)[block_rank() * Slice::rows + row] = value;
   }
 
-  FASTRNN_DEVICE void arrive() {
+  FASTRNN_DEVICE void arrive(int) {
     ++round_;
     sync_block();
     if (thread_index() == 0) add_release(link_.arrivals + block_group() * 32, 1);
@@ -80,22 +81,26 @@ class GridExchange {
   }
 };
 
-// Through distributed shared memory, the CTAs of one thread-block cluster: sm_90. Its barrier is the
-// hardware's and has no bound, and needs none: like __syncthreads it is among CTAs that run together or not
-// at all.
+// Through distributed shared memory, the CTAs of one thread-block cluster: sm_90. What is sent is counted
+// where it arrives, so nobody waits for anything else. These waits have no bound, and need none: like that of
+// __syncthreads they are among CTAs that run together or not at all.
 template <class S, class Slice>
 class ClusterExchange {
  public:
   static constexpr int stride = Slice::K + 64 / int(sizeof(S));  // rows two apart lie in different banks
   static constexpr int most_peers = 16;                          // 8 where the device does not allow more
   static constexpr int slot_bytes = Slice::rows * stride * int(sizeof(S));
-  static constexpr int shared_bytes = 2 * (slot_bytes + most_peers * Slice::rows * int(sizeof(float)));
+  static constexpr int received_bytes = 2 * (slot_bytes + most_peers * Slice::rows * int(sizeof(float)));
+  static constexpr int shared_bytes = received_bytes + 2 * int(sizeof(Delivery));
 
   FASTRNN_DEVICE ClusterExchange(const Link&, char* shared)
-      : slots_(reinterpret_cast<S*>(shared)), norms_(reinterpret_cast<float*>(shared + 2 * slot_bytes)) {
+      : slots_(reinterpret_cast<S*>(shared)),
+        norms_(reinterpret_cast<float*>(shared + 2 * slot_bytes)),
+        deliveries_(reinterpret_cast<Delivery*>(shared + received_bytes)) {
     // Columns that nobody owns stay zero. Nobody may send before everybody has done this.
-    for (int k = thread_index(); k < shared_bytes / int(sizeof(float)); k += Slice::threads)
+    for (int k = thread_index(); k < received_bytes / int(sizeof(float)); k += Slice::threads)
       reinterpret_cast<float*>(shared)[k] = 0;
+    if (thread_index() == 0) begin(deliveries_), begin(deliveries_ + 1);
     arrive_at_cluster();
     wait_for_cluster();
   }
@@ -117,20 +122,21 @@ class ClusterExchange {
     }
     S* place = slot(round_ + 1) + row * stride + column - mine;
     for (int peer = mine; peer < group_size(); peer += lanes)
-      store_at_peer(reinterpret_cast<Quad*>(place), peer, packed);
+      send(reinterpret_cast<Quad*>(place), peer, packed, delivery(round_ + 1));
   }
   FASTRNN_DEVICE void publish_norm(int row, float value) {
     for (int peer = 0; peer < group_size(); ++peer)
-      store_at_peer(norms(round_ + 1) + block_rank() * Slice::rows + row, peer, value);
+      send(norms(round_ + 1) + block_rank() * Slice::rows + row, peer, value, delivery(round_ + 1));
   }
 
-  // The last thing that a CTA does is to wait, so none is gone while a peer still sends to it.
-  FASTRNN_DEVICE void arrive() {
+  // All of the group publish as much, and everybody sends to everybody. The last thing that a CTA does is to
+  // wait, so none is gone while a peer still sends to it.
+  FASTRNN_DEVICE void arrive(int bytes) {
     ++round_;
-    arrive_at_cluster();
+    if (thread_index() == 0) announce(delivery(round_), bytes * group_size());
   }
   FASTRNN_DEVICE bool wait() {
-    wait_for_cluster();
+    await(delivery(round_), (round_ - 1) / 2);
     return true;
   }
 
@@ -139,12 +145,14 @@ class ClusterExchange {
   FASTRNN_DEVICE float norm(int peer, int row) const { return norms(round_)[peer * Slice::rows + row]; }
 
  private:
-  S* slots_;      // [2, rows, stride]
-  float* norms_;  // [2, most_peers, rows]
+  S* slots_;              // [2, rows, stride]
+  float* norms_;          // [2, most_peers, rows]
+  Delivery* deliveries_;  // [2]
   uint32_t round_ = 0;
 
   FASTRNN_DEVICE S* slot(uint32_t round) const { return slots_ + round % 2 * Slice::rows * stride; }
   FASTRNN_DEVICE float* norms(uint32_t round) const { return norms_ + round % 2 * most_peers * Slice::rows; }
+  FASTRNN_DEVICE Delivery* delivery(uint32_t round) const { return deliveries_ + round % 2; }
 };
 
 }  // namespace fastrnn

@@ -88,21 +88,71 @@ FASTRNN_DEVICE void tell_host(uint32_t* p) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(1u) : "memory");
 }
 
-// Thread-block clusters (sm_90): shared memory of the CTA `rank`, at the place of `p` in one's own.
-FASTRNN_DEVICE void store_at_peer(void* p, int rank, Quad x) {
+// Thread-block clusters (sm_90). What peers send to a CTA's shared memory is counted by a Delivery there; it
+// is complete when all bytes have come that were announced. A fence after ordinary stores would wait for all
+// that the CTA wrote to global memory as well.
+struct alignas(16) Delivery {
+  uint64_t barrier;
+};
+FASTRNN_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// At CTA `rank`, at the place of `p` in one's own shared memory.
+FASTRNN_DEVICE uint32_t at_peer(const void* p, int rank) {
+  uint32_t there = 0;
 #if __CUDA_ARCH__ >= 900
-  uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(there), "r"(x.word[0]), "r"(x.word[1]),
-               "r"(x.word[2]), "r"(x.word[3])
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+#endif
+  return there;
+}
+FASTRNN_DEVICE void send(void* p, int rank, Quad x, Delivery* delivery) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+          at_peer(p, rank)),
+      "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]), "r"(at_peer(delivery, rank))
+      : "memory");
+#endif
+}
+FASTRNN_DEVICE void send(float* p, int rank, float x, Delivery* delivery) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at_peer(p, rank)),
+      "r"(__float_as_uint(x)), "r"(at_peer(delivery, rank))
+      : "memory");
+#endif
+}
+// By one thread, before the CTAs of the cluster meet; then, per round, by one thread.
+FASTRNN_DEVICE void begin(Delivery* delivery) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(delivery))
+      : "memory");
+#endif
+}
+FASTRNN_DEVICE void announce(Delivery* delivery, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(delivery)),
+               "r"(bytes)
                : "memory");
 #endif
 }
-FASTRNN_DEVICE void store_at_peer(float* p, int rank, float x) {
+// By every thread that reads what was sent: until the `count`-th delivery, counted from 0, is complete.
+FASTRNN_DEVICE void await(Delivery* delivery, uint32_t count) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(delivery)), "r"(count % 2)
+        : "memory");
+  } while (!done);
 #endif
 }
 FASTRNN_DEVICE void arrive_at_cluster() {

@@ -23,6 +23,9 @@ class ScanBackward {
   static constexpr int G = Cell::gates, E = Tile::elements, states = Cell::states;
   static constexpr bool has_c = states == 2;
   static constexpr int sent = G + (Cell::split ? G : 0), unscaled = sent + states;
+  // Published per round.
+  static constexpr int gates_bytes = G * Tile::rows * Tile::units * int(sizeof(S));
+  static constexpr int norm_bytes = Tile::rows * int(sizeof(float));
   // Per element: dgx, dgh where it differs, and what reaches the states before the step without W_hh.
   using Unscaled = Drawer<Tile, float, E * unscaled>;
   // Read ahead per element: the saved planes, dy, and h_prev where the cell reads it; dc and c_prev.
@@ -106,14 +109,18 @@ class ScanBackward {
     for (int64_t i = p_.T - 1; i >= 0; --i) {
       map = tile.afresh();
       int flags[E];
+      float total[E][states];
 #pragma unroll
       for (int j = 0; j < E; ++j) {
         flags[j] = element_[j].flags;
-        through_cell(map, j, step(i));
+        through_cell(map, j, total[j]);
       }
-      exchange_.arrive();
+      exchange_.arrive(gates_bytes + (p_.clip_norm == nullptr ? 0 : norm_bytes));
 #pragma unroll
-      for (int j = 0; j < E; ++j) read_ahead(map, j, i - 1);
+      for (int j = 0; j < E; ++j) {
+        read_ahead(map, j, i - 1);
+        if (p_.norms != nullptr) tell_norms(map, j, step(i), flags[j], total[j]);
+      }
       if (!exchange_.wait()) return false;
       float scale[E];
 #pragma unroll
@@ -142,12 +149,14 @@ class ScanBackward {
     return x > p_.clip_value ? p_.clip_value : x < -p_.clip_value ? -p_.clip_value : x;
   }
 
-  // One element's gate gradients, and what it adds to the norms of its row. Every lane takes part in the
-  // sums.
-  FASTRNN_DEVICE void through_cell(const Map<Tile>& map, int j, int64_t t) {
-    Element& e = element_[j];
+  // One element's gate gradients, and the whole of its state gradients before clipping. Every lane takes part
+  // in the sums.
+  FASTRNN_DEVICE void through_cell(const Map<Tile>& map, int j, float (&total)[states]) {
+    const Element& e = element_[j];
     Place<Tile> place(j);
-    float total[states] = {}, carried[states] = {}, clipped[states] = {};
+    float clipped[states] = {};
+#pragma unroll
+    for (int s = 0; s < states; ++s) total[s] = 0;
     float dgx[G] = {}, dgh[G] = {}, past[states] = {};
     if (map.inside(j) && !(e.flags & pad)) {
       const bool fresh = e.flags & reset;
@@ -157,8 +166,6 @@ class ScanBackward {
       prev[0] = 0.0f;  // of all cells only the GRU reads it
       if constexpr (Cell::split) prev[0] = fresh ? 0.0f : widen(half(j, Cell::saved + 1));
       if constexpr (has_c) prev[1] = fresh ? 0.0f : full(j, 1);
-#pragma unroll
-      for (int s = 0; s < states; ++s) carried[s] = e.carry[s];
       total[0] = e.carry[0] + widen(half(j, Cell::saved));
       if constexpr (has_c) total[1] = e.carry[1] + full(j, 0);
       const bool clamps = p_.clip_value < no_bound;
@@ -191,14 +198,18 @@ class ScanBackward {
       float norm = row_norm(clipped);
       if (place.exists && place.unit == 0) exchange_.publish_norm(place.row, norm);
     }
-    if (p_.norms != nullptr) {
+  }
+
+  // The norms of step t to memory, while the gate gradients travel. Every lane takes part in the sums.
+  FASTRNN_DEVICE void tell_norms(const Map<Tile>& map, int j, int64_t t, int flags,
+                                 const float (&total)[states]) const {
 #pragma unroll
-      for (int s = 0; s < states; ++s) {
-        float whole = row_norm({total[s]}), part = row_norm({carried[s]});
-        if (!map.inside(j) || place.unit != 0) continue;
-        report(0, s, t, map.row(j)) = whole;
-        report(1, s, t, map.row(j)) = part;
-      }
+    for (int s = 0; s < states; ++s) {
+      const float carried = flags & pad ? 0.0f : element_[j].carry[s];
+      const float whole = row_norm({total[s]}), part = row_norm({carried});
+      if (!map.inside(j) || Place<Tile>(j).unit != 0) continue;
+      report(0, s, t, map.row(j)) = whole;
+      report(1, s, t, map.row(j)) = part;
     }
   }
 

@@ -18,6 +18,7 @@ class ScanForward {
   using Bias = Drawer<Tile, float, Cell::gates>;
   using Gx = Ahead<Tile, S, Tile::elements * Cell::gates>;
   static constexpr int G = Cell::gates, E = Tile::elements;
+  static constexpr int published = Tile::rows * Tile::units * int(sizeof(S));  // bytes per round
   static constexpr bool has_c = Cell::states == 2;
 
  public:
@@ -90,7 +91,7 @@ class ScanForward {
       publish(map, j);
       read_ahead(map, j, 0);
     }
-    exchange_.arrive();
+    exchange_.arrive(published);
     if (!exchange_.wait()) return false;
     for (int64_t i = 0; i < p_.T; ++i) {
       map = tile.afresh();
@@ -102,7 +103,7 @@ class ScanForward {
         if (map.inside(j)) advance(j, saved[j]);
         publish(map, j);
       }
-      exchange_.arrive();
+      exchange_.arrive(published);
 #pragma unroll
       for (int j = 0; j < E; ++j) {
         if (map.inside(j)) write(map, j, step(i), saved[j]);
