@@ -81,7 +81,7 @@ BACKENDS: dict[str, Backend] = {
     for row in (
         Backend("aten", None, "torch's own kernels, the yardstick", _aten_why_not),
         Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton, True),
-        Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda),
+        Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda, True),
         Backend(
             "cpu",
             ("cpu",),

@@ -50,15 +50,15 @@ int with_instance(const char* cell, const char* dtype, const char* way, int H, c
 
 struct Shape {
   int64_t T;
-  int B, H, reverse;
+  int D, B, H, reverse;
 };
 
 // How a launch is laid out, and how it shall go.
 struct Layout {
-  int groups;        // 0: one per batch tile
+  int groups;        // of a direction; 0: one per batch tile
   unsigned seed;     // of the order in which threads get their turn
   int wait_limit;    // polls
-  int missing;       // CTA of the first group that never starts, or -1
+  int missing;       // CTA of the first direction's first group that never starts, or -1
   uint32_t trouble;  // out
 };
 
@@ -67,15 +67,15 @@ void launch(Params& p, const Cell& cell, Layout& layout, int K) {
   using Tile = typename Instance::Tile;
   using S = typename Instance::S;
   const int size = (p.H + Tile::units - 1) / Tile::units, tiles = (p.B + Tile::rows - 1) / Tile::rows;
-  const int groups = layout.groups ? layout.groups : tiles;
-  std::vector<uint32_t> arrivals(groups * 32);
-  std::vector<char> slots(static_cast<size_t>(groups) * 2 * Tile::rows * K * sizeof(S));
-  std::vector<float> norms(static_cast<size_t>(groups) * 2 * size * Tile::rows);
+  const int groups = layout.groups ? layout.groups : tiles, all = p.D * groups;
+  std::vector<uint32_t> arrivals(all * 32);
+  std::vector<char> slots(static_cast<size_t>(all) * 2 * Tile::rows * K * sizeof(S));
+  std::vector<float> norms(static_cast<size_t>(all) * 2 * size * Tile::rows);
   layout.trouble = 0;
   p.link = {static_cast<uint32_t>(layout.wait_limit), arrivals.data(), slots.data(), norms.data(),
             &layout.trouble};
-  emulated::launch(groups, size, Tile::threads, Scan::shared_bytes, layout.seed, [&](char* shared) {
-    if (block_group() == 0 && block_rank() == layout.missing) return;
+  emulated::launch(p.D, groups, size, Tile::threads, Scan::shared_bytes, layout.seed, [&](char* shared) {
+    if (block_direction() == 0 && block_group() == 0 && block_rank() == layout.missing) return;
     Scan(p, cell, shared).run();
   });
 }
@@ -96,14 +96,23 @@ int emulate_forward(const char* cell, const char* dtype, const char* way, const 
     using Instance = decltype(instance);
     using S = typename Instance::S;
     void** next = pointers;
-    ForwardParams<S> p{shape->T,           shape->B,
-                       shape->H,           shape->reverse != 0,
-                       take<S*>(next),     take<S*>(next),
-                       take<S*>(next),     take<S*>(next),
-                       take<float*>(next), take<uint8_t*>(next),
-                       take<S*>(next),     take<S*>(next),
-                       take<float*>(next), take<float*>(next),
-                       take<S*>(next),     {}};
+    ForwardParams<S> p{shape->T,
+                       shape->D,
+                       shape->B,
+                       shape->H,
+                       shape->reverse != 0,
+                       take<S*>(next),
+                       take<S*>(next),
+                       take<S*>(next),
+                       take<S*>(next),
+                       take<float*>(next),
+                       take<uint8_t*>(next),
+                       take<S*>(next),
+                       take<S*>(next),
+                       take<float*>(next),
+                       take<float*>(next),
+                       take<S*>(next),
+                       {}};
     launch<typename Instance::Forward, Instance>(p, cell, *layout, Instance::Tile::Forward::K);
   });
 }
@@ -116,7 +125,7 @@ int emulate_backward(const char* cell, const char* dtype, const char* way, const
     using S = typename Instance::S;
     void** next = pointers;
     BackwardParams<S> p{};
-    p.T = shape->T, p.B = shape->B, p.H = shape->H, p.reverse = shape->reverse != 0;
+    p.T = shape->T, p.D = shape->D, p.B = shape->B, p.H = shape->H, p.reverse = shape->reverse != 0;
     p.dy = take<S*>(next), p.dc = take<float*>(next), p.dh_n = take<S*>(next), p.dc_n = take<float*>(next);
     p.saved = take<S*>(next), p.y = take<S*>(next), p.c = take<float*>(next), p.h0 = take<S*>(next);
     p.c0 = take<float*>(next), p.w_hh = take<S*>(next), p.flags = take<uint8_t*>(next);

@@ -25,7 +25,7 @@ bool with_bucket(int64_t H, const F& f) {
   return with_bucket_of<256, 512, 768, 1024, 1280>(H, f);
 }
 
-// Both directions of one instance, and whether a CTA can hold what it needs.
+// One instance, forward and backward, and whether a CTA can hold what it needs.
 template <class Cell_, class S_, int K, template <class, class> class Exchange, int rows, int shared_limit>
 struct Instance {
   using Cell = Cell_;

@@ -56,7 +56,7 @@ struct Fiber {
 };
 
 struct Machine {
-  int group_size;
+  int groups, group_size;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Meeting> clusters;
@@ -105,17 +105,18 @@ inline size_t turn(size_t first, size_t count) {
   return moved;
 }
 
-// Runs body(shared memory) as `groups` clusters of `size` blocks of `threads`. Shared memory starts as NaN.
+// Runs body(shared memory) as `groups` clusters per direction, of `size` blocks of `threads`. Shared memory
+// starts as NaN.
 // With a `seed`, turns are unfair: again and again one block or one warp, drawn by lot, runs ahead as far as
 // it can, so that whoever does not wait where it should reads too early or writes too early.
-inline void launch(int groups, int size, int threads, size_t shared_bytes, unsigned seed,
+inline void launch(int directions, int groups, int size, int threads, size_t shared_bytes, unsigned seed,
                    const std::function<void(char*)>& body) {
   constexpr size_t stack_bytes = 64 * 1024;
   Machine& m = machine;
-  const int blocks = groups * size;
+  const int blocks = directions * groups * size;
   m.body = &body;
-  m.group_size = size;
-  m.clusters.assign(groups, Meeting{size * threads});
+  m.groups = groups, m.group_size = size;
+  m.clusters.assign(directions * groups, Meeting{size * threads});
   m.blocks.clear();
   for (int b = 0; b < blocks; ++b)
     m.blocks.push_back({b, b % size, Meeting{threads}, std::vector<Warp>(threads / 32),
@@ -155,8 +156,9 @@ float element(uint32_t word, int half, S) {
 inline int thread_index() { return emulated::self().thread; }
 inline int block_rank() { return emulated::self().block->rank; }
 inline int group_size() { return emulated::machine.group_size; }
-inline int block_group() { return emulated::self().block->index / group_size(); }
-inline int group_count() { return static_cast<int>(emulated::machine.blocks.size()) / group_size(); }
+inline int group_count() { return emulated::machine.groups; }
+inline int block_group() { return emulated::self().block->index / group_size() % group_count(); }
+inline int block_direction() { return emulated::self().block->index / group_size() / group_count(); }
 inline void forget(int&) {}
 inline void sync_warp() { emulated::meet(emulated::warp().meeting); }
 inline void sync_block() { emulated::meet(emulated::self().block->meeting); }

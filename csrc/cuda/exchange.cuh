@@ -15,9 +15,9 @@ namespace fastrnn {
 // What the CTAs of a launch share besides the tensors; all of it zero at the start.
 struct Link {
   uint32_t wait_limit;  // polls before a wait gives up
-  uint32_t* arrivals;   // [groups, 32]: of all CTAs in all rounds, in the first of the 32, a cache line
-  void* slots;          // [groups, 2, rows, K] of S
-  float* norms;         // [groups, 2, CTAs of a group, rows]
+  uint32_t* arrivals;   // [D, groups, 32]: of all CTAs in all rounds, in the first of the 32, a cache line
+  void* slots;          // [D, groups, 2, rows, K] of S
+  float* norms;         // [D, groups, 2, CTAs of a group, rows]
   uint32_t* trouble;    // [1] in the host's memory: a wait has given up
 };
 
@@ -42,7 +42,7 @@ class GridExchange {
   FASTRNN_DEVICE void arrive(int) {
     ++round_;
     sync_block();
-    if (thread_index() == 0) add_release(link_.arrivals + block_group() * 32, 1);
+    if (thread_index() == 0) add_release(arrivals(), 1);
   }
 
   // False where the others did not come: then nothing may be read any more.
@@ -65,17 +65,21 @@ class GridExchange {
   int* alive_;
   uint32_t round_ = 0;
 
+  // Among those of all directions.
+  FASTRNN_DEVICE static int group() { return block_direction() * group_count() + block_group(); }
+  FASTRNN_DEVICE uint32_t* arrivals() const { return link_.arrivals + group() * 32; }
   FASTRNN_DEVICE S* slot(uint32_t round) const {
-    return static_cast<S*>(link_.slots) + (int64_t{2} * block_group() + round % 2) * Slice::rows * stride;
+    return static_cast<S*>(link_.slots) + (int64_t{2} * group() + round % 2) * Slice::rows * stride;
   }
   FASTRNN_DEVICE float* norms(uint32_t round) const {
-    return link_.norms + (int64_t{2} * block_group() + round % 2) * group_size() * Slice::rows;
+    return link_.norms + (int64_t{2} * group() + round % 2) * group_size() * Slice::rows;
   }
 
   FASTRNN_DEVICE bool poll() const {
+    const uint32_t* count = arrivals();
     uint32_t target = round_ * static_cast<uint32_t>(group_size());  // may wrap around, as may the count
     for (uint32_t tries = 0; tries < link_.wait_limit; ++tries)
-      if (static_cast<int32_t>(load_acquire(link_.arrivals + block_group() * 32) - target) >= 0) return true;
+      if (static_cast<int32_t>(load_acquire(count) - target) >= 0) return true;
     tell_host(link_.trouble);
     return false;
   }

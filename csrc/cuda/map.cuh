@@ -36,6 +36,13 @@ class Map {
   int B_, H_, first_, unit_;
 };
 
+// Where step i of a walk over T steps lies, among those of all directions: they take turns in walking back,
+// beginning with the first if `reverse`.
+FASTRNN_DEVICE int64_t step_of_walk(int64_t i, int64_t T, bool reverse) {
+  const int direction = block_direction();
+  return direction * T + (reverse != (direction % 2 == 1) ? T - 1 - i : i);
+}
+
 // f(map) for the batch tiles of this group, until one returns false.
 template <class Tile, class F>
 FASTRNN_DEVICE bool each_tile(int B, int H, const F& f) {

@@ -1,7 +1,7 @@
 // The arguments of the sequence kernels.
 //
-// T steps, B batch, H hidden, G gates, S states, K saved planes. S also stands for the storage type.
-// Everything is contiguous; index t is the input's own t, whichever way the scan walks.
+// D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. S also stands for the storage
+// type. Everything is contiguous; index t is the input's own t, whichever way the scan walks.
 #pragma once
 
 #include <limits>
@@ -20,45 +20,45 @@ constexpr float no_bound = std::numeric_limits<float>::infinity();
 template <class S>
 struct ForwardParams {
   int64_t T;
-  int B, H;
-  bool reverse;
-  const S* gx;           // [T, B, G*H]
-  const S* w_hh;         // [G*H, H]
-  const S* b_hh;         // [G*H] or null
-  const S* h0;           // [B, H]
-  const float* c0;       // [B, H], only with a c
-  const uint8_t* flags;  // [T, B] or null
-  S* y;                  // [T, B, H]
-  S* h_n;                // [B, H]
-  float* c_n;            // [B, H], only with a c
-  float* c;              // [T, B, H] or null
-  S* saved;              // [T, B, K*H] or null
+  int D, B, H;
+  bool reverse;          // the first direction walks back, and every other one
+  const S* gx;           // [D, T, B, G*H]
+  const S* w_hh;         // [D, G*H, H]
+  const S* b_hh;         // [D, G*H] or null
+  const S* h0;           // [D, B, H]
+  const float* c0;       // [D, B, H], only with a c
+  const uint8_t* flags;  // [D, T, B] or null
+  S* y;                  // [D, T, B, H]
+  S* h_n;                // [D, B, H]
+  float* c_n;            // [D, B, H], only with a c
+  float* c;              // [D, T, B, H] or null
+  S* saved;              // [D, T, B, K*H] or null
   Link link;
 };
 
 template <class S>
 struct BackwardParams {
   int64_t T;
-  int B, H;
-  bool reverse;            // the direction of the forward
-  const S* dy;             // [T, B, H] or null
-  const float* dc;         // [T, B, H] or null
-  const S* dh_n;           // [B, H] or null
-  const float* dc_n;       // [B, H] or null
-  const S* saved;          // [T, B, K*H]
-  const S* y;              // [T, B, H]
-  const float* c;          // [T, B, H], only with a c
-  const S* h0;             // [B, H]
-  const float* c0;         // [B, H], only with a c
-  const S* w_hh;           // [G*H, H]
-  const uint8_t* flags;    // [T, B] or null
+  int D, B, H;
+  bool reverse;            // as in the forward
+  const S* dy;             // [D, T, B, H] or null
+  const float* dc;         // [D, T, B, H] or null
+  const S* dh_n;           // [D, B, H] or null
+  const float* dc_n;       // [D, B, H] or null
+  const S* saved;          // [D, T, B, K*H]
+  const S* y;              // [D, T, B, H]
+  const float* c;          // [D, T, B, H], only with a c
+  const S* h0;             // [D, B, H]
+  const float* c0;         // [D, B, H], only with a c
+  const S* w_hh;           // [D, G*H, H]
+  const uint8_t* flags;    // [D, T, B] or null
   const float* clip_norm;  // [] or null
   float clip_value;        // no_bound where there is none
-  S* dgx;                  // [T, B, G*H]
-  S* dgh;                  // [T, B, G*H], only where it differs from dgx
-  S* dh0;                  // [B, H]
-  float* dc0;              // [B, H], only with a c
-  float* norms;            // [2, S, T, B, group_size]: of the units of each CTA; or null
+  S* dgx;                  // [D, T, B, G*H]
+  S* dgh;                  // [D, T, B, G*H], only where it differs from dgx
+  S* dh0;                  // [D, B, H]
+  float* dc0;              // [D, B, H], only with a c
+  float* norms;            // [D, 2, S, T, B, group_size]: of the units of each CTA; or null
   Link link;
 };
 

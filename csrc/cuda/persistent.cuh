@@ -36,7 +36,7 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// One kernel: an instance in one direction.
+// One kernel: an instance forward or backward.
 template <class Instance, class Scan, class Params>
 class Kernel {
   using Tile = typename Instance::Tile;
@@ -53,9 +53,10 @@ class Kernel {
     return found->second;
   }
 
+  // `groups` of each direction.
   static void launch(const Params& p, const typename Instance::Cell& cell, int size, int groups,
                      cudaStream_t stream) {
-    Launch launch(size, groups, stream);
+    Launch launch(size, groups, p.D, stream);
     check_cuda(cudaLaunchKernelEx(&launch.config, function, p, cell),
                "a persistent fastrnn kernel did not launch");
   }
@@ -65,8 +66,8 @@ class Kernel {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attribute{};
 
-    Launch(int size, int groups, cudaStream_t stream) {
-      config.gridDim = dim3(size, groups);
+    Launch(int size, int groups, int directions, cudaStream_t stream) {
+      config.gridDim = dim3(size, groups, directions);
       config.blockDim = dim3(Tile::threads);
       config.dynamicSmemBytes = Scan::shared_bytes;
       config.stream = stream;
@@ -89,7 +90,7 @@ class Kernel {
         "a persistent fastrnn kernel does not get its shared memory");
     int count = 0;
     if constexpr (Instance::cluster) {
-      Launch launch(size, 1, nullptr);
+      Launch launch(size, 1, 1, nullptr);
       // More than 8 CTAs per cluster, and sizes that are no power of two, are at the device's discretion.
       if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
           cudaOccupancyMaxActiveClusters(&count, function, &launch.config) != cudaSuccess) {
@@ -110,16 +111,16 @@ class Kernel {
 template <class Cell, class S>
 class Launcher {
  public:
-  // CTAs of a group, 0 where the device cannot run the kernels.
-  static int group_size(int64_t H, int device) {
+  // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
+  static int group_size(int64_t H, int64_t directions, int device) {
     int size = 0;
-    with_instance(H, device, [&](auto, int found) { size = found; });
+    with_instance(H, directions, device, [&](auto, int found) { size = found; });
     return size;
   }
 
   template <bool forward, class Params>
   static void run(const Cell& cell, Params p, const Frame& frame) {
-    with_instance(p.H, frame.device_index, [&](auto instance, int size) {
+    with_instance(p.H, p.D, frame.device_index, [&](auto instance, int size) {
       using Instance = decltype(instance);
       if constexpr (forward) {
         launch<ForwardKernel<Instance>, Instance, typename Instance::Tile::Forward>(cell, p, frame, size);
@@ -137,23 +138,26 @@ class Launcher {
   template <class Instance>
   using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<S>>;
 
-  // f(instance, group size) for the best instance that runs in both directions, if there is one.
+  // f(instance, group size) for the best instance that runs forward and backward, if there is one.
   template <class F>
-  static void with_instance(int64_t H, int device, const F& f) {
+  static void with_instance(int64_t H, int64_t directions, int device, const F& f) {
     torch::stable::accelerator::DeviceGuard guard(device);
     with_bucket(H, [&](auto bucket) {
-      attempt<ByCluster<Cell, S, bucket>>(H, device, f) ||
-          attempt<ByWideGrid<Cell, S, bucket>>(H, device, f) ||
-          attempt<ByGrid<Cell, S, bucket>>(H, device, f);
+      attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f) ||
+          attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
+          attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f);
     });
   }
 
   template <class Instance, class F>
-  static bool attempt(int64_t H, int device, const F& f) {
+  static bool attempt(int64_t H, int64_t directions, int device, const F& f) {
     if constexpr (Instance::exists) {
       const int size = static_cast<int>((H + Instance::Tile::units - 1) / Instance::Tile::units);
-      const bool runs = ForwardKernel<Instance>::resident(size, device) > 0 &&
-                        BackwardKernel<Instance>::resident(size, device) > 0;
+      // The CTAs of different clusters do not wait for each other, so that there may be more of them than
+      // fit.
+      const int64_t fewest = Instance::cluster ? 1 : directions;
+      const bool runs = ForwardKernel<Instance>::resident(size, device) >= fewest &&
+                        BackwardKernel<Instance>::resident(size, device) >= fewest;
       if (runs) f(Instance{}, size);
       return runs;
     }
@@ -165,13 +169,13 @@ class Launcher {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(frame.device_index, &stream));
     int groups = (p.B + Slice::rows - 1) / Slice::rows;
-    // The CTAs of different clusters do not wait for each other, so that there may be more of them than fit.
-    const int most = Instance::cluster ? 65535 : Kernel::resident(size, frame.device_index);
+    const int most = Instance::cluster ? 65535 : Kernel::resident(size, frame.device_index) / p.D;
     groups = std::min(groups, most);
-    // [groups] of: arrivals, a cache line; norms; slots
+    // [D, groups] of: arrivals, a cache line; norms; slots
     const int64_t line = 32, norms = int64_t{2} * size * Slice::rows;
     const int64_t slots = int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(S)} / int64_t{sizeof(float)};
-    Tensor workspace = frame.empty<float>({Instance::cluster ? 0 : groups * (line + norms + slots)});
+    const int64_t all = int64_t{p.D} * groups;
+    Tensor workspace = frame.empty<float>({Instance::cluster ? 0 : all * (line + norms + slots)});
     float* next = rows<float>(workspace).data;
     if (!Instance::cluster)
       check_cuda(
@@ -179,15 +183,15 @@ class Launcher {
           "the workspace of a persistent fastrnn kernel");
     p.link.wait_limit = wait_limit;
     p.link.slots = next;
-    p.link.norms = next + groups * slots;
-    p.link.arrivals = reinterpret_cast<uint32_t*>(p.link.norms + groups * norms);
+    p.link.norms = next + all * slots;
+    p.link.arrivals = reinterpret_cast<uint32_t*>(p.link.norms + all * norms);
     Kernel::launch(p, cell, size, groups, static_cast<cudaStream_t>(stream));
   }
 };
 
 template <class Cell, class S>
-int Persistent<Cell, S>::group_size(int64_t H, int device) {
-  return Launcher<Cell, S>::group_size(H, device);
+int Persistent<Cell, S>::group_size(int64_t H, int64_t directions, int device) {
+  return Launcher<Cell, S>::group_size(H, directions, device);
 }
 template <class Cell, class S>
 void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, const Frame& frame) {

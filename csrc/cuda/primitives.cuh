@@ -26,7 +26,7 @@ struct alignas(16) Quad {
 namespace fastrnn {
 
 FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
-// The grid is [groups, CTAs of a group].
+// The grid is [directions, groups, CTAs of a group].
 FASTRNN_DEVICE int block_rank() { return blockIdx.x; }
 FASTRNN_DEVICE int block_group() { return blockIdx.y; }
 FASTRNN_DEVICE int group_size() { return gridDim.x; }
@@ -38,6 +38,13 @@ FASTRNN_DEVICE void sync_warp() { __syncwarp(); }
 // Behind this the compiler knows nothing of x: what it would work out from x once and keep in registers for
 // the whole loop, it works out where it is used.
 FASTRNN_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// Nothing that follows from it, and that is a good part of all addresses, stays in registers.
+FASTRNN_DEVICE int block_direction() {
+  int direction = blockIdx.z;
+  forget(direction);
+  return direction;
+}
 
 // The value that `lane` gives; for all 32 lanes of a warp together, as are the products below.
 FASTRNN_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }

@@ -51,9 +51,23 @@ struct Arguments {
   }
 };
 
+struct Sizes {
+  int64_t D, T, B, H;
+};
+
+// Of y [D, T, B, H], or [T, B, H] of a single direction.
+Sizes sizes_of(const Tensor& y) {
+  const int64_t dim = y.dim();
+  check(dim == 3 || dim == 4, "y must have shape [T, B, H] or [D, T, B, H], got ", shape_of(y));
+  return {dim == 4 ? y.size(0) : 1, y.size(dim - 3), y.size(dim - 2), y.size(dim - 1)};
+}
+
+// w_hh: [D, G*H, H], or [G*H, H] of a single direction
 int64_t persistent_group(std::string cell, Tensor w_hh) {
   return with_kernels(cell, "w_hh", w_hh, [&](auto kernel, auto zero) -> int64_t {
-    return Persistent<decltype(kernel), decltype(zero)>::group_size(w_hh.size(1), w_hh.get_device_index());
+    const int64_t directions = w_hh.dim() == 3 ? w_hh.size(0) : 1;
+    return Persistent<decltype(kernel), decltype(zero)>::group_size(w_hh.size(w_hh.dim() - 1), directions,
+                                                                    w_hh.get_device_index());
   });
 }
 
@@ -69,17 +83,18 @@ void persistent_forward(std::string cell, Tensor gx, Tensor w_hh, Optional b_hh,
   with_kernels(cell, "gx", gx, [&](auto kernel, auto zero) {
     using Cell = decltype(kernel);
     using S = decltype(zero);
-    check(y.dim() == 3, "y must have shape [T, B, H], got ", shape_of(y));
-    const int64_t T = y.size(0), B = y.size(1), H = y.size(2), step = B * H;
+    const auto [D, T, B, H] = sizes_of(y);
+    const int64_t step = D * B * H;  // in all directions
     const Arguments from{Frame(gx, B, H)};
     ForwardParams<S> p{};
-    p.T = T, p.B = static_cast<int>(B), p.H = static_cast<int>(H), p.reverse = reverse;
+    p.T = T, p.D = static_cast<int>(D), p.B = static_cast<int>(B), p.H = static_cast<int>(H);
+    p.reverse = reverse;
     p.gx = from.get<S>("gx", gx, T * step * Cell::gates);
-    p.w_hh = from.get<S>("w_hh", w_hh, Cell::gates * H * H);
-    p.b_hh = from.get<S>("b_hh", b_hh, Cell::gates * H);
+    p.w_hh = from.get<S>("w_hh", w_hh, D * Cell::gates * H * H);
+    p.b_hh = from.get<S>("b_hh", b_hh, D * Cell::gates * H);
     p.h0 = from.get<S>("h0", h0, step);
     p.c0 = from.get<float>("c0", c0, step);
-    p.flags = from.get<uint8_t>("flags", flags, T * B);
+    p.flags = from.get<uint8_t>("flags", flags, D * T * B);
     p.y = from.get<S>("y", y, T * step);
     p.h_n = from.get<S>("h_n", h_n, step);
     p.c_n = from.get<float>("c_n", c_n, step);
@@ -98,12 +113,14 @@ void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh
   with_kernels(cell, "saved", saved, [&](auto kernel, auto zero) {
     using Cell = decltype(kernel);
     using S = decltype(zero);
-    check(y.dim() == 3, "y must have shape [T, B, H], got ", shape_of(y));
-    const int64_t T = y.size(0), B = y.size(1), H = y.size(2), step = B * H;
-    const int64_t size = norms.has_value() ? Persistent<Cell, S>::group_size(H, saved.get_device_index()) : 0;
+    const auto [D, T, B, H] = sizes_of(y);
+    const int64_t step = D * B * H;  // in all directions
+    const int64_t size =
+        norms.has_value() ? Persistent<Cell, S>::group_size(H, D, saved.get_device_index()) : 0;
     const Arguments from{Frame(saved, B, H)};
     BackwardParams<S> p{};
-    p.T = T, p.B = static_cast<int>(B), p.H = static_cast<int>(H), p.reverse = reverse;
+    p.T = T, p.D = static_cast<int>(D), p.B = static_cast<int>(B), p.H = static_cast<int>(H);
+    p.reverse = reverse;
     p.dy = from.get<S>("dy", dy, T * step);
     p.dc = from.get<float>("dc", dc, T * step);
     p.dh_n = from.get<S>("dh_n", dh_n, step);
@@ -113,15 +130,15 @@ void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh
     p.c = from.get<float>("c", c, T * step);
     p.h0 = from.get<S>("h0", h0, step);
     p.c0 = from.get<float>("c0", c0, step);
-    p.w_hh = from.get<S>("w_hh", w_hh, Cell::gates * H * H);
-    p.flags = from.get<uint8_t>("flags", flags, T * B);
+    p.w_hh = from.get<S>("w_hh", w_hh, D * Cell::gates * H * H);
+    p.flags = from.get<uint8_t>("flags", flags, D * T * B);
     p.clip_norm = from.get<float>("clip_norm", clip_norm, 1);
     p.clip_value = clip_value.has_value() ? static_cast<float>(*clip_value) : no_bound;
     p.dgx = from.get<S>("dgx", dgx, T * step * Cell::gates);
     p.dgh = from.get<S>("dgh", dgh, T * step * Cell::gates);
     p.dh0 = from.get<S>("dh0", dh0, step);
     p.dc0 = from.get<float>("dc0", dc0, step);
-    p.norms = from.get<float>("norms", norms, 2 * Cell::states * T * B * size);
+    p.norms = from.get<float>("norms", norms, D * 2 * Cell::states * T * B * size);
     p.link.trouble = word(trouble);
     check(Cell::states == 1 || (p.c != nullptr && p.c0 != nullptr && p.dc0 != nullptr),
           "c, c0 and dc0 are needed for this cell");

@@ -1,7 +1,7 @@
-// All steps of one layer in one direction, backward. Of each step: the norms, clipping and the cell on the
-// units that this CTA owns, their gate gradients to the group, and, while those travel, the next step's
-// operands from memory; then the product with this CTA's columns of W_hh gives what is carried to the step
-// before.
+// All steps of one layer, backward; a CTA walks in one of its directions. Of each step: the norms, clipping
+// and the cell on the units that this CTA owns, their gate gradients to the group, and, while those travel,
+// the next step's operands from memory; then the product with this CTA's columns of W_hh gives what is
+// carried to the step before.
 //
 // Under clipping by norm the factor is known only when all of the group have told their part of the norm. The
 // cell's backward is linear in (dh, dc) together, so gate gradients travel unscaled with the norms, and the
@@ -45,7 +45,8 @@ class ScanBackward {
         unscaled_(shared + unscaled_at),
         half_(shared + half_at),
         full_(shared + full_at),
-        weights_(shared, ColumnsOfW{p.w_hh, p.H, block_rank() * Tile::units}) {}
+        weights_(shared, ColumnsOfW{p.w_hh + int64_t{block_direction()} * G * p.H * p.H, p.H,
+                                    block_rank() * Tile::units}) {}
 
   FASTRNN_DEVICE void run() {
     if (!each_tile<Tile>(p_.B, p_.H, [&](const Map<Tile>& map) { return walk(map); })) poison();
@@ -77,7 +78,7 @@ class ScanBackward {
   Weights weights_;
   Element element_[E];
 
-  FASTRNN_DEVICE int64_t step(int64_t i) const { return p_.reverse ? p_.T - 1 - i : i; }
+  FASTRNN_DEVICE int64_t step(int64_t i) const { return step_of_walk(i, p_.T, p_.reverse); }
 
   FASTRNN_DEVICE void read_ahead(const Map<Tile>& map, int j, int64_t i) {
     if (!map.inside(j) || i < 0) return;
@@ -87,7 +88,7 @@ class ScanBackward {
     for (int k = 0; k < Cell::saved; ++k) half(j, k) = map.template at<Cell::saved>(p_.saved, t, j, k);
     half(j, Cell::saved) = p_.dy == nullptr ? S{} : map.at(p_.dy, t, j);
     const bool begins = i == 0 || (flags & start);
-    const int64_t before = begins ? 0 : step(i - 1);
+    const int64_t before = begins ? block_direction() : step(i - 1);
     if constexpr (Cell::split) half(j, Cell::saved + 1) = map.at(begins ? p_.h0 : p_.y, before, j);
     if constexpr (has_c) {
       full(j, 0) = p_.dc == nullptr ? 0.0f : map.at(p_.dc, t, j);
@@ -102,8 +103,9 @@ class ScanBackward {
 #pragma unroll
     for (int j = 0; j < E; ++j) {
       Element& e = element_[j];
-      e.carry[0] = map.inside(j) && p_.dh_n != nullptr ? widen(map.at(p_.dh_n, 0, j)) : 0.0f;
-      if constexpr (has_c) e.carry[1] = map.inside(j) && p_.dc_n != nullptr ? map.at(p_.dc_n, 0, j) : 0.0f;
+      e.carry[0] = map.inside(j) && p_.dh_n != nullptr ? widen(map.at(p_.dh_n, block_direction(), j)) : 0.0f;
+      if constexpr (has_c)
+        e.carry[1] = map.inside(j) && p_.dc_n != nullptr ? map.at(p_.dc_n, block_direction(), j) : 0.0f;
       read_ahead(map, j, p_.T - 1);
     }
     for (int64_t i = p_.T - 1; i >= 0; --i) {
@@ -134,8 +136,8 @@ class ScanBackward {
 #pragma unroll
     for (int j = 0; j < E; ++j) {
       if (!map.inside(j)) continue;
-      map.at(p_.dh0, 0, j) = rounded<S>(element_[j].carry[0]);
-      if constexpr (has_c) map.at(p_.dc0, 0, j) = element_[j].carry[1];
+      map.at(p_.dh0, block_direction(), j) = rounded<S>(element_[j].carry[0]);
+      if constexpr (has_c) map.at(p_.dc0, block_direction(), j) = element_[j].carry[1];
     }
     return true;
   }
@@ -223,7 +225,8 @@ class ScanBackward {
   }
 
   FASTRNN_DEVICE float& report(int kind, int state, int64_t t, int b) const {
-    return p_.norms[(((kind * states + state) * p_.T + t) * p_.B + b) * group_size() + block_rank()];
+    const int64_t plane = block_direction() * (2 * states - 1) + kind * states + state;  // t counts D * T
+    return p_.norms[((plane * p_.T + t) * p_.B + b) * group_size() + block_rank()];
   }
 
   // The factor of clipping by norm of this lane's row, from the parts of all peers.
@@ -259,9 +262,9 @@ class ScanBackward {
   // What this CTA owns becomes NaN.
   FASTRNN_DEVICE void poison() const {
     each_owned<Tile>(p_.B, p_.H, [&](const Map<Tile>& map, int j) {
-      map.at(p_.dh0, 0, j) = not_a_number<S>();
-      for (int64_t t = 0; t < p_.T; ++t)
-        for (int g = 0; g < G; ++g) map.template at<G>(p_.dgx, t, j, g) = not_a_number<S>();
+      map.at(p_.dh0, block_direction(), j) = not_a_number<S>();
+      for (int64_t i = 0; i < p_.T; ++i)
+        for (int g = 0; g < G; ++g) map.template at<G>(p_.dgx, step(i), j, g) = not_a_number<S>();
     });
   }
 };

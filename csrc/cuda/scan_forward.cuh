@@ -1,6 +1,6 @@
-// All steps of one layer in one direction, forward. Of each step: the product with this CTA's slice of W_hh,
-// the cell on the units that it owns, their h to the group, and, while that travels, the outputs to memory
-// and the next gx from it.
+// All steps of one layer, forward; a CTA walks in one of its directions. Of each step: the product with this
+// CTA's slice of W_hh, the cell on the units that it owns, their h to the group, and, while that travels, the
+// outputs to memory and the next gx from it.
 #pragma once
 
 #include "drawer.cuh"
@@ -31,7 +31,8 @@ class ScanForward {
         exchange_(p.link, shared + Weights::shared_bytes),
         bias_(shared + Weights::shared_bytes + Exchange::shared_bytes),
         gx_(shared + Weights::shared_bytes + Exchange::shared_bytes + Bias::shared_bytes),
-        weights_(shared, SliceOfW{p.w_hh, p.H, block_rank() * Tile::units}) {}
+        weights_(shared, SliceOfW{p.w_hh + int64_t{block_direction()} * G * p.H * p.H, p.H,
+                                  block_rank() * Tile::units}) {}
 
   FASTRNN_DEVICE void run() {
     if (!each_tile<Tile>(p_.B, p_.H, [&](const Map<Tile>& map) { return walk(map); })) poison();
@@ -63,7 +64,7 @@ class ScanForward {
   Weights weights_;
   Element element_[E];
 
-  FASTRNN_DEVICE int64_t step(int64_t i) const { return p_.reverse ? p_.T - 1 - i : i; }
+  FASTRNN_DEVICE int64_t step(int64_t i) const { return step_of_walk(i, p_.T, p_.reverse); }
 
   FASTRNN_DEVICE void read_ahead(const Map<Tile>& map, int j, int64_t i) {
     if (!map.inside(j) || i >= p_.T) return;
@@ -83,11 +84,13 @@ class ScanForward {
     Map<Tile> map = tile;
 #pragma unroll
     for (int g = 0; g < G; ++g)
-      bias_[g] = map.unit() < p_.H && p_.b_hh != nullptr ? widen(p_.b_hh[g * p_.H + map.unit()]) : 0.0f;
+      bias_[g] = map.unit() < p_.H && p_.b_hh != nullptr
+                     ? widen(p_.b_hh[(block_direction() * G + g) * p_.H + map.unit()])
+                     : 0.0f;
 #pragma unroll
     for (int j = 0; j < E; ++j) {
-      element_[j].h = map.inside(j) ? widen(map.at(p_.h0, 0, j)) : 0.0f;
-      element_[j].c = has_c && map.inside(j) ? map.at(p_.c0, 0, j) : 0.0f;
+      element_[j].h = map.inside(j) ? widen(map.at(p_.h0, block_direction(), j)) : 0.0f;
+      element_[j].c = has_c && map.inside(j) ? map.at(p_.c0, block_direction(), j) : 0.0f;
       publish(map, j);
       read_ahead(map, j, 0);
     }
@@ -114,8 +117,8 @@ class ScanForward {
 #pragma unroll
     for (int j = 0; j < E; ++j) {
       if (!map.inside(j)) continue;
-      map.at(p_.h_n, 0, j) = rounded<S>(element_[j].h);
-      if constexpr (has_c) map.at(p_.c_n, 0, j) = element_[j].c;
+      map.at(p_.h_n, block_direction(), j) = rounded<S>(element_[j].h);
+      if constexpr (has_c) map.at(p_.c_n, block_direction(), j) = element_[j].c;
     }
     return true;
   }
@@ -154,8 +157,8 @@ class ScanForward {
   // What this CTA owns becomes NaN.
   FASTRNN_DEVICE void poison() const {
     each_owned<Tile>(p_.B, p_.H, [&](const Map<Tile>& map, int j) {
-      map.at(p_.h_n, 0, j) = not_a_number<S>();
-      for (int64_t t = 0; t < p_.T; ++t) map.at(p_.y, t, j) = not_a_number<S>();
+      map.at(p_.h_n, block_direction(), j) = not_a_number<S>();
+      for (int64_t i = 0; i < p_.T; ++i) map.at(p_.y, step(i), j) = not_a_number<S>();
     });
   }
 };

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cells import CELLS
 from . import extension
 from . import reference as launcher
+from .directions import each_direction
 
 # A CUDA library beside a torch without CUDA cannot be loaded.
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
@@ -30,7 +31,7 @@ _step_backward = partial(launcher.scan_backward, step=extension.Step)
 
 
 def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None, **beyond) -> str | None:
-    """Why a scan over `rows` sequences runs step by step; None where the persistent kernels take it.
+    """Why a scan over `rows` sequences runs step by step; None where one launch of the persistent kernels takes it.
 
     `beyond`: the arguments of the scan that only the step path knows, by name; those that are None do not matter.
     """
@@ -50,7 +51,7 @@ def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None
         return "gradients travel before they are clipped by norm, and may overflow float16"
     if rows == 0:
         return "the batch is empty"
-    if rows * len(CELLS[cell].saved) * w_hh.shape[1] >= 2**31:
+    if rows * len(CELLS[cell].saved) * w_hh.shape[-1] >= 2**31:
         return "a step of the batch is too large for 32-bit offsets"
     if _group(cell, w_hh) == 0:
         return f"W_hh {list(w_hh.shape)} in {w_hh.dtype} does not fit the chip"
@@ -58,7 +59,7 @@ def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None
 
 
 def _group(cell: str, w_hh: Tensor) -> int:
-    """How many thread blocks share W_hh; 0 where the device cannot hold them together."""
+    """How many thread blocks share the W_hh of a direction; 0 where the device cannot hold all directions together."""
     return OPS.persistent_group(cell, w_hh)
 
 
@@ -88,20 +89,21 @@ def scan_forward(
     flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
 ):  # fmt: skip
     """See `ops.scan_forward`."""
+    tensors = gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c
+    *D, T, B, _ = gx.shape
     if why_step(
-        cell, w_hh, gx.shape[1], w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
+        cell, w_hh, B, w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
         recurrent_mask=recurrent_mask, zone_h=zone_h, zone_c=zone_c,
     ):  # fmt: skip
-        return _step_forward(
-            gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-            flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
-        )  # fmt: skip
+        if D:
+            return each_direction(scan_forward, tensors, cell, reverse, save)
+        return _step_forward(*tensors, cell, reverse, save)
     gx, w_hh, b_hh, h0, c0, flags = _contiguous(gx, w_hh, b_hh, h0, c0, flags)
-    (T, B, _), H, has_c = gx.shape, w_hh.shape[1], c0 is not None
-    y, h_n = gx.new_empty(T, B, H), torch.empty_like(h0)
+    H, has_c = w_hh.shape[-1], c0 is not None
+    y, h_n = gx.new_empty(*D, T, B, H), torch.empty_like(h0)
     c_n = torch.empty_like(c0) if has_c else gx.new_empty(0, dtype=torch.float32)
-    c = c_n.new_empty((T, B, H) if has_c and save else 0)
-    saved = gx.new_empty((T, B, len(CELLS[cell].saved) * H) if save else 0)
+    c = c_n.new_empty((*D, T, B, H) if has_c and save else 0)
+    saved = gx.new_empty((*D, T, B, len(CELLS[cell].saved) * H) if save else 0)
     OPS.persistent_forward(
         cell, gx, w_hh, b_hh, h0, c0, flags, reverse, y, h_n, c_n if has_c else None,
         c if has_c and save else None, saved if save else None, _check_earlier_calls(),
@@ -114,25 +116,28 @@ def scan_backward(
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
 ):  # fmt: skip
     """See `ops.scan_backward`."""
+    tensors = (
+        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight,
+        ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
+    )  # fmt: skip
+    (*D, T, B, _), spec, has_c = y.shape, CELLS[cell], c0 is not None
     if why_step(
-        cell, w_hh, saved.shape[1], clip_norm, w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
+        cell, w_hh, B, clip_norm, w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
         recurrent_mask=recurrent_mask, zone_h=zone_h, zone_c=zone_c, dsaved=dsaved,
     ):  # fmt: skip
-        return _step_backward(
-            dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight,
-            ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
-        )  # fmt: skip
+        if D:
+            return each_direction(scan_backward, tensors, cell, reverse, norms)
+        return _step_backward(*tensors, cell, reverse, norms)
     dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags = _contiguous(
         dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags
     )
-    (T, B, _), spec, has_c = y.shape, CELLS[cell], c0 is not None
     if clip_norm is not None:
         clip_norm = clip_norm.to(saved.device, torch.float32)
-    dgx = saved.new_empty(T, B, w_hh.shape[0])
+    dgx = saved.new_empty(*D, T, B, w_hh.shape[-2])
     dgh = saved.new_empty(dgx.shape if spec.split else 0)
     dh0 = torch.empty_like(h0)
     dc0 = torch.empty_like(c0) if has_c else saved.new_empty(0, dtype=torch.float32)
-    parts = dc0.new_empty((2, len(spec.states), T, B, _group(cell, w_hh)) if norms else 0)
+    parts = dc0.new_empty((*D, 2, len(spec.states), T, B, _group(cell, w_hh)) if norms else 0)
     OPS.persistent_backward(
         cell, dy, dc if has_c else None, dh_n, dc_n if has_c else None, saved, y, c, h0, c0, w_hh, flags,
         clip_norm, clip_value, reverse, dgx, dgh if spec.split else None, dh0, dc0 if has_c else None,
