@@ -5,6 +5,7 @@ shared memory, clusters and barriers are emulated (csrc/cuda/emulated.h). The la
 the emulated ops in place of csrc's. Not covered: the memory model (fences, caches), and the C++ code that launches.
 """
 
+import copy
 import ctypes
 import os
 import shutil
@@ -28,7 +29,7 @@ if (reason := extension.load("cpu")) is not None:
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [("T", ctypes.c_int64), ("B", ctypes.c_int), ("H", ctypes.c_int), ("reverse", ctypes.c_int)]
+    _fields_ = [("T", ctypes.c_int64), *((name, ctypes.c_int) for name in ("D", "B", "H", "reverse"))]
 
 
 class Layout(ctypes.Structure):
@@ -39,9 +40,9 @@ class Layout(ctypes.Structure):
 
 
 class Emulator:
-    """csrc's ops, run by the emulator; `way` chooses the kernel, the other fields a launch."""
+    """csrc's ops, run by the emulator; `way` chooses the kernel, the other fields a launch. `room`: for directions."""
 
-    way, groups, seed, wait_limit, missing = "grid", 0, 0, 2**30, -1
+    way, groups, seed, wait_limit, missing, room, launches = "grid", 0, 0, 2**30, -1, 2, 0
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
@@ -54,16 +55,19 @@ class Emulator:
         return list(sizes) if found else None
 
     def persistent_group(self, cell, w_hh):
-        sizes = self.describe(cell, w_hh.dtype, w_hh.shape[1])
-        return -(-w_hh.shape[1] // sizes[1]) if sizes else 0
+        sizes = self.describe(cell, w_hh.dtype, w_hh.shape[-1])
+        room = len(w_hh) <= self.room if w_hh.dim() == 3 else self.room
+        return -(-w_hh.shape[-1] // sizes[1]) if sizes and room else 0
 
     def call(self, function, cell, like, reverse, pointers, trouble, *rest):
+        *D, T, B, H = like.shape
         layout = Layout(self.groups, self.seed, self.wait_limit, self.missing, 0)
         addresses = (ctypes.c_void_p * len(pointers))(*(None if x is None else x.data_ptr() for x in pointers))
         assert function(
             cell.encode(), str(like.dtype).split(".")[1].encode(), self.way.encode(),
-            ctypes.byref(Shape(*like.shape, reverse)), ctypes.byref(layout), addresses, *rest,
+            ctypes.byref(Shape(T, *(D or [1]), B, H, reverse)), ctypes.byref(layout), addresses, *rest,
         )  # fmt: skip
+        self.launches += 1
         trouble[0] |= layout.trouble
 
     def persistent_forward(self, cell, gx, w_hh, b_hh, h0, c0, flags, reverse, y, h_n, c_n, c, saved, trouble):
@@ -279,6 +283,60 @@ def test_chunks_of_steps_equal_the_whole(emulator, cell, reverse):
         assert same_bits((outputs[0], outputs[5]), (gradients[0][when], gradients[5][:, :, when]))
 
 
+def in_one_call(problems):
+    """The problem whose tensors are theirs, with a leading dimension for the directions."""
+    both = copy.copy(problems[0])
+    for name, x in vars(both).items():
+        if torch.is_tensor(x) and x.dim():
+            setattr(both, name, torch.stack([getattr(problem, name) for problem in problems]))
+    return both
+
+
+def all_outputs(problem):
+    outputs = problem.forward(cuda)
+    return outputs + problem.backward(cuda, *outputs)
+
+
+def each_alone(problems, run=all_outputs):
+    each = zip(*map(run, problems), strict=True)
+    return [torch.stack(found) if found[0].dim() > 1 else found[0] for found in each]
+
+
+@pytest.mark.parametrize("way", ["cluster", "grid"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward-first", "reverse-first"])
+@pytest.mark.parametrize("extras", [(), Problem.ALL], ids=["plain", "all"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_both_directions_in_one_launch_equal_each_alone(emulator, cell, extras, reverse, way):
+    emulator.way = way
+    directions = [Problem(cell, torch.bfloat16, B=19, reverse=d != reverse, extras=extras, seed=d) for d in range(2)]
+    want = each_alone(directions)
+    both = in_one_call(directions)
+    emulator.launches = 0
+    for emulator.seed, emulator.groups in ((0, 0), (1, 1)):
+        assert same_bits(all_outputs(both), want)
+    assert emulator.launches == 2 * 2  # forward and backward, twice
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_directions_that_do_not_fit_together_go_one_after_the_other(emulator, room):
+    directions = [Problem("lstm", torch.float32, reverse=back, extras=Problem.ALL, seed=back) for back in range(2)]
+    emulator.room = room
+    want = each_alone(directions)
+    emulator.launches = 0
+    assert same_bits(all_outputs(in_one_call(directions)), want)
+    assert emulator.launches == 4 * room
+
+
+def test_a_wait_in_vain_leaves_the_other_direction_alone(emulator):
+    directions = [Problem("gru", torch.float32, reverse=back, seed=back) for back in range(2)]
+    want = directions[1].forward(cuda)[0]
+    emulator.missing, emulator.wait_limit = 1, 2000
+    y = in_one_call(directions).forward(cuda)[0]
+    assert y[0].isnan().all() and torch.equal(y[1], want)
+    with pytest.raises(RuntimeError, match="waited in vain"):
+        directions[0].forward(cuda)
+
+
 @pytest.mark.parametrize("left_out", ["b_hh", "dy", "dc", "dh_n", "dc_n"])
 def test_what_may_be_absent(emulator, left_out):
     problem = Problem("lstm", torch.float32)
@@ -400,7 +458,7 @@ def native(monkeypatch):
             setattr(problem, name, value.cuda() if torch.is_tensor(value) else value)
         monkeypatch.setenv("FASTRNN_CUDA_MODE", mode)
         if mode == "persistent":
-            assert cuda.why_step(problem.cell, problem.w_hh, problem.gx.shape[1], problem.clip_norm) is None
+            assert cuda.why_step(problem.cell, problem.w_hh, problem.gx.shape[-2], problem.clip_norm) is None
         outputs = problem.forward(cuda)
         return outputs + problem.backward(cuda, *outputs)
 
@@ -419,6 +477,15 @@ def test_gpu_equals_step_by_step_and_repeats_its_bits(native, cell, dtype, rever
         first = native(problem)
         check(first, native(problem, "step"), TOLERANCE[dtype])
         assert same_bits(first, native(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [40, 500, 1000])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_gpu_both_directions_in_one_launch_equal_each_alone(native, cell, H):
+    directions = [Problem(cell, torch.bfloat16, B=70, H=H, reverse=d, extras=Problem.ALL, seed=d) for d in range(2)]
+    want = each_alone(directions, native)
+    assert same_bits(native(in_one_call(directions)), want)
 
 
 @pytest.mark.gpu

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
+from ..directions import each_direction
 from . import extension
 from . import reference as launcher
-from .directions import each_direction
 
 # A CUDA library beside a torch without CUDA cannot be loaded.
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
