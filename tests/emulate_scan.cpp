@@ -42,6 +42,7 @@ int with_instance(const char* cell, const char* dtype, const char* way, int H, c
         if (std::string(way) == "cluster") run(ByCluster<Cell, S, bucket>{});
         if (std::string(way) == "grid") run(ByGrid<Cell, S, bucket>{});
         if (std::string(way) == "wide_grid") run(ByWideGrid<Cell, S, bucket>{});
+        return found != 0;
       });
     });
   });

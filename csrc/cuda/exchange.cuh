@@ -32,8 +32,8 @@ class GridExchange {
   FASTRNN_DEVICE GridExchange(const Link& link, char* shared)
       : link_(link), alive_(reinterpret_cast<int*>(shared)) {}
 
-  FASTRNN_DEVICE void publish(int row, int column, float value) {
-    slot(round_ + 1)[row * stride + column] = operand_of<S>(value);
+  FASTRNN_DEVICE void publish(bool exists, int row, int column, float value) {
+    if (exists) slot(round_ + 1)[row * stride + column] = operand_of<S>(value);
   }
   FASTRNN_DEVICE void publish_norm(int row, float value) {
     norms(round_ + 1)[block_rank() * Slice::rows + row] = value;
@@ -109,8 +109,8 @@ class ClusterExchange {
     wait_for_cluster();
   }
 
-  // The lanes of 16 bytes gather them, and each sends them to other peers.
-  FASTRNN_DEVICE void publish(int row, int column, float value) {
+  // The lanes of 16 bytes gather them, and each sends them to other peers; they all exist, or none of them.
+  FASTRNN_DEVICE void publish(bool exists, int row, int column, float value) {
     constexpr int lanes = Slice::lane_terms;
     int lane = thread_index() % 32, mine = lane % lanes;
     S element = operand_of<S>(value);
@@ -125,6 +125,7 @@ class ClusterExchange {
       for (int k = 0; k < 4; ++k) packed.word[k] = shuffle(bits, lane - mine + 2 * k);
     }
     S* place = slot(round_ + 1) + row * stride + column - mine;
+    if (!exists) return;
     for (int peer = mine; peer < group_size(); peer += lanes)
       send(reinterpret_cast<Quad*>(place), peer, packed, delivery(round_ + 1));
   }
@@ -133,11 +134,11 @@ class ClusterExchange {
       send(norms(round_ + 1) + block_rank() * Slice::rows + row, peer, value, delivery(round_ + 1));
   }
 
-  // All of the group publish as much, and everybody sends to everybody. The last thing that a CTA does is to
-  // wait, so none is gone while a peer still sends to it.
+  // `bytes`: what all of the group publish, and everybody sends to everybody. The last thing that a CTA does
+  // is to wait, so none is gone while a peer still sends to it.
   FASTRNN_DEVICE void arrive(int bytes) {
     ++round_;
-    if (thread_index() == 0) announce(delivery(round_), bytes * group_size());
+    if (thread_index() == 0) announce(delivery(round_), bytes);
   }
   FASTRNN_DEVICE bool wait() {
     await(delivery(round_), (round_ - 1) / 2);

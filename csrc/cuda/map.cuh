@@ -22,19 +22,30 @@ class Map {
   }
 
   // Whether the j-th element is one of the batch and of H.
-  FASTRNN_DEVICE bool inside(int j) const { return Place<Tile>(j).exists && row(j) < B_ && unit_ < H_; }
+  FASTRNN_DEVICE bool inside(int j) const { return Place<Tile>(j).exists && row(j) < B_ && unit(j) < H_; }
+  // Whether it has a column among those that the group exchanges; the units of the last CTA may go beyond.
+  FASTRNN_DEVICE bool exchanged(int j) const {
+    return Place<Tile>(j).exists && (Tile::K % Tile::units == 0 || unit(j) < Tile::K);
+  }
   FASTRNN_DEVICE int row(int j) const { return first_ + Place<Tile>(j).row; }
-  FASTRNN_DEVICE int unit() const { return unit_; }
+  FASTRNN_DEVICE int unit(int j) const { return unit_ + j % Tile::beside * Tile::width; }
 
   // The j-th element of step t, plane `plane` of `planes`.
   template <int planes = 1, class T>
   FASTRNN_DEVICE T& at(T* tensor, int64_t t, int j, int plane = 0) const {
-    return tensor[t * (int64_t{B_} * planes * H_) + (row(j) * planes + plane) * H_ + unit_];
+    return tensor[t * (int64_t{B_} * planes * H_) + (row(j) * planes + plane) * H_ + unit(j)];
   }
 
  private:
   int B_, H_, first_, unit_;
 };
+
+// Elements of a batch tile that have a column among those that the group exchanges.
+template <class Tile>
+FASTRNN_DEVICE int exchanged_elements() {
+  const int units = group_size() * Tile::units;
+  return Tile::rows * (Tile::K % Tile::units == 0 || units < Tile::K ? units : Tile::K);
+}
 
 // Where step i of a walk over T steps lies, among those of all directions: they take turns in walking back,
 // beginning with the first if `reverse`.

@@ -143,9 +143,9 @@ class Launcher {
   static void with_instance(int64_t H, int64_t directions, int device, const F& f) {
     torch::stable::accelerator::DeviceGuard guard(device);
     with_bucket(H, [&](auto bucket) {
-      attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f) ||
-          attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
-          attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f);
+      return attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f) ||
+             attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
+             attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f);
     });
   }
 

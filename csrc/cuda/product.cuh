@@ -1,5 +1,5 @@
-// The product of a step: sums^T [planes, blocks * 16, rows] = W [planes, blocks * 16, K] x^T, where x [rows,
-// K] comes from the exchange and W, this CTA's slice, was read once before the first step.
+// The product of a step: sums^T [strips, 16, rows] = W [strips, 16, K] x^T, where x [rows, K] comes from the
+// exchange and W, this CTA's slice, was read once before the first step.
 #pragma once
 
 #include "tile.cuh"
@@ -11,7 +11,7 @@ class Product {
  public:
   static constexpr int shared_bytes = Slice::weight_bytes + Slice::sum_bytes;
 
-  // shared: [weight_bytes, sum_bytes]. weight(plane, unit, k): the slice, zero outside of W.
+  // shared: [weight_bytes, sum_bytes]. weight(strip, unit, k): the slice, zero outside of W.
   template <class Weight>
   FASTRNN_DEVICE Product(char* shared, const Weight& weight)
       : warp_(thread_index() / 32),
@@ -71,11 +71,12 @@ class Product {
     }
   }
 
-  // Of one row and unit, in the order of the splits.
-  FASTRNN_DEVICE float sum(int plane, int row, int unit) const {
+  // Of one row and unit (of the strip's 16), in the order of the splits.
+  FASTRNN_DEVICE float sum(int strip, int row, int unit) const {
     float total = 0;
 #pragma unroll
-    for (int split = 0; split < Slice::splits; ++split) total += sums_[at(split, plane, row, unit)];
+    for (int split = 0; split < Slice::splits; ++split)
+      total += sums_[at(split, strip / Slice::blocks, row, strip % Slice::blocks * 16 + unit)];
     return total;
   }
 
@@ -111,11 +112,11 @@ class Product {
       S terms[Slice::lane_terms];
       Quad quad;
     } made;
-    const int plane = q / 2 % Slice::planes;
-    int unit = warp_ / Slice::splits * 16 + lane_ / 4 + q % 2 * 8, term = first_term(q / (2 * Slice::planes));
+    const int strip = q / 2 % Slice::planes * Slice::blocks + warp_ / Slice::splits;
+    int unit = lane_ / 4 + q % 2 * 8, term = first_term(q / (2 * Slice::planes));
     forget(unit), forget(term);
 #pragma unroll
-    for (int i = 0; i < Slice::lane_terms; ++i) made.terms[i] = weight(plane, unit, term + i);
+    for (int i = 0; i < Slice::lane_terms; ++i) made.terms[i] = weight(strip, unit, term + i);
     return made.quad;
   }
 

@@ -24,8 +24,6 @@ class ScanBackward {
   static constexpr bool has_c = states == 2;
   static constexpr int sent = G + (Cell::split ? G : 0), unscaled = sent + states;
   // Published per round.
-  static constexpr int gates_bytes = G * Tile::rows * Tile::units * int(sizeof(S));
-  static constexpr int norm_bytes = Tile::rows * int(sizeof(float));
   // Per element: dgx, dgh where it differs, and what reaches the states before the step without W_hh.
   using Unscaled = Drawer<Tile, float, E * unscaled>;
   // Read ahead per element: the saved planes, dy, and h_prev where the cell reads it; dc and c_prev.
@@ -53,13 +51,13 @@ class ScanBackward {
   }
 
  private:
-  // Column unit of W_hh; its rows, gate by gate in blocks of Tile::K, are the terms.
+  // Column of W_hh: unit of a strip of 16; its rows, gate by gate in blocks of Tile::K, are the terms.
   struct ColumnsOfW {
     const S* w_hh;  // [G*H, H]
     int H, first_unit;
 
-    FASTRNN_DEVICE S operator()(int plane, int unit, int k) const {
-      int column = first_unit + plane * 16 + unit, g = k / Tile::K, row = k % Tile::K;
+    FASTRNN_DEVICE S operator()(int strip, int unit, int k) const {
+      int column = first_unit + strip * 16 + unit, g = k / Tile::K, row = k % Tile::K;
       return column < H && row < H ? operand_of<S>(widen(w_hh[int64_t{g * H + row} * H + column])) : S{};
     }
   };
@@ -113,25 +111,32 @@ class ScanBackward {
       int flags[E];
       float total[E][states];
 #pragma unroll
-      for (int j = 0; j < E; ++j) {
-        flags[j] = element_[j].flags;
-        through_cell(map, j, total[j]);
+      for (int first = 0; first < E; first += Tile::beside) {
+        float clipped[Tile::beside][states];
+#pragma unroll
+        for (int k = 0; k < Tile::beside; ++k) {
+          flags[first + k] = element_[first + k].flags;
+          through_cell(map, first + k, total[first + k], clipped[k]);
+        }
+        if (p_.clip_norm != nullptr) publish_norm(Place<Tile>(first), clipped);
       }
-      exchange_.arrive(gates_bytes + (p_.clip_norm == nullptr ? 0 : norm_bytes));
+      const int norm_bytes = p_.clip_norm == nullptr ? 0 : group_size() * Tile::rows * int(sizeof(float));
+      exchange_.arrive(G * exchanged_elements<Tile>() * int(sizeof(S)) + norm_bytes);
 #pragma unroll
       for (int j = 0; j < E; ++j) {
         read_ahead(map, j, i - 1);
-        if (p_.norms != nullptr) tell_norms(map, j, step(i), flags[j], total[j]);
+        if (p_.norms != nullptr && j % Tile::beside == 0) tell_norms(map, j, step(i), flags, total);
       }
       if (!exchange_.wait()) return false;
-      float scale[E];
+      float scale[E / Tile::beside];
 #pragma unroll
-      for (int j = 0; j < E; ++j) scale[j] = p_.clip_norm == nullptr ? 1.0f : clip_scale(Place<Tile>(j));
+      for (int j = 0; j < E; j += Tile::beside)
+        scale[j / Tile::beside] = p_.clip_norm == nullptr ? 1.0f : clip_scale(Place<Tile>(j).row);
       weights_.run(exchange_);
       sync_block();
 #pragma unroll
       for (int j = 0; j < E; ++j)
-        if (map.inside(j)) carry_on(map, j, step(i), flags[j], scale[j]);
+        if (map.inside(j)) carry_on(map, j, step(i), flags[j], scale[j / Tile::beside]);
     }
 #pragma unroll
     for (int j = 0; j < E; ++j) {
@@ -151,14 +156,14 @@ class ScanBackward {
     return x > p_.clip_value ? p_.clip_value : x < -p_.clip_value ? -p_.clip_value : x;
   }
 
-  // One element's gate gradients, and the whole of its state gradients before clipping. Every lane takes part
-  // in the sums.
-  FASTRNN_DEVICE void through_cell(const Map<Tile>& map, int j, float (&total)[states]) {
+  // One element's gate gradients, and its state gradients before and after clipping by value. Every lane
+  // takes part.
+  FASTRNN_DEVICE void through_cell(const Map<Tile>& map, int j, float (&total)[states],
+                                   float (&clipped)[states]) {
     const Element& e = element_[j];
     Place<Tile> place(j);
-    float clipped[states] = {};
 #pragma unroll
-    for (int s = 0; s < states; ++s) total[s] = 0;
+    for (int s = 0; s < states; ++s) total[s] = clipped[s] = 0;
     float dgx[G] = {}, dgh[G] = {}, past[states] = {};
     if (map.inside(j) && !(e.flags & pad)) {
       const bool fresh = e.flags & reset;
@@ -185,42 +190,48 @@ class ScanBackward {
         for (int g = 0; g < G; ++g) dgh[g] = dgx[g];
       }
     }
-    if (place.exists) {
-#pragma unroll
-      for (int g = 0; g < G; ++g) exchange_.publish(place.row, g * Tile::K + map.unit(), dgh[g]);
-    }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
+      exchange_.publish(map.exchanged(j), place.row, g * Tile::K + map.unit(j), dgh[g]);
       kept(j, g) = dgx[g];
       if constexpr (Cell::split) kept(j, G + g) = dgh[g];
     }
 #pragma unroll
     for (int s = 0; s < states; ++s) kept(j, sent + s) = past[s];
-    if (p_.clip_norm != nullptr) {
-      float norm = row_norm(clipped);
-      if (place.exists && place.unit == 0) exchange_.publish_norm(place.row, norm);
-    }
   }
 
-  // The norms of step t to memory, while the gate gradients travel. Every lane takes part in the sums.
-  FASTRNN_DEVICE void tell_norms(const Map<Tile>& map, int j, int64_t t, int flags,
-                                 const float (&total)[states]) const {
+  // The norm of the row of `place`, the first of its units here, to the group. Every lane takes part.
+  FASTRNN_DEVICE void publish_norm(const Place<Tile>& place, const float (&clipped)[Tile::beside][states]) {
+    const float norm = row_norm(clipped);
+    if (place.exists && place.unit == 0) exchange_.publish_norm(place.row, norm);
+  }
+
+  // The norms of step t of the row of element j, the first of its units here, to memory, while the gate
+  // gradients travel. Every lane takes part in the sums.
+  FASTRNN_DEVICE void tell_norms(const Map<Tile>& map, int j, int64_t t, const int (&flags)[E],
+                                 const float (&total)[E][states]) const {
 #pragma unroll
     for (int s = 0; s < states; ++s) {
-      const float carried = flags & pad ? 0.0f : element_[j].carry[s];
-      const float whole = row_norm({total[s]}), part = row_norm({carried});
+      float whole[Tile::beside][1], part[Tile::beside][1];
+#pragma unroll
+      for (int k = 0; k < Tile::beside; ++k) {
+        whole[k][0] = total[j + k][s];
+        part[k][0] = flags[j + k] & pad ? 0.0f : element_[j + k].carry[s];
+      }
+      const float norm = row_norm(whole), carried = row_norm(part);
       if (!map.inside(j) || Place<Tile>(j).unit != 0) continue;
-      report(0, s, t, map.row(j)) = whole;
-      report(1, s, t, map.row(j)) = part;
+      report(0, s, t, map.row(j)) = norm;
+      report(1, s, t, map.row(j)) = carried;
     }
   }
 
   // Of the row of this lane, over the units of this CTA. The squares of all float32 fit double.
   template <int count>
-  FASTRNN_DEVICE static float row_norm(const float (&x)[count]) {
+  FASTRNN_DEVICE static float row_norm(const float (&x)[Tile::beside][count]) {
     double squares = 0;
 #pragma unroll
-    for (int k = 0; k < count; ++k) squares += static_cast<double>(x[k]) * x[k];
+    for (int k = 0; k < Tile::beside * count; ++k)
+      squares += static_cast<double>(x[k / count][k % count]) * x[k / count][k % count];
     return static_cast<float>(std::sqrt(row_sum<Tile>(squares)));
   }
 
@@ -230,12 +241,12 @@ class ScanBackward {
   }
 
   // The factor of clipping by norm of this lane's row, from the parts of all peers.
-  FASTRNN_DEVICE float clip_scale(const Place<Tile>& place) const {
+  FASTRNN_DEVICE float clip_scale(int row) const {
     double squares = 0;
-    if (place.exists)
+    if (row < Tile::rows)
 #pragma unroll 1
-      for (int peer = place.unit; peer < group_size(); peer += Tile::units) {
-        double part = exchange_.norm(peer, place.row);
+      for (int peer = thread_index() % Tile::width; peer < group_size(); peer += Tile::width) {
+        double part = exchange_.norm(peer, row);
         squares += part * part;
       }
     const float norm = static_cast<float>(std::sqrt(row_sum<Tile>(squares))), bound = *p_.clip_norm;

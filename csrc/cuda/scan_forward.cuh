@@ -15,10 +15,9 @@ class ScanForward {
   using Slice = typename Tile::Forward;
   using Exchange = ExchangeOf<S, Slice>;
   using Weights = Product<S, Slice>;
-  using Bias = Drawer<Tile, float, Cell::gates>;
+  using Bias = Drawer<Tile, float, Cell::gates * Tile::beside>;
   using Gx = Ahead<Tile, S, Tile::elements * Cell::gates>;
   static constexpr int G = Cell::gates, E = Tile::elements;
-  static constexpr int published = Tile::rows * Tile::units * int(sizeof(S));  // bytes per round
   static constexpr bool has_c = Cell::states == 2;
 
  public:
@@ -39,14 +38,14 @@ class ScanForward {
   }
 
  private:
-  // Row unit of gate `plane`, column k.
+  // Row of W_hh: unit of a strip of 16; column k.
   struct SliceOfW {
     const S* w_hh;  // [G*H, H]
     int H, first_unit;
 
-    FASTRNN_DEVICE S operator()(int plane, int unit, int k) const {
-      int row = first_unit + unit;
-      return row < H && k < H ? operand_of<S>(widen(w_hh[int64_t{plane * H + row} * H + k])) : S{};
+    FASTRNN_DEVICE S operator()(int strip, int unit, int k) const {
+      int g = strip / Tile::strips, row = first_unit + strip % Tile::strips * 16 + unit;
+      return row < H && k < H ? operand_of<S>(widen(w_hh[int64_t{g * H + row} * H + k])) : S{};
     }
   };
 
@@ -75,7 +74,7 @@ class ScanForward {
 
   FASTRNN_DEVICE void publish(const Map<Tile>& map, int j) {
     Place<Tile> place(j);
-    if (place.exists) exchange_.publish(place.row, map.unit(), element_[j].h);
+    exchange_.publish(map.exchanged(j), place.row, map.unit(j), element_[j].h);
   }
 
   // All steps of one batch tile; false where the group fell apart. Elements outside of the batch and of H
@@ -83,10 +82,12 @@ class ScanForward {
   FASTRNN_DEVICE bool walk(const Map<Tile>& tile) {
     Map<Tile> map = tile;
 #pragma unroll
-    for (int g = 0; g < G; ++g)
-      bias_[g] = map.unit() < p_.H && p_.b_hh != nullptr
-                     ? widen(p_.b_hh[(block_direction() * G + g) * p_.H + map.unit()])
-                     : 0.0f;
+    for (int k = 0; k < Tile::beside; ++k)
+#pragma unroll
+      for (int g = 0; g < G; ++g)
+        bias_[k * G + g] = map.unit(k) < p_.H && p_.b_hh != nullptr
+                               ? widen(p_.b_hh[(block_direction() * G + g) * p_.H + map.unit(k)])
+                               : 0.0f;
 #pragma unroll
     for (int j = 0; j < E; ++j) {
       element_[j].h = map.inside(j) ? widen(map.at(p_.h0, block_direction(), j)) : 0.0f;
@@ -94,7 +95,7 @@ class ScanForward {
       publish(map, j);
       read_ahead(map, j, 0);
     }
-    exchange_.arrive(published);
+    exchange_.arrive(exchanged_elements<Tile>() * int(sizeof(S)));
     if (!exchange_.wait()) return false;
     for (int64_t i = 0; i < p_.T; ++i) {
       map = tile.afresh();
@@ -106,7 +107,7 @@ class ScanForward {
         if (map.inside(j)) advance(j, saved[j]);
         publish(map, j);
       }
-      exchange_.arrive(published);
+      exchange_.arrive(exchanged_elements<Tile>() * int(sizeof(S)));
 #pragma unroll
       for (int j = 0; j < E; ++j) {
         if (map.inside(j)) write(map, j, step(i), saved[j]);
@@ -132,7 +133,9 @@ class ScanForward {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       gx[g] = widen(gx_[j * G + g]);
-      gh[g] = bias_[g] + (fresh ? 0.0f : weights_.sum(g, place.row, place.unit));
+      const int strip = g * Tile::strips + place.unit / 16;
+      gh[g] =
+          bias_[j % Tile::beside * G + g] + (fresh ? 0.0f : weights_.sum(strip, place.row, place.unit % 16));
     }
     prev[0] = fresh ? 0.0f : e.h;
     if constexpr (has_c) prev[1] = fresh ? 0.0f : e.c;

@@ -12,8 +12,9 @@ constexpr int kilobyte = 1024;
 constexpr int shared_limit_sm80 = 163 * kilobyte;  // bytes that one CTA can have
 constexpr int shared_limit_sm90 = 227 * kilobyte;
 
-// The slice of W_hh of one CTA, as the operand of a product with K terms. A warp takes `planes` tiles of 16
-// rows and its share of the terms; `blocks` warps beside each other take different rows. Both operands come
+// The slice of W_hh of one CTA, as the operand of a product with K terms: planes * blocks strips of 16 rows.
+// A warp takes one strip of every plane and its share of the terms; `blocks` warps beside each other take
+// different strips. Both operands come
 // in chunks: 16 bytes per lane of either, four lanes beside each other in K, which two products take. Which
 // terms of a chunk meet in which product does not matter, as long as both operands agree.
 template <int planes_, int blocks_, int bytes, int K_, int rows_>
@@ -29,49 +30,53 @@ struct Slice {
   // read at no cost, shared memory at 128 bytes a cycle, which would be the longest part of a step.
   // How many do not spill was found by compiling, and tests/test_csrc_persistent.py holds it.
   static constexpr bool deep = planes == 1 && rows > 8;  // many operands on their way at a time
-  static constexpr int held = quads <= (deep ? 22 : 32) ? quads : deep ? 22 : 26;
+  static constexpr int most = deep ? 22 : quads <= 32 ? 32 : planes * rows <= 32 ? 30 : 26;
+  static constexpr int held = quads < most ? quads : most;
   static constexpr int weight_bytes = (quads - held) * threads * int(sizeof(Quad));
   static constexpr int sum_bytes = splits * planes * rows * blocks * 16 * int(sizeof(float));
   // Quads of a thread on their way to registers, where the sums will be.
   static constexpr int stage = sum_bytes / (threads * int(sizeof(Quad)));
 
-  static_assert(K % (chunk * splits) == 0 && warps % blocks == 0 && rows % 8 == 0 && stage > 0);
+  static constexpr bool whole = K % (chunk * splits) == 0;  // every warp has the same number of chunks
+  static_assert(warps % blocks == 0 && rows % 8 == 0 && stage > 0);
 };
 
-// A bucket: up to K hidden units of a cell with `gates` gates and elements of `bytes`. Forward, a plane is a
-// gate, and its terms are h. Backward the terms are the gradients of all gates, so many that no two warps
-// should read the same: a plane is 16 units, and every warp takes all of them.
-template <int gates, int bytes, int K_, int rows_, int shared_limit>
+// A bucket: up to K hidden units of a cell with `gates` gates and elements of `bytes`. Forward, strips are 16
+// units of a gate, and their terms are h. Backward the terms are the gradients of all gates, so many that no
+// two warps should read the same: a strip is 16 units, and every warp takes all of them.
+template <int gates, int bytes, int K_, int rows_, int units_>
 struct Tile {
-  static constexpr int K = K_, rows = rows_;
-  using Wide = Slice<gates, 2, bytes, K, rows>;
-  static constexpr int idle_bytes = 16 * kilobyte;  // for what is not weights, at most
-  static constexpr bool wide = Wide::weight_bytes + Wide::sum_bytes + idle_bytes <= shared_limit;
-  static constexpr int units = wide ? 32 : 16;
-  using Forward = Slice<gates, units / 16, bytes, K, rows>;
-  using Backward = Slice<units / 16, 1, bytes, gates * K, rows>;
+  static constexpr int K = K_, rows = rows_, units = units_;
+  static constexpr int strips = units / 16;  // of one gate
+  // With three strips, warps divide the gates instead, if they can.
+  static constexpr int blocks = strips < 3 ? strips : gates == 4 ? 4 : 1;
+  using Forward = Slice<gates * strips / blocks, blocks, bytes, K, rows>;
+  using Backward = Slice<strips, 1, bytes, gates * K, rows>;
+  static constexpr bool whole = Forward::whole && Backward::whole;
   static constexpr int threads = Forward::threads;
-  static constexpr int elements = (units * rows + threads - 1) / threads;  // of one thread
+  static constexpr int width = units < 32 ? units : 32;       // lanes that share a batch row
+  static constexpr int beside = (units + width - 1) / width;  // units of a thread in the same row
+  static constexpr int elements = (rows * width + threads - 1) / threads * beside;  // of one thread
 };
 
-// The elements (batch row, hidden unit) that a thread owns from step to step: `elements` rows, one unit.
-// Lanes beside each other have units beside each other; a warp has whole rows of `units`, or nothing at all.
+// The elements (batch row, hidden unit) that a thread owns from step to step: `beside` units, 32 apart, of
+// some rows. Lanes beside each other have units beside each other.
 template <class Tile>
 struct Place {
   int row, unit;
   bool exists;
 
   FASTRNN_DEVICE explicit Place(int j)
-      : row(thread_index() / Tile::units + j * (Tile::threads / Tile::units)),
-        unit(thread_index() % Tile::units),
-        exists(row < Tile::rows) {}
+      : row(thread_index() / Tile::width + j / Tile::beside * (Tile::threads / Tile::width)),
+        unit(thread_index() % Tile::width + j % Tile::beside * Tile::width),
+        exists(row < Tile::rows && unit < Tile::units) {}
 };
 
 // Over the lanes that share a batch row: pairwise, in a fixed order.
 template <class Tile>
 FASTRNN_DEVICE double row_sum(double x) {
 #pragma unroll
-  for (int step = Tile::units / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
+  for (int step = Tile::width / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
   return x;
 }
 
