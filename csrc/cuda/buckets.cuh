@@ -43,25 +43,29 @@ struct ByCluster : Instance<Cell, S, K, ClusterExchange, 8, (K > 512 ? 48 : 32),
   static constexpr bool cluster = true, exists = ByCluster::fits && K <= 16 * ByCluster::Tile::units;
 };
 
-// As many units as fit, so that groups are small.
+// As many units as fit, so that groups are small; where even 16 do not, fewer rows leave room for weights.
 template <class Cell, class S, int K, int shared_limit>
-constexpr int units_by_grid = Instance<Cell, S, K, GridExchange, 16, 32, shared_limit>::fits ? 32 : 16;
-template <class Cell, class S, int K, int shared_limit>
-using Grid = Instance<Cell, S, K, GridExchange, 16, units_by_grid<Cell, S, K, shared_limit>, shared_limit>;
+struct GridOf {
+  template <int rows, int units>
+  using Of = Instance<Cell, S, K, GridExchange, rows, units, shared_limit>;
+  using Small = std::conditional_t<Of<16, 16>::fits, Of<16, 16>, Of<8, 16>>;
+  using Best = std::conditional_t<Of<16, 32>::fits, Of<16, 32>, Small>;
+};
 
 template <class Cell, class S, int K>
-struct ByGrid : Grid<Cell, S, K, shared_limit_sm80> {
+struct ByGrid : GridOf<Cell, S, K, shared_limit_sm80>::Best {
   static constexpr int architecture = 80;
   static constexpr bool cluster = false, exists = ByGrid::fits;
 };
-// More shared memory, where that makes for smaller groups.
+// More shared memory, where that makes for smaller groups or larger batch tiles.
 template <class Cell, class S, int K>
-struct ByWideGrid : Grid<Cell, S, K, shared_limit_sm90> {
+struct ByWideGrid : GridOf<Cell, S, K, shared_limit_sm90>::Best {
   static constexpr int architecture = 90;
   static constexpr bool cluster = false;
+  using Less = ByGrid<Cell, S, K>;
+  static constexpr int size = ByWideGrid::Tile::rows * ByWideGrid::Tile::units;
   static constexpr bool exists =
-      ByWideGrid::fits &&
-      (ByWideGrid::Tile::units > ByGrid<Cell, S, K>::Tile::units || !ByGrid<Cell, S, K>::exists);
+      ByWideGrid::fits && (!Less::exists || size > Less::Tile::rows * Less::Tile::units);
 };
 
 }  // namespace fastrnn
