@@ -430,8 +430,8 @@ def test_why_a_scan_runs_step_by_step(emulator, monkeypatch):
 
 @pytest.mark.parametrize(("cell", "halves", "tf32"), [("lstm", 640, 256), ("gru", 768, 512), ("rnn_tanh", 768, 768)])
 def test_the_table_has_a_kernel_that_fits(emulator, cell, halves, tf32):
-    """For every bucket on either architecture, but for one on sm_80; by cluster to the H given; and shared memory within
-    what a CTA can have."""
+    """For every bucket on either architecture, but for one on sm_80; by cluster to the H given; with shared memory
+    within what a CTA can have."""
     for H in (1, 256, 257, 512, 513, 640, 641, 768, 769, 1024, 1280):
         for dtype in TOLERANCE:
             found = {}
