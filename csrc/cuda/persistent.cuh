@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(Instance::Tile::threads, 1)
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // told here: whoever launches next shall not find it
   check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
@@ -84,6 +85,11 @@ class Kernel {
 
   static int ask(int size, int device) {
     if (attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 < Instance::architecture) return 0;
+    // The code that the device runs may be older than itself, and have no body: see walk_sequence.
+    cudaFuncAttributes code;
+    check_cuda(cudaFuncGetAttributes(&code, function),
+               "a persistent fastrnn kernel has no code for this device");
+    if (code.ptxVersion < Instance::architecture) return 0;
     if (attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) < Scan::shared_bytes) return 0;
     check_cuda(
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Scan::shared_bytes),
