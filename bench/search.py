@@ -67,7 +67,7 @@ class Problem:
     def backward(self, tile, y, c, saved):
         c = None if self.c0 is None else c
         return launcher.scan_backward(
-            self.dy, *(None,) * 4, saved, y, c, self.h0, self.c0, self.w_hh, *(None,) * 12, self.cell, False, False,
+            self.dy, *(None,) * 4, saved, y, c, self.h0, self.c0, self.w_hh, *(None,) * 10, self.cell, False, False,
             tile=tile,
         )  # fmt: skip
 

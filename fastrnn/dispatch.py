@@ -22,7 +22,7 @@ class Request(NamedTuple):
     """What a call needs: enough to say which backend can run it, and which should.
 
     `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`. `steps`: T; 0 where it is not known
-    (tracing) or the sequences are packed.
+    (tracing). `packed`: of a PackedSequence, the share of T*B that is there; None of another input.
     """
 
     cell: str
@@ -32,6 +32,7 @@ class Request(NamedTuple):
     proj_size: int = 0
     features: frozenset[str] = frozenset()
     steps: int = 0
+    packed: float | None = None
 
 
 FEATURES = (
@@ -94,17 +95,28 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-CPU_FIRST = {"gru": 64, "rnn_tanh": 64}
-"""Cells that torch runs step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
-(the plain cases of bench/results; H 16 to 1024, B 1 to 32). With fewer, what goes around a call decides, and torch has
+CPU_FIRST = {"lstm": 64, "gru": 64, "rnn_tanh": 64}
+"""Where torch runs a cell step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
+(the plain cases of bench/results; H 16 to 1024, B 1 to 64). With fewer, what goes around a call decides, and torch has
 less of it."""
+LEAST_PACKED = 0.5
+"""The share of T*B that a packed batch must fill for that: the scan's products take the padding along."""
+
+
+def _cpu_first(request: Request) -> bool:
+    if request.device != "cpu" or request.dtype != torch.float32:
+        return False
+    filled = 1.0 if request.packed is None else request.packed
+    # oneDNN takes the steps of an LSTM at once, if it has no projection and all sequences are of one length.
+    at_once = request.cell == "lstm" and not request.proj_size and filled == 1
+    fewest = CPU_FIRST.get(request.cell)
+    return fewest is not None and request.steps >= fewest and filled >= LEAST_PACKED and not at_once
 
 
 def ranked(request: Request) -> list[Backend]:
     """The table in the order in which `choose` takes its rows for this call."""
     rows = list(BACKENDS.values())
-    fewest = CPU_FIRST.get(request.cell)
-    if request.device == "cpu" and request.dtype == torch.float32 and fewest and request.steps >= fewest:
+    if _cpu_first(request):
         rows.sort(key=lambda row: row.name != "cpu")
     return rows
 

@@ -83,8 +83,6 @@ def scan_backward(
     w_hh: Tensor,  # [G*H, P]
     w_hr: Tensor | None,  # [P, H]
     ln_hh: Tensor | None,  # [G*H]
-    gh_hat: Tensor | None,  # [T, B, G*H] acc: W_hh h_prev, normalised; with ln_hh
-    gh_rstd: Tensor | None,  # [T, B, 1] acc: 1 / its standard deviation
     ln_c_weight: Tensor | None,  # [H]
     ln_c_bias: Tensor | None,  # [H]
     flags: Tensor | None,  # uint8 [T, B]
@@ -97,28 +95,37 @@ def scan_backward(
     reverse: bool,  # the direction of the forward
     norms: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dgx [T, B, G*H], dgh [T, B, G*H] (empty where it equals dgx), dh0 [B, P], dc0 [B, H] acc (empty without c),
-    dh_new [T, B, P] (dL/dh behind clipping and zoneout, before the projection; empty unless w_hr or ln_c is given),
-    norms [2, S, T, B] acc (total and carried; empty unless asked for). All are zero at padding."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgx [T, B, G*H], dgh [T, B, G*H] (of W_hh h_prev; empty where it equals dgx), dh0 [B, P], dc0 [B, H] acc (empty
+    without c), dh_new [T, B, P] (dL/dh behind clipping and zoneout, before the projection; empty without w_hr), db_hh
+    and dln_hh [B, G*H], dln_c_weight and dln_c_bias [B, H] acc (over the steps of each sequence; empty without ln_hh,
+    without ln_c), norms [2, S, T, B] acc (total and carried; empty unless asked for). All are zero at padding."""
     tensors = (
-        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
         flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
     )  # fmt: skip
     return _run("scan_backward", backend, w_hh, tensors, cell, reverse, norms)
 
 
 @scan_backward.register_fake
-def _(dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+def _(dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
       flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, backend):  # fmt: skip
     *D, T, B, P = y.shape
     spec, acc = CELLS[cell], accumulate_dtype(saved.dtype)
     gates = (*D, T, B, w_hh.shape[-2])
+
+    def of_sequences(parameter):
+        return saved.new_empty((0,) if parameter is None else (*D, B, parameter.shape[-1]), dtype=acc)
+
     return (
         saved.new_empty(gates),
-        saved.new_empty(gates if spec.split else (0,)),
+        saved.new_empty(gates if spec.split or ln_hh is not None else (0,)),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         saved.new_empty((0,), dtype=acc) if c0 is None else c0.new_empty(c0.shape),
-        saved.new_empty((*D, T, B, P) if w_hr is not None or ln_c_weight is not None else (0,)),
+        saved.new_empty((*D, T, B, P) if w_hr is not None else (0,)),
+        of_sequences(ln_hh),
+        of_sequences(ln_hh),
+        of_sequences(ln_c_weight),
+        of_sequences(ln_c_bias),
         saved.new_empty((*D, 2, len(spec.states), T, B) if norms else (0,), dtype=acc),
     )

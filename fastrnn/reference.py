@@ -54,7 +54,7 @@ def normalize_backward(dxhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
     return rstd * (dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True))
 
 
-def _lstm_cell_state(saved: Tensor, c_prev: Tensor) -> Tensor:
+def lstm_cell_state(saved: Tensor, c_prev: Tensor) -> Tensor:
     i, f, g, _ = saved.chunk(4, -1)
     return torch.sigmoid(f) * c_prev + torch.sigmoid(i) * torch.tanh(g)
 
@@ -63,20 +63,28 @@ def _lstm_tanh(c: Tensor, ln_c: LayerNorm | None) -> Tensor:
     return torch.tanh(c if ln_c is None else normalize(c)[0] * ln_c.weight + ln_c.bias)
 
 
+def lstm_output(saved: Tensor, c: Tensor, ln_c: LayerNorm | None) -> Tensor:
+    return torch.sigmoid(saved.chunk(4, -1)[3]) * _lstm_tanh(c, ln_c)
+
+
+def lstm_output_backward(saved: Tensor, c: Tensor, dh: Tensor, ln_c: LayerNorm | None) -> Tensor:
+    """dL/d(argument of the tanh)."""
+    u = _lstm_tanh(c, ln_c)
+    return dh * torch.sigmoid(saved.chunk(4, -1)[3]) * (1 - u * u)
+
+
 def lstm_forward(gx: Tensor, gh: Tensor, state_prev, ln_c: LayerNorm | None = None):
     """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(LN(c))."""
     saved = gx + gh
-    c = _lstm_cell_state(saved, state_prev[1])
-    h = torch.sigmoid(saved.chunk(4, -1)[3]) * _lstm_tanh(c, ln_c)
-    return (h, c), saved
+    c = lstm_cell_state(saved, state_prev[1])
+    return (lstm_output(saved, c, ln_c), c), saved
 
 
 def lstm_total(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = None):
     """dc + dh o (1 - tanh²(LN(c))) LN'(c): the whole dL/dc of the step."""
     dh, dc = dstate
-    c = _lstm_cell_state(saved, state_prev[1])
-    u = _lstm_tanh(c, ln_c)
-    du = dh * torch.sigmoid(saved.chunk(4, -1)[3]) * (1 - u * u)
+    c = lstm_cell_state(saved, state_prev[1])
+    du = lstm_output_backward(saved, c, dh, ln_c)
     if ln_c is not None:
         du = normalize_backward(du * ln_c.weight, *normalize(c))
     return dh, dc + du
@@ -294,8 +302,22 @@ def clip_scale(norms, threshold: Tensor) -> Tensor:
     return (threshold / torch.maximum(joint, threshold)).unsqueeze(-1)
 
 
+def layer_norm_gradients(dgh: Tensor, gh_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Of b_hh and of the layer norm before it, `[B, G*H]` acc each: of every sequence, over its steps."""
+    return dgh.sum(0, dtype=gh_hat.dtype), (dgh * gh_hat).sum(0)
+
+
+def layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c: LayerNorm) -> tuple[Tensor, Tensor]:
+    """Of weight and bias of the layer norm on c, `[B, H]` each: of every sequence, over its steps."""
+    acc = c_prev.dtype
+    saved, dh = saved.to(acc), dh_new.to(acc)
+    c = lstm_cell_state(saved, c_prev)
+    du = lstm_output_backward(saved, c, dh if w_hr is None else dh @ w_hr.to(acc), ln_c)
+    return (du * normalize(c)[0]).sum(0), du.sum(0)
+
+
 def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c,
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c,
     masks: Masks, clip_norm, clip_value, cell: str, reverse: bool, norms: bool, step: Step,
     differentiable: bool = False,
 ):  # fmt: skip
@@ -306,13 +328,15 @@ def scan_backward(
     T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), CELLS[cell]
     w, w_r = w_hh.to(acc), None if w_hr is None else w_hr.to(acc)
     # Of all cells only the GRU's backward reads h_prev; for the others y stands in its place.
-    h_prev = previous_state(y, h0, masks.flags, reverse) if spec.split else y
+    h_prev = previous_state(y, h0, masks.flags, reverse) if spec.split or ln_hh is not None else y
     c_prev = None if c0 is None else previous_state(c, c0, masks.flags, reverse)
     pad, reset = (_by_step(masks.flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     carry_h = torch.zeros_like(h0, dtype=acc) if dh_n is None else dh_n.to(acc)
     carry_c = None if c0 is None else (torch.zeros_like(c0) if dc_n is None else dc_n.to(acc))
-    keep_new = w_hr is not None or ln_c is not None
-    dgx, dgh, dh_new = (_Rows(T, saved.dtype, differentiable) for _ in range(3))
+    if ln_hh is not None:
+        operand = h_prev.to(acc) if masks.recurrent is None else h_prev.to(acc) * masks.recurrent
+        gh_hat, gh_rstd = normalize(operand @ w.t())
+    dgx, dgh, dh_new, draw = (_Rows(T, saved.dtype, differentiable) for _ in range(4))
     report = saved.new_empty((2, len(spec.states), T, saved.shape[1]) if norms else 0, dtype=acc)
 
     for t in _order(T, not reverse):
@@ -345,8 +369,8 @@ def scan_backward(
 
         extra = () if dsaved is None else (dsaved[t].to(acc),)
         dgx_t, dgh_t, dprev = step.backward(saved_t, state_prev, total, ln_c, *extra)
-        draw = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
-        back_h = draw @ w if masks.recurrent is None else (draw @ w) * masks.recurrent
+        draw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
+        back_h = draw_t @ w if masks.recurrent is None else (draw_t @ w) * masks.recurrent
         back_c = dprev[-1]
         if dprev[0] is not None:
             back_h = back_h + dprev[0]
@@ -360,19 +384,33 @@ def scan_backward(
         if pad[t] is not None:
             back_h = torch.where(pad[t], carry_h, back_h)
             back_c = back_c if carry_c is None else torch.where(pad[t], carry_c, back_c)
-            dgx_t, dgh_t, fresh = (g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, fresh))
+            dgx_t, dgh_t, draw_t, fresh = (g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, draw_t, fresh))
         carry_h, carry_c = back_h, None if carry_c is None else back_c
         dgx[t] = dgx_t
         if spec.split:
             dgh[t] = dgh_t
-        if keep_new:
+        if ln_hh is not None:
+            draw[t] = draw_t
+        if w_hr is not None or ln_c is not None:
             dh_new[t] = fresh
 
+    dgx = dgx.tensor()
+    dgh = dgh.tensor() if spec.split else saved.new_empty(0)
+    db_hh, dln_hh, dln_c_weight, dln_c_bias = (saved.new_empty(0, dtype=acc) for _ in range(4))
+    if ln_hh is not None:
+        db_hh, dln_hh = layer_norm_gradients(dgh if spec.split else dgx, gh_hat)
+        dgh = draw.tensor()
+    if ln_c is not None:
+        dln_c_weight, dln_c_bias = layer_norm_c_gradients(dh_new.tensor(), saved, c_prev, w_hr, ln_c)
     return (
-        dgx.tensor(),
-        dgh.tensor() if spec.split else saved.new_empty(0),
+        dgx,
+        dgh,
         carry_h.to(h0.dtype),
         saved.new_empty(0, dtype=acc) if carry_c is None else carry_c,
-        dh_new.tensor() if keep_new else saved.new_empty(0),
+        dh_new.tensor() if w_hr is not None else saved.new_empty(0),
+        db_hh,
+        dln_hh,
+        dln_c_weight,
+        dln_c_bias,
         report.masked_fill(_bit(masks.flags, PAD).squeeze(-1), 0) if norms and masks.flags is not None else report,
     )

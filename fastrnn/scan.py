@@ -17,7 +17,7 @@ from . import ops, reference
 from .cells import CELLS
 from .directions import each_direction, walks_back
 from .linear import linear, tracing
-from .reference import LayerNorm, Masks, accumulate_dtype, normalize, normalize_backward, previous_state
+from .reference import LayerNorm, Masks, lstm_cell_state, lstm_output, previous_state
 
 
 class Weights(NamedTuple):
@@ -140,36 +140,33 @@ class Scan(Function):
         masks, (clip_value, cell, reverse) = Masks(*masks), ctx.options
         if all(g is None for g in (dy, dc, dh_n, dc_n, dsaved)):
             return (None,) * 19
-        acc = accumulate_dtype(saved.dtype)
-        h_prev = _previous_states(y, h0, masks.flags, reverse)
-        if masks.recurrent is not None:
-            h_prev = h_prev * masks.recurrent.unsqueeze(-3)
-        gh_hat = gh_rstd = None
-        if ln_hh is not None:
-            gh_hat, gh_rstd = normalize(linear(h_prev.to(acc), w_hh.to(acc)))
         # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
         again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
         run = ScanBackward.apply if again else ops.scan_backward
-        dgx, dgh, dh0, dc0, dh_new, norms = run(
-            dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
-            ln_c_weight, ln_c_bias, *masks, clip_norm, clip_value, cell, reverse, ctx.tapped,
+        dgx, dgh, dh0, dc0, dh_new, db_hh, *dln, norms = run(
+            dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+            *masks, clip_norm, clip_value, cell, reverse, ctx.tapped,
             # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
             "reference" if dsaved is not None else ctx.backend,
         )  # fmt: skip
-        if not CELLS[cell].split:
+        if not CELLS[cell].split and ln_hh is None:
             dgh = dgx
-        draw, dln_hh = dgh, None
-        if ln_hh is not None:
-            dln_hh = (dgh * gh_hat).sum((0, 1)).to(ln_hh.dtype)
-            draw = normalize_backward(dgh * ln_hh, gh_hat, gh_rstd).to(dgh.dtype)
-        dw_hh = _over_steps(draw, h_prev.to(draw.dtype))
-        db_hh = None if b_hh is None else dgh.sum((-3, -2))
-        dw_hr = dln_c_weight = dln_c_bias = None
-        if w_hr is not None or ln_c_weight is not None:
-            c_prev = previous_state(c, c0, masks.flags, reverse)
-            dw_hr, dln_c_weight, dln_c_bias = _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias)
+        h_prev = _previous_states(y, h0, masks.flags, reverse)
+        if masks.recurrent is not None:
+            h_prev = h_prev * masks.recurrent.unsqueeze(-3)
+        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype))
+        if b_hh is None:
+            db_hh = None
+        else:
+            db_hh = dgh.sum((-3, -2)) if ln_hh is None else db_hh.sum(-2).to(b_hh.dtype)
+        dw_hr = None
+        if w_hr is not None:
+            out = _unprojected(saved, previous_state(c, c0, masks.flags, reverse), ln_c_weight, ln_c_bias)
+            dw_hr = _over_steps(dh_new, out.to(dh_new.dtype))
+        norm_weights = zip((ln_hh, ln_c_weight, ln_c_bias), dln, strict=True)
+        dln = (None if weight is None else d.sum(-2).to(weight.dtype) for weight, d in norm_weights)
         return (
-            dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, dln_hh, dln_c_weight, dln_c_bias,
+            dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, *dln,
             None, None, None, None, norms if ctx.tapped else None, None, None, None, None, None,
         )  # fmt: skip
 
@@ -195,30 +192,17 @@ def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
     return linear(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
 
 
-def _output_gradients(dh_new, saved, c_prev, w_hr, ln_c_weight, ln_c_bias):
-    """Gradients of the LSTM's projection and of the layer norm on c, from dL/dh: GEMM and sums over all T*B."""
-    acc = c_prev.dtype
-    i, f, g, o = saved.to(acc).chunk(4, -1)
-    o = torch.sigmoid(o)
-    u = torch.sigmoid(f) * c_prev + torch.sigmoid(i) * torch.tanh(g)
-    if ln_c_weight is not None:
-        u_hat, _ = normalize(u)
-        u = u_hat * ln_c_weight + ln_c_bias
-    u = torch.tanh(u)
-    dh, dw_hr = dh_new, None
-    if w_hr is not None:
-        dw_hr = _over_steps(dh_new, (o * u).to(dh_new.dtype))
-        dh = linear(dh_new, w_hr.t())
-    if ln_c_weight is None:
-        return dw_hr, None, None
-    du = dh * o * (1 - u * u)
-    return dw_hr, (du * u_hat).sum((0, 1)).to(ln_c_weight.dtype), du.sum((0, 1)).to(ln_c_bias.dtype)
+def _unprojected(saved, c_prev, ln_c_weight, ln_c_bias):
+    """The LSTM's h before the projection, `[T, B, H]` acc."""
+    saved = saved.to(c_prev.dtype)
+    ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
+    return lstm_output(saved, lstm_cell_state(saved, c_prev), ln_c)
 
 
 def _differentiable_backward(*arguments):
     """`ops.scan_backward` of one direction, such that autograd can follow."""
-    *floats, ln_c_weight, ln_c_bias = arguments[:17]
-    *masks, clip_norm, clip_value, cell, reverse, norms = arguments[17:]
+    *floats, ln_c_weight, ln_c_bias = arguments[:15]
+    *masks, clip_norm, clip_value, cell, reverse, norms = arguments[15:]
     ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
     return reference.scan_backward(
         *floats, ln_c, Masks(*masks), clip_norm, clip_value, cell, reverse, norms, reference.Step(cell),
@@ -237,7 +221,7 @@ class ScanBackward(Function):
     def setup_context(ctx, inputs, output):
         *tensors, clip_value, cell, reverse, _, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[5])
+        ctx.mark_non_differentiable(output[-1])
         ctx.save_for_backward(*tensors)
         ctx.options = (clip_value, cell, reverse)
 
@@ -251,15 +235,15 @@ class ScanBackward(Function):
             filled = dict(zip(present, values, strict=True))
             tensors = (*map(filled.get, range(len(floats))), flags, recurrent, zone_h, zone_c, clip_norm, clip_value)
             if saved.dim() == 4:
-                return each_direction(_differentiable_backward, tensors, cell, reverse, False)[:5]
-            return _differentiable_backward(*tensors, cell, reverse, False)[:5]
+                return each_direction(_differentiable_backward, tensors, cell, reverse, False)[:-1]
+            return _differentiable_backward(*tensors, cell, reverse, False)[:-1]
 
         values, pull_back = torch.func.vjp(outputs, *(floats[k] for k in present))
-        cotangents = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads[:5], strict=True))
+        cotangents = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads[:-1], strict=True))
         found = dict(zip(present, pull_back(cotangents), strict=True))
         return (*(found.get(k) for k in range(len(floats))), *(None,) * 10)
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        batch_dims = (*(-2,) * 10, *(None,) * 3, -2, -2, None, None, -1, -2, -2, -2, *(None,) * 6)
-        return _vmap(ScanBackward, batch_dims, (*(-2,) * 5, -1), info, in_dims, args)
+        batch_dims = (*(-2,) * 10, *(None,) * 5, -1, -2, -2, -2, *(None,) * 6)
+        return _vmap(ScanBackward, batch_dims, (*(-2,) * 9, -1), info, in_dims, args)

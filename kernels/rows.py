@@ -279,7 +279,7 @@ def backward_kernel(
     scales_ptr,  # [T, B] float32: the factors of clipping, written where norm_h is given; else None
     dgx_ptr,  # [T, B, G*H]
     dgh_ptr,  # [T, B, G*H], or None where it equals dgx
-    draw_ptr,  # [B, G*H]: with ln_hh, the gradient of W_hh h; else None
+    draw_ptr,  # [T, B, G*H]: with ln_hh, the gradient of W_hh h; else None
     dh_new_ptr,  # [T, B, H] or None
     norms_ptr,  # [2, S, T, B] float32 or None: total and carried
     T,
@@ -384,7 +384,7 @@ def backward_kernel(
         draw = through_layer_norm(
             dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, row, rows, row_inside, cols, inside, G, H
         )  # fmt: skip
-        store_planes(draw_ptr, origin, rows, cols, inside, draw, G, H)
+        store_planes(draw_ptr, row, rows, cols, inside, draw, G, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "i"])

@@ -1,7 +1,11 @@
 """Which backend `auto` takes, and what it says of the others."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import dispatch
@@ -9,6 +13,14 @@ from fastrnn.dispatch import BACKENDS, CPU_FIRST, Request
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
 needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+
+
+# What torch runs step by step: an LSTM with projection, and packed batches of different lengths.
+BY_STEPS = [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})]
+
+
+def packed(*lengths):
+    return pack_padded_sequence(torch.randn(max(lengths), len(lengths), 2), torch.tensor(lengths), enforce_sorted=False)
 
 
 def chosen(module, x, **call):
@@ -28,8 +40,47 @@ def test_long_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind):
 @needs_cpu_backend
 def test_the_rest_of_the_plain_calls_stay_with_torch():
     assert chosen(fastrnn.LSTM(2, 3), torch.randn(100, 1, 2)) == "aten"
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(100, 1, 2), torch.tensor([100]))
-    assert chosen(fastrnn.GRU(2, 3), packed) == "aten"
+    assert chosen(fastrnn.LSTM(2, 3), packed(100, 100)) == "aten"
+    for module in (fastrnn.LSTM(2, 3), fastrnn.LSTM(2, 3, proj_size=1), fastrnn.GRU(2, 3)):
+        assert chosen(module, packed(100, 10, 10, 10)) == "aten"
+        assert chosen(module, packed(60, 50)) == "aten"
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("kind, settings", BY_STEPS, ids=str)
+def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings):
+    torch.manual_seed(0)
+    torchs = getattr(torch.nn, kind)(2, 5, num_layers=2, bidirectional=True, **settings)
+    ours = fastrnn.convert(torchs)
+    inputs = [packed(40, 70, 65)] + [torch.randn(70, 3, 2)] * bool(settings)
+    for x in inputs:
+        assert chosen(ours, x) == "cpu"
+        results = []
+        for module in (ours, torchs):
+            y, hidden = module(x)
+            y = y if torch.is_tensor(y) else y.data
+            found = [y, *(hidden if isinstance(hidden, tuple) else (hidden,))]
+            results.append([*found, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+        for got, want in zip(*results, strict=True):
+            # 70 steps of some ten float32 roundings each, contracting; gradients are sums of 175 terms of order one.
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
+    """By `python -m bench.auto bench/results/auto-cpu.json`: beyond noise, which a busy machine widens."""
+    calls = json.loads((Path(__file__).parents[1] / "bench/results/auto-cpu.json").read_text())["calls"]
+    taken, slower = 0, []
+    for row in calls:
+        B, T, H, filled = row["B"], row["T"], row["H"], row["filled"]
+        share = None if filled is None else (T + (B - 1) * max(1, int(T * filled))) / (T * B)
+        projection = H // 2 if row["projected"] else 0
+        request = Request(row["cell"], "cpu", torch.float32, H, projection, steps=T, packed=share)
+        if dispatch.ranked(request)[0].name == "cpu":
+            taken += 1
+            if row["interval"][1] >= 1:
+                slower.append(row)
+    assert taken == sum(row["auto takes"] == "cpu" for row in calls) > 0
+    assert not slower
 
 
 @needs_cpu_backend

@@ -7,12 +7,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn.cells import CELLS, PAD, RESET
 from fastrnn.dispatch import BACKENDS, Request
-from fastrnn.reference import normalize, previous_state
+from fastrnn.scan import Weights, scan
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
 every_backend = pytest.mark.parametrize(
@@ -97,15 +99,11 @@ def op_arguments(cell, features, dtype):
 def backward_arguments(inputs, outputs, cell, clip):
     y, c, _, _, saved = outputs
     lstm, reverse = inputs["c0"] is not None, False
-    gh_hat = gh_rstd = None
-    if inputs["ln_hh"] is not None:
-        before = previous_state(y, inputs["h0"], inputs["flags"], reverse)
-        gh_hat, gh_rstd = normalize((before @ inputs["w_hh"].t()).to(c.dtype if lstm else y.dtype))
     return (
         torch.ones_like(y), torch.ones_like(c) if lstm and clip else None, None, None, None, saved, y,
-        c if lstm else None, inputs["h0"], inputs["c0"], inputs["w_hh"], inputs["w_hr"], inputs["ln_hh"], gh_hat,
-        gh_rstd, inputs["ln_c_weight"], inputs["ln_c_bias"], inputs["flags"], inputs["recurrent_mask"],
-        inputs["zone_h"], inputs["zone_c"], torch.tensor(0.5, dtype=torch.float32) if clip else None,
+        c if lstm else None, inputs["h0"], inputs["c0"], inputs["w_hh"], inputs["w_hr"], inputs["ln_hh"],
+        inputs["ln_c_weight"], inputs["ln_c_bias"], inputs["flags"], inputs["recurrent_mask"], inputs["zone_h"],
+        inputs["zone_c"], torch.tensor(0.5, dtype=torch.float32) if clip else None,
         0.5 if clip else None, cell, reverse, clip,
     )  # fmt: skip
 
@@ -140,6 +138,37 @@ def test_opcheck_of_the_raw_ops(cell, features, dtype, backend):
     torch.library.opcheck(
         torch.ops.fastrnn.scan_backward.default, arguments, test_utils=(*tests, "test_aot_dispatch_dynamic")
     )
+
+
+@pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layer_norm_takes_no_pass_over_the_gates_beside_the_scan(cell):
+    """The backward of the scan calls the same ops on tensors as large as the gates, with layer norm and without."""
+    steps, G, lstm = 300, len(CELLS[cell].gates), cell == "lstm"
+
+    class Large(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.ops = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if any(torch.is_tensor(x) and x.numel() >= steps * B * G * H for x in (*args, *tree_leaves(found))):
+                self.ops.append(str(function))
+            return found
+
+    def ops(norm):
+        h0, c0 = random(B, H, seed=1), random(B, H, seed=2) if lstm else None
+        ln_c = (random(H, seed=4), random(H, seed=5)) if norm and lstm else ()
+        weights = Weights(random(G * H, H), None, None, random(G * H, seed=3) if norm else None, *ln_c)
+        y = scan(cell, random(steps, B, G * H), weights, h0, c0, backend="cpu").y
+        with Large() as large:
+            y.sum().backward()
+        return large.ops
+
+    plain, normed = ops(False), ops(True)
+    assert plain.count("fastrnn.scan_backward.default") == 1
+    assert normed == plain
 
 
 # --------------------------------------------------------------------------------------------------- compile and export
@@ -366,6 +395,7 @@ GRADCHECKED = [
     ("LSTM", {"layer_norm": True}),
     ("LSTM", {"bidirectional": True}),
     ("LSTM-proj", {"zoneout": 0.3}),
+    ("LSTM-proj", {"layer_norm": True}),
     ("GRU", {}),
     ("GRU", {"layer_norm": True, "zoneout": 0.3}),
     ("RNN", {"num_layers": 2, "residual": True}),

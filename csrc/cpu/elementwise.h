@@ -148,30 +148,61 @@ struct NormalizeGates {
   }
 };
 
-// dL/d(W_hh h) from dgh, behind that layer norm; xhat and rstd are those of W_hh h
+// dL/d(W_hh h) from dgh, behind that layer norm, and what the row adds to dL/dweight and dL/dbias
 template <class A>
 struct NormalizeGatesBackward {
   int64_t width;
-  const A* weight;                // [width]
-  Rows<const A> dgh, xhat, rstd;  // [B, width], [B, width], [B, 1]
-  Rows<A> out;                    // [B, width]
+  const A* weight;              // [width]
+  Rows<const A> dgh, gates;     // [B, width]; gates: W_hh h
+  Rows<A> out;                  // [B, width]
+  Rows<double> dweight, dbias;  // [B, width]
 
   template <class Team>
   FASTRNN_HD void operator()(int64_t b, const Team& team) const {
-    const A *dgh_row = dgh[b], *xhat_row = xhat[b];
+    // A copy of `weight`: g++ does not vectorise a reduction that reads it from the struct.
+    const A *dgh_row = dgh[b], *gates_row = gates[b], *weight_row = weight;
     A* out_row = out[b];
+    double *dweight_row = dweight[b], *dbias_row = dbias[b];
+    RowStats<A> stats = row_stats(gates_row, width, team);
     A sum = 0, sum_xhat = 0;
     FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
     for (int64_t j = team.first; j < width; j += team.stride) {
-      A dxhat = dgh_row[j] * weight[j];
+      A dxhat = dgh_row[j] * weight_row[j];
       sum += dxhat;
-      sum_xhat += dxhat * xhat_row[j];
+      sum_xhat += dxhat * stats.xhat(gates_row[j]);
     }
     A mean = team.sum(sum) / A(width), mean_xhat = team.sum(sum_xhat) / A(width);
-    RowStats<A> stats{A(0), *rstd[b]};
     FASTRNN_SIMD
     for (int64_t j = team.first; j < width; j += team.stride) {
-      out_row[j] = stats.backward(dgh_row[j] * weight[j], xhat_row[j], mean, mean_xhat);
+      A xhat = stats.xhat(gates_row[j]);
+      dweight_row[j] += double(dgh_row[j] * xhat);
+      dbias_row[j] += double(dgh_row[j]);
+      out_row[j] = stats.backward(dgh_row[j] * weight_row[j], xhat, mean, mean_xhat);
+    }
+  }
+};
+
+// What the row adds to dL/dweight and dL/dbias of the layer norm of c, from dL/dh and c's xhat
+template <class Cell, class S, class A>
+struct CellNormGradients {
+  int64_t H;
+  Rows<const S> saved;     // [B, saved * H]
+  Rows<const A> xhat, dh;  // [B, H]
+  Affine<A> ln_c;
+  Rows<double> dweight, dbias;  // [B, H]
+
+  template <class Team>
+  FASTRNN_HD void operator()(int64_t b, const Team& team) const {
+    const S* saved_row = saved[b];
+    const A *xhat_row = xhat[b], *dh_row = dh[b];
+    double *dweight_row = dweight[b], *dbias_row = dbias[b];
+    FASTRNN_SIMD
+    for (int64_t j = team.first; j < H; j += team.stride) {
+      A keep[Cell::saved];
+      load(saved_row, H, j, keep);
+      A du = Cell::output_backward(keep, ln_c.tanh(xhat_row[j], j), dh_row[j]);
+      dweight_row[j] += double(du * xhat_row[j]);
+      dbias_row[j] += double(du);
     }
   }
 };

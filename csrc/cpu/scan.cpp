@@ -152,12 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     std::string cell, Optional dy, Optional dc, Optional dh_n, Optional dc_n, Tensor saved, Tensor y,
-    Optional c, Tensor h0, Optional c0, Tensor w_hh, Optional w_hr, Optional ln_hh, Optional gh_hat,
-    Optional gh_rstd, Optional ln_c_weight, Optional ln_c_bias, Optional flags, Optional recurrent_mask,
-    Optional zone_h, Optional zone_c, Optional clip_norm, std::optional<double> clip_value, bool reverse,
-    bool norms) {
+    Optional c, Tensor h0, Optional c0, Tensor w_hh, Optional w_hr, Optional ln_hh, Optional ln_c_weight,
+    Optional ln_c_bias, Optional flags, Optional recurrent_mask, Optional zone_h, Optional zone_c,
+    Optional clip_norm, std::optional<double> clip_value, bool reverse, bool norms) {
   return with_cell_and_dtype(cell, "saved", saved, w_hh, [&](auto tag, auto dtype) {
     using Cell = decltype(tag);
     using S = typename decltype(dtype)::Storage;
@@ -168,15 +167,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     int64_t width = Cell::gates * H;
     check(has_c == c0.has_value() && has_c == c.has_value(),
           "c and c0 are for the cells with a c, and needed there");
-    check(ln_hh.has_value() == gh_hat.has_value() && ln_hh.has_value() == gh_rstd.has_value(),
-          "ln_hh, gh_hat and gh_rstd must be given together");
     Weights<A> weights = call.weights(false, width, w_hh, {}, w_hr, ln_hh, ln_c_weight, ln_c_bias);
+    if (ln_hh.has_value()) weights.forward_w_hh = call.packed("w_hh", w_hh, width, P, true, {});
     if (clip_norm.has_value()) call.frame.template expect<A>("clip_norm", *clip_norm, {});
     A bound = static_cast<A>(clip_value.value_or(0));
     Tensor dgx = call.template output<S>(true, {T, B, width}),
-           dgh = call.template output<S>(Cell::split, {T, B, width});
+           dgh = call.template output<S>(Cell::split || ln_hh.has_value(), {T, B, width});
     Tensor dh0 = call.template output<S>(true, {B, P}), dc0 = call.template output<A>(has_c, {B, H});
-    Tensor dh_new = call.template output<S>(w_hr.has_value() || ln_c_weight.has_value(), {T, B, P});
+    Tensor dh_new = call.template output<S>(w_hr.has_value(), {T, B, P});
+    Tensor db_hh = call.template output<A>(ln_hh.has_value(), {B, width}),
+           dln_hh = call.template output<A>(ln_hh.has_value(), {B, width});
+    Tensor dln_c_weight = call.template output<A>(ln_c_weight.has_value(), {B, H}),
+           dln_c_bias = call.template output<A>(ln_c_weight.has_value(), {B, H});
     Tensor report = call.template output<A>(norms, {2, Cell::states, T, B});
     BackwardScan<Cell, S> scan{
         {T, H, P, reverse, call.flags(flags)},
@@ -190,8 +192,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
         call.template steps<S>("h0", h0, {B, P}),
         call.template steps<A>("c0", c0, {B, H}),
         weights,
-        call.template steps<A>("gh_hat", gh_hat, {T, B, width}, true),
-        call.template steps<A>("gh_rstd", gh_rstd, {T, B, 1}),
         call.template steps<S>("recurrent_mask", recurrent_mask, {B, P}),
         call.template steps<S>("zone_h", zone_h, {T, B, P}),
         call.template steps<S>("zone_c", zone_c, {T, B, H}),
@@ -202,11 +202,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
         written<S>(dh_new),
         written<S>(dh0),
         written<A>(dc0),
+        written<A>(db_hh),
+        written<A>(dln_hh),
+        written<A>(dln_c_weight),
+        written<A>(dln_c_bias),
         norms ? static_cast<A*>(report.mutable_data_ptr()) : nullptr,
         B,
     };
     call.share(Cell::gates, scan);
-    return std::make_tuple(dgx, dgh, dh0, dc0, dh_new, report);
+    return std::make_tuple(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, report);
   });
 }
 
@@ -222,10 +226,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
       "(Tensor y, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor saved, Tensor y, "
-      "Tensor? c, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? gh_hat, "
-      "Tensor? gh_rstd, Tensor? ln_c_weight, Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, "
+      "Tensor? c, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? ln_c_weight, "
+      "Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, "
       "Tensor? zone_h, Tensor? zone_c, Tensor? clip_norm, float? clip_value, bool reverse, bool norms) -> "
-      "(Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh_new, Tensor norms)");
+      "(Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh_new, Tensor db_hh, Tensor dln_hh, "
+      "Tensor dln_c_weight, Tensor dln_c_bias, Tensor norms)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {

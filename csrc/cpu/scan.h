@@ -46,6 +46,8 @@ class Buffer {
 template <class A>
 struct Weights {
   std::unique_ptr<Packed<A>> w_hh, w_hr;  // each as its direction of the scan multiplies with it
+  std::unique_ptr<Packed<A>>
+      forward_w_hh;                       // in the backward with a layer norm of W_hh h, which it needs again
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
 

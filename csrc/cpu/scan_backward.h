@@ -22,13 +22,14 @@ struct BackwardScan : Scan {
   Steps<const S> h0;        // [1, B, P]
   Steps<const A> c0;        // [1, B, H]
   const Weights<A>& weights;
-  Steps<const A> gh_hat, gh_rstd;            // [T, B, gates * H], [T, B, 1]: with ln_hh
   Steps<const S> recurrent, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, H]
   const A *clip_norm, *clip_value;           // null where nothing is clipped
   Steps<S> dgx, dgh;                         // [T, B, gates * H]; dgh only where it differs
   Steps<S> dh_new;                           // [T, B, P], may not exist
   Steps<S> dh0;                              // [1, B, P]
   Steps<A> dc0;                              // [1, B, H]
+  Steps<A> db_hh, dln_hh;                    // [1, B, gates * H], may not exist
+  Steps<A> dln_c_weight, dln_c_bias;         // [1, B, H], may not exist
   A* norms;                                  // [2, states, T, B] or null
   int64_t B;
 
@@ -40,10 +41,12 @@ struct BackwardScan : Scan {
  private:
   // A thread's own rows. carry_h, carry_c: the gradients that the next step sent back. dh, dc: with what
   // arrives at this step. fresh_h, fresh_c: what zoneout lets through. cell_h: of the h before the
-  // projection. total_c: with the path from c to h inside the step. back_h: what goes back past W_hh.
+  // projection. total_c: with the path from c to h inside the step. c_hat: c, normalised. gates: W_hh h_prev.
+  // back_h: what goes back past W_hh. dln_...: sums over the steps, of which there may be many.
   struct Work {
-    Buffer<A> carry_h, carry_c, dh, dc, fresh_h, fresh_c, cell_h, total_c, scratch, h_prev, c_prev;
-    Buffer<A> dgx, dgh, draw, back_h, mask, share_h, share_c;
+    Buffer<A> carry_h, carry_c, dh, dc, fresh_h, fresh_c, cell_h, total_c, c_hat, h_prev, c_prev;
+    Buffer<A> dgx, dgh, gates, draw, back_h, mask, share_h, share_c;
+    Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
     Buffer<A> norm_of_state, norm_pair, factor;
     Runs all, running, ended;
 
@@ -56,16 +59,23 @@ struct BackwardScan : Scan {
           fresh_c(rows, scan.zone_c ? scan.H : 0),
           cell_h(rows, scan.weights.w_hr ? scan.H : 0),
           total_c(rows, has_c ? scan.H : 0),
-          scratch(rows, !scan.weights.ln_c_weight.empty() ? scan.H : 0),
-          h_prev(rows, Cell::split ? scan.H : 0),
+          c_hat(rows, scan.dln_c_weight ? scan.H : 0),
+          h_prev(rows, scan.dln_hh   ? scan.P
+                       : Cell::split ? scan.H
+                                     : 0),
           c_prev(rows, has_c ? scan.H : 0),
           dgx(rows, std::is_same_v<S, A> ? 0 : Cell::gates * scan.H),
           dgh(rows, Cell::split ? Cell::gates * scan.H : 0),
-          draw(rows, !scan.weights.ln_hh.empty() ? Cell::gates * scan.H : 0),
+          gates(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
+          draw(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
           back_h(rows, Cell::split ? scan.H : 0),
           mask(rows, scan.recurrent ? scan.P : 0),
           share_h(rows, scan.zone_h ? scan.P : 0),
           share_c(rows, scan.zone_c ? scan.H : 0),
+          db_hh(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
+          dln_hh(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
+          dln_c_weight(rows, scan.dln_c_weight ? scan.H : 0),
+          dln_c_bias(rows, scan.dln_c_weight ? scan.H : 0),
           norm_of_state(Cell::states, rows),
           norm_pair(rows, Cell::states),
           factor(1, rows) {}
@@ -76,6 +86,7 @@ struct BackwardScan : Scan {
     receive<S>(dh_n, P, b, work.all, work.carry_h);
     if (has_c) receive<A>(dc_n, H, b, work.all, work.carry_c);
     if (recurrent) read(work.all, P, recurrent, 0, b, work.mask);
+    each_sum(b, work, [&](int64_t width, Rows<double> sums, Rows<A>) { fill_zero(work.all, width, sums); });
     for (int64_t i = T - 1; i >= 0; --i) {
       int64_t t = step(i);
       split(t, b, rows, work.running, work.ended);
@@ -93,6 +104,18 @@ struct BackwardScan : Scan {
     }
     walk_runs(work.all, Write<S, A>{P, work.carry_h, dh0.at(0, b)});
     if (has_c) walk_runs(work.all, Write<A, A>{H, work.carry_c, dc0.at(0, b)});
+    each_sum(b, work, [&](int64_t width, Rows<double> sums, Rows<A> out) {
+      walk_runs(work.all, Write<A, double>{width, {sums.data, sums.stride}, out});
+    });
+  }
+
+  // f(width, sums, where they shall stand) for the layer norms that there are, from sequence b on
+  template <class F>
+  void each_sum(int64_t b, const Work& work, const F& f) const {
+    if (db_hh) f(Cell::gates * H, work.db_hh, db_hh.at(0, b));
+    if (dln_hh) f(Cell::gates * H, work.dln_hh, dln_hh.at(0, b));
+    if (dln_c_weight) f(H, work.dln_c_weight, dln_c_weight.at(0, b));
+    if (dln_c_bias) f(H, work.dln_c_bias, dln_c_bias.at(0, b));
   }
 
   // The buffers in which these stand: a feature that is off needs none of its own.
@@ -108,21 +131,21 @@ struct BackwardScan : Scan {
 
   // The state before the i-th step, from those after each step and the initial one.
   template <class X>
-  void previous(const Steps<const X>& states, const Steps<const X>& initial, int64_t i, int64_t b,
-                const Work& work, const Buffer<A>& to) const {
+  void previous(const Steps<const X>& states, const Steps<const X>& initial, int64_t width, int64_t i,
+                int64_t b, const Work& work, const Buffer<A>& to) const {
     const Runs& runs = work.running;
     int64_t t = step(i);
-    i > 0 ? read(runs, H, states, step(i - 1), b, to) : read(runs, H, initial, 0, b, to);
-    each_flagged(runs, t, b, start, [&](int64_t r) { read({{r, r + 1}}, H, initial, 0, b, to); });
-    each_flagged(runs, t, b, reset, [&](int64_t r) { std::fill_n(to[r], H, A(0)); });
+    i > 0 ? read(runs, width, states, step(i - 1), b, to) : read(runs, width, initial, 0, b, to);
+    each_flagged(runs, t, b, start, [&](int64_t r) { read({{r, r + 1}}, width, initial, 0, b, to); });
+    each_flagged(runs, t, b, reset, [&](int64_t r) { std::fill_n(to[r], width, A(0)); });
   }
 
   // dh and dc: what the next step sent back, and what arrives from the outputs of this one.
   void arrive(int64_t i, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t t = step(i);
-    if constexpr (Cell::split) previous(y, h0, i, b, work, work.h_prev);
-    if constexpr (has_c) previous(c, c0, i, b, work, work.c_prev);
+    if (Cell::split || dln_hh) previous(y, h0, P, i, b, work, work.h_prev);
+    if constexpr (has_c) previous(c, c0, H, i, b, work, work.c_prev);
     if (dy) {
       read(runs, P, dy, t, b, work.dh);
       elementwise(runs, P, Sum{}, work.dh, work.carry_h, work.dh);
@@ -148,7 +171,7 @@ struct BackwardScan : Scan {
     if constexpr (has_c) {
       Affine<A> ln_c = weights.ln_c();
       walk_cell<TotalRow, Cell, S>(runs, H, ln_c, saved.at(t, b), work.c_prev, cell_h(work), fresh_c(work),
-                                   ln_c, work.scratch, work.total_c);
+                                   ln_c, work.c_hat, work.total_c);
     }
   }
 
@@ -202,6 +225,11 @@ struct BackwardScan : Scan {
     walk_cell<BackwardRow, Cell, S>(work.running, H, ln_c, saved.at(t, b), h_prev, work.c_prev, cell_h(work),
                                     work.total_c, ln_c, gate_gradients(t, b, work), work.dgh, work.back_h,
                                     work.carry_c);
+    if constexpr (has_c) {
+      if (dln_c_weight)
+        walk_runs(work.running, CellNormGradients<Cell, S, A>{H, saved.at(t, b), work.c_hat, cell_h(work),
+                                                              ln_c, work.dln_c_weight, work.dln_c_bias});
+    }
   }
 
   // In float32 and float64 the gradients of the gates are worked out where they shall stand.
@@ -210,21 +238,29 @@ struct BackwardScan : Scan {
     return work.dgx;
   }
 
+  // In work.draw the gradient of W_hh h_prev, from that of its layer norm.
+  void through_layer_norm(Rows<const A> of_gates, Work& work) const {
+    const Runs& runs = work.running;
+    if (recurrent) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.mask);
+    multiply<A>(runs, *weights.forward_w_hh, work.h_prev, work.gates);
+    walk_runs(runs, NormalizeGatesBackward<A>{Cell::gates * H, weights.ln_hh.data(), of_gates, work.gates,
+                                              work.draw, work.dln_hh, work.db_hh});
+  }
+
   // Writes the outputs of the step; carry_h and carry_c become what the step before receives.
   void depart(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t width = Cell::gates * H;
     if constexpr (!std::is_same_v<S, A>) walk_runs(runs, Write<S, A>{width, work.dgx, dgx.at(t, b)});
-    if constexpr (Cell::split) walk_runs(runs, Write<S, A>{width, work.dgh, dgh.at(t, b)});
     if (dh_new) walk_runs(runs, Write<S, A>{P, fresh_h(work), dh_new.at(t, b)});
     Rows<A> of_gates = Cell::split ? Rows<A>(work.dgh) : gate_gradients(t, b, work);
-    Rows<const A> draw{of_gates.data, of_gates.stride};
-    if (!weights.ln_hh.empty()) {
-      walk_runs(runs, NormalizeGatesBackward<A>{width, weights.ln_hh.data(), draw, gh_hat.at(t, b),
-                                                gh_rstd.at(t, b), work.draw});
-      draw = work.draw;
+    Rows<const A> of_product{of_gates.data, of_gates.stride};
+    if (dln_hh) {
+      through_layer_norm(of_product, work);
+      of_product = work.draw;
     }
-    multiply<A>(runs, *weights.w_hh, draw, work.carry_h);
+    if (dgh) walk_runs(runs, Write<S, A>{width, of_product, dgh.at(t, b)});
+    multiply<A>(runs, *weights.w_hh, of_product, work.carry_h);
     if (recurrent) elementwise(runs, P, Product{}, work.carry_h, work.carry_h, work.mask);
     if constexpr (Cell::split) elementwise(runs, P, Sum{}, work.carry_h, work.carry_h, work.back_h);
     if (zone_h) elementwise(runs, P, AddProduct{}, work.carry_h, work.carry_h, work.dh, work.share_h);
@@ -238,7 +274,7 @@ struct BackwardScan : Scan {
   // Where a sequence has ended, the gradients of its state stay and those of its inputs are zero.
   void rest(int64_t t, int64_t b, const Runs& ended) const {
     fill_zero(ended, Cell::gates * H, dgx.at(t, b));
-    if (Cell::split) fill_zero(ended, Cell::gates * H, dgh.at(t, b));
+    if (dgh) fill_zero(ended, Cell::gates * H, dgh.at(t, b));
     if (dh_new) fill_zero(ended, P, dh_new.at(t, b));
     if (norms == nullptr) return;
     for (int64_t part = 0; part < 2; ++part)

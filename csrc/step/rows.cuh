@@ -30,9 +30,7 @@ struct Affine {
   const A* bias;
 
   // tanh(LN(c)) of element j
-  FASTRNN_HD A tanh(const RowStats<A>& stats, A c, int64_t j) const {
-    return tanh_of(stats.xhat(c) * weight[j] + bias[j]);
-  }
+  FASTRNN_HD A tanh(A xhat, int64_t j) const { return tanh_of(xhat * weight[j] + bias[j]); }
 };
 
 // planes of element j of a row
@@ -105,7 +103,7 @@ struct ForwardRow {
       load(gx_row, H, j, x);  // not saved_row, which may be rounded to bfloat16
       load(gh_row, H, j, y);
       Cell::pre_activations(x, y, keep);
-      h_row[j] = Cell::output(keep, ln_c.tanh(stats, c_row[j], j));
+      h_row[j] = Cell::output(keep, ln_c.tanh(stats.xhat(c_row[j]), j));
     }
   }
 };
@@ -161,9 +159,9 @@ struct TotalRow {
     for (int64_t j = team.first; j < H; j += team.stride) {
       A keep[Cell::saved];
       load(saved_row, H, j, keep);
-      A u = ln_c.tanh(stats, xhat_row[j], j);
-      out_row[j] = Cell::output_backward(keep, u, dh_row[j]) * ln_c.weight[j];
       xhat_row[j] = stats.xhat(xhat_row[j]);
+      A u = ln_c.tanh(xhat_row[j], j);
+      out_row[j] = Cell::output_backward(keep, u, dh_row[j]) * ln_c.weight[j];
     }
     A sum = 0, sum_xhat = 0;
     FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
@@ -210,7 +208,7 @@ struct BackwardRow {
         dstate[1] = dc_row[j];
       }
       if constexpr (layer_norm) {
-        Cell::backward(keep, prev, ln_c.tanh(stats, dc_prev_row[j], j), dstate, dx, dprev);
+        Cell::backward(keep, prev, ln_c.tanh(stats.xhat(dc_prev_row[j]), j), dstate, dx, dprev);
       } else if constexpr (Cell::split) {
         Cell::backward(keep, prev, dstate, dx, dy, dprev);
         store(dgh_row, H, j, dy);

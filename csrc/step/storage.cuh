@@ -39,6 +39,7 @@ FASTRNN_HD float widen(Float16 x) {
 
 FASTRNN_HD void narrow(float x, float& out) { out = x; }
 FASTRNN_HD void narrow(double x, double& out) { out = x; }
+FASTRNN_HD void narrow(double x, float& out) { out = static_cast<float>(x); }
 
 FASTRNN_HD void narrow(float x, BFloat16& out) {
   uint32_t bits = bits_of(x);

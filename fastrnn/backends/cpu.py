@@ -24,7 +24,7 @@ def scan_forward(
 
 
 def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
 ):  # fmt: skip
     """See `ops.scan_backward`. `dsaved`, which only double backward brings, is for the reference."""
@@ -32,9 +32,7 @@ def scan_backward(
         raise NotImplementedError("the cpu backend does not take dsaved; the reference does")
     if clip_norm is not None:
         clip_norm = clip_norm.to(accumulate_dtype(saved.dtype))
-    if gh_hat is not None:
-        gh_hat = extension.rows(gh_hat)
     return torch.ops.fastrnn_c.scan_backward(
-        cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
+        cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh,
         ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
     )  # fmt: skip

@@ -112,13 +112,13 @@ def scan_forward(
 
 
 def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
 ):  # fmt: skip
     """See `ops.scan_backward`."""
     tensors = (
-        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight,
-        ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
+        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
+        flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
     )  # fmt: skip
     (*D, T, B, _), spec, has_c = y.shape, CELLS[cell], c0 is not None
     if why_step(
@@ -144,4 +144,5 @@ def scan_backward(
         parts if norms else None, _check_earlier_calls(),
     )  # fmt: skip
     report = extension.Step.row_norm(parts.flatten(0, -2)).view(parts.shape[:-1]) if norms else parts
-    return dgx, dgh, dh0, dc0, saved.new_empty(0), report
+    of_projection_and_norms = (saved.new_empty(0, dtype=d) for d in (saved.dtype, *[torch.float32] * 4))
+    return dgx, dgh, dh0, dc0, *of_projection_and_norms, report

@@ -26,11 +26,11 @@ def scan_forward(
 
 
 def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, step=reference.Step,
 ):  # fmt: skip
     return reference.scan_backward(
-        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd,
+        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh,
         _layer_norm(ln_c_weight, ln_c_bias), Masks(flags, recurrent_mask, zone_h, zone_c),
         clip_norm, clip_value, cell, reverse, norms, step(cell),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..cells import CELLS
+from ..reference import LayerNorm, layer_norm_c_gradients, layer_norm_gradients, normalize, previous_state
 from .launch import Launch
 
 
@@ -102,7 +103,7 @@ def scan_forward(
 
 
 def scan_backward(
-    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile,
 ):  # fmt: skip
     """See `ops.scan_backward`, here without `dsaved`. All tensors are contiguous."""
@@ -122,11 +123,18 @@ def scan_backward(
     dh0, dc0 = torch.empty_like(h0), float32(0) if c0 is None else torch.empty_like(c0)
     dh_new = saved.new_empty(T, B, P) if parted or ln_c_weight is not None else None
     report = float32(2, S, T, B, when=norms)
-    draw = None if ln_hh is None else saved.new_empty(B, GH)
+    draw = gh_hat = gh_rstd = None
+    if ln_hh is not None:
+        draw, gh_hat = saved.new_empty(T, B, GH), float32(T, B, GH)
+        h_prev = previous_state(y, h0, flags, reverse)
+        operand = h_prev if recurrent_mask is None else (h_prev * recurrent_mask).to(h_prev.dtype)
+        _product(w_hh.t(), gh_hat.flatten(0, 1))(operand.flatten(0, 1))
+        gh_hat, gh_rstd = normalize(gh_hat)
     product, cell_h, reported = float32(B, P), float32(B, H, when=parted), float32(B, H, when=twice)
     unclamped = saved.new_empty(B, P) if twice else None
     norm_h, scales = float32(B, when=parted and bounded), float32(T, B, when=parted and bounded)
     gates = dgh if spec.split else dgx
+    of_product = gates if draw is None else draw
     recur = _product(w_hh, product)
     project = _product(w_hr, cell_h) if parted else None
     project_reported = _product(w_hr, reported) if twice else None
@@ -158,7 +166,7 @@ def scan_backward(
             if twice:
                 project_reported(unclamped)
             retreat(i=i)
-            recur(gates[t] if draw is None else draw)
+            recur(of_product[t])
 
         return run
 
@@ -180,5 +188,12 @@ def scan_backward(
         )()  # fmt: skip
     if scales is not None:
         dh_new.mul_(scales[..., None])
-    dgh, dh_new = (saved.new_empty(0) if g is None else g for g in (dgh, dh_new))
-    return dgx, dgh, dh0, dc0, dh_new, report if norms else float32(0)
+    db_hh, dln_hh, dln_c_weight, dln_c_bias = (float32(0) for _ in range(4))
+    if ln_hh is not None:
+        db_hh, dln_hh = layer_norm_gradients(gates, gh_hat)
+        dgh = draw
+    if ln_c_weight is not None:
+        c_prev, ln_c = previous_state(c, c0, flags, reverse), LayerNorm(ln_c_weight.float(), ln_c_bias.float())
+        dln_c_weight, dln_c_bias = layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c)
+    dgh, dh_new = (saved.new_empty(0) if g is None else g for g in (dgh, dh_new if parted else None))
+    return dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, report if norms else float32(0)

@@ -210,7 +210,7 @@ def scan_forward(
 
 
 def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
     flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile=None,
 ):  # fmt: skip
     """See `ops.scan_backward`. `tile` overrides the choice of `tiles.py`."""
@@ -220,10 +220,10 @@ def scan_backward(
     if dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
     tensors = (
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
         flags, recurrent_mask, zone_h, zone_c,
     ) = _contiguous(
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, gh_hat, gh_rstd, ln_c_weight, ln_c_bias,
+        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
         flags, recurrent_mask, zone_h, zone_c,
     )  # fmt: skip
     _raise_if_stuck(saved)
@@ -272,7 +272,8 @@ def scan_backward(
                 launch = steps(last if t_end == T else rest, first if t_begin == begin else rest)
             launch(t_begin, t_end)
         report = _whole_norms(parted) if norms else _nothing(saved, torch.float32)
-    return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, _nothing(saved), report
+    of_projection_and_norms = (_nothing(saved, dtype) for dtype in (None, *[torch.float32] * 4))
+    return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, *of_projection_and_norms, report
 
 
 def _whole_norms(parted: Tensor) -> Tensor:

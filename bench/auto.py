@@ -1,0 +1,95 @@
+"""Where the C++ scan comes before torch's own kernels in `auto` on a CPU: both timed on calls of a grid of sizes.
+
+`python -m bench.auto bench/results/auto-cpu.json`; `tests/test_dispatch.py` holds `auto` to the result: wherever it
+takes the scan, the scan took less time. The calls are packed batches and projections; bench_scan.py has the others.
+"""
+
+import argparse
+import copy
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+
+from . import machine, timing
+
+SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))  # B, T, H
+SECONDS = 0.3  # of the timing of one call
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`filled`: of a packed batch, the share of T that all sequences but the longest have, which is the worst for a
+    scan that pads; None for a batch that is not packed."""
+
+    cell: str
+    projected: bool = False
+    filled: float | None = None
+
+
+KINDS = (
+    Kind("lstm", projected=True),
+    *(Kind("lstm", projected=True, filled=filled) for filled in (0.5, 1.0)),
+    *(Kind(cell, filled=filled) for cell in ("lstm", "gru", "rnn_tanh") for filled in (0.2, 0.5, 1.0)),
+)
+
+
+def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
+    """The record of one call; I = H, and where it projects, P = H / 2."""
+    options = {"proj_size": H // 2} if kind.projected else {}
+    module = getattr(fastrnn, kind.cell.partition("_")[0].upper())(H, H, **options).train(mode == "train")
+    x = torch.randn(T, B, H, requires_grad=mode == "train")
+    lengths = torch.full((B,), max(1, int(T * (1.0 if kind.filled is None else kind.filled))))
+    lengths[0] = T
+
+    def given():
+        return x if kind.filled is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+
+    def call(backend):
+        own = copy.copy(module)
+        own.backend = backend
+
+        def timed(_):
+            with torch.set_grad_enabled(mode == "train"):
+                y = own(given())[0]
+                y = y if kind.filled is None else y.data
+            if mode == "train":
+                torch.autograd.grad(y, [x, *own.parameters()], dy)
+
+        return timed
+
+    dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
+    dy = dy if kind.filled is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
+    samples = timing.interleave({name: call(name) for name in ("aten", "cpu")}, "cpu", SECONDS, set(), warmup=0.0)
+    found = timing.ratio(samples["cpu"], samples["aten"])
+    return {
+        **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
+        "auto takes": fastrnn.explain(module, given()).chosen,
+        "ratio": found.median, "interval": [found.low, found.high],
+        "seconds": {name: [float(f"{s:.4g}") for s in own.seconds] for name, own in samples.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+    torch.manual_seed(0)
+    content = {"machine": machine.describe("cpu"), "commit": machine.commit(), "calls": []}
+    for kind in KINDS:
+        for B, T, H in SIZES:
+            for mode in ("train", "infer"):
+                row = measure(kind, B, T, H, mode)
+                content["calls"].append(row)
+                print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']:.2f} {row['auto takes']}", flush=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
