@@ -12,8 +12,8 @@ constexpr int kilobyte = 1024;
 constexpr int shared_limit_sm80 = 163 * kilobyte;  // bytes that one CTA can have
 constexpr int shared_limit_sm90 = 227 * kilobyte;
 
-// The slice of W_hh of one CTA, as the operand of a product with K terms: planes * blocks strips of 16 rows. A
-// warp takes one strip of every plane and its share of the terms; `blocks` warps beside each other take
+// The slice of W_hh of one CTA, as the operand of a product with K terms: planes * blocks strips of 16 rows.
+// A warp takes one strip of every plane and its share of the terms; `blocks` warps beside each other take
 // different strips. Both operands come in chunks: 16 bytes per lane of either, four lanes beside each other
 // in K, which two products take. Which terms of a chunk meet in which product does not matter, as long as
 // both operands agree.
