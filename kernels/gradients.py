@@ -116,14 +116,6 @@ def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr
 
 
 @triton.jit
-def report(ptr, row, batch, rows, row_inside, whole, carried, flags, S: tl.constexpr, STRIDE):
-    """The norms of this tile of each state, total and carried, to where they are wanted."""
-    if ptr is not None:
-        store_norms(ptr, row, batch, rows, row_inside, whole, flags, S, STRIDE)
-        store_norms(ptr, row + S * STRIDE * batch, batch, rows, row_inside, carried, flags, S, STRIDE)
-
-
-@triton.jit
 def clip_scales(parts, bound_ptr):
     """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`.
 

@@ -31,7 +31,7 @@ from .gradients import (
     past_weights,
     previous_states,
     receive,
-    report,
+    store_norms,
     through_zoneout,
     tile_norm,
     where_all,
@@ -300,18 +300,19 @@ def backward_kernel(
                 dstate = dstate + (carry[s] + direct[s],)
             fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
             total = CELL_TOTAL(saved, before, fresh)
-            whole = (dstate[0],) + total[1:]
-            at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
-            if LOCAL:
-                report(norms_ptr, at, batch, rows, live, whole, carry, flags, S, T * TILES)
+            if norms_ptr is not None:
+                at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
+                store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
+                at += S * T * batch * TILES
+                store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
             if clip_value is not None:
                 dstate = clamp(dstate, clip_value, S)
                 fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
                 total = CELL_TOTAL(saved, before, fresh)
             if bound_ptr is not None:
-                clipped = (dstate[0],) + total[1:]
+                whole = (dstate[0],) + total[1:]
                 for s in tl.static_range(S):
-                    parts += place(tile_norm(clipped[s], flags), s * TILES + first + n, WIDTH)
+                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
             dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
             gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
@@ -342,8 +343,6 @@ def backward_kernel(
                 slot, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH,
             )  # fmt: skip
             arrive(arrived)
-            # Norms add across lanes and warps; here the others do not wait for them.
-            report(norms_ptr, at, batch, rows, live, whole, carry, flags, S, T * TILES)
             carries = rests
 
     for n in tl.static_range(OWN):
