@@ -90,7 +90,7 @@ gpu:
 GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --durations=20 --tb=short \
     --max-worker-restart=100 $(PYTEST_ARGS)
 GPU_BENCH = $(PYTHON) -m pytest --benchmark-json='$(OUT)/$(1).json' --records='$(OUT)/$(1).jsonl' $(PYTEST_ARGS)
-WARM      = timeout -k 5 200 $(PYTHON) -m bench.warm
+WARM      = timeout -k 5 120 $(PYTHON) -m bench.warm
 # A small case of each kind of kernel, for compute-sanitizer.
 SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
     or grouped_equals_stepwise and lstm and bfloat16 and all

@@ -64,7 +64,8 @@ __global__ void data_as_flag(unsigned* words, int ctas, int rounds, int* failed)
 }
 
 // A thread-block cluster: a word to the neighbour through distributed shared memory, then the hardware's
-// barrier.
+// barrier. An upper bound for the scan, which counts bytes where they arrive instead
+// (csrc/cuda/exchange.cuh).
 __global__ void cluster_barrier(unsigned*, int ctas, int rounds, int* failed) {
 #if __CUDA_ARCH__ >= 900
   __shared__ unsigned received[2];

@@ -9,8 +9,8 @@ def walks_back(direction: int, reverse: bool) -> bool:
     return (direction % 2 == 1) != reverse
 
 
-def each_direction(scan, tensors, cell: str, reverse: bool, last: bool) -> tuple[Tensor, ...]:
-    """`scan(*tensors, cell, reverse, last)` of each direction, one after the other.
+def each_direction(scan, tensors, cell: str, reverse: bool, *rest) -> tuple[Tensor, ...]:
+    """`scan(*tensors, cell, reverse, *rest)` of each direction, one after the other.
 
     tensors: as in `ops.py`, with the leading dimension D; None, numbers and tensors of no dimension serve them all.
     """
@@ -19,7 +19,7 @@ def each_direction(scan, tensors, cell: str, reverse: bool, last: bool) -> tuple
         return torch.is_tensor(x) and x.dim() > 0
 
     def one(d):
-        return scan(*(x[d] if has_directions(x) else x for x in tensors), cell, walks_back(d, reverse), last)
+        return scan(*(x[d] if has_directions(x) else x for x in tensors), cell, walks_back(d, reverse), *rest)
 
     outputs = zip(*map(one, range(len(next(filter(has_directions, tensors))))), strict=True)
     # An output of one dimension is empty and does not exist.

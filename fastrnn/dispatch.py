@@ -97,8 +97,8 @@ BACKENDS: dict[str, Backend] = {
 
 CPU_FIRST = {"lstm": 64, "gru": 64, "rnn_tanh": 64}
 """Where torch runs a cell step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
-(the plain cases of bench/results; H 16 to 1024, B 1 to 64). With fewer, what goes around a call decides, and torch has
-less of it."""
+(bench/results: bench-cpu.json for plain calls, auto-cpu.json for packed batches and projections; H 16 to 1024, B 1 to
+64). With fewer, what goes around a call decides, and torch has less of it."""
 LEAST_PACKED = 0.5
 """The share of T*B that a packed batch must fill for that: the scan's products take the padding along."""
 

@@ -1,4 +1,4 @@
-"""The raw `torch.library` ops: one layer, one direction, forward and backward, with fakes and without autograd.
+"""The raw `torch.library` ops: one layer, forward and backward, with fakes and without autograd.
 
 `scan.py` makes them differentiable. Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states,
 K saved planes (`cells.py`). "acc" is float32 for the half types and the input's own type otherwise. An empty tensor

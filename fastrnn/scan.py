@@ -1,4 +1,4 @@
-"""One layer in one direction as a differentiable function: `scan`, an `autograd.Function` pair over the raw ops.
+"""One layer, in one direction or both, as a differentiable function: `scan`, an `autograd.Function` pair over raw ops.
 
 Why a pair, and not `torch.library.register_autograd`: ops with registered autograd fail under `torch.func`. `Scan`
 backpropagates through `ScanBackward`, whose own backward, reached only by `create_graph=True`, differentiates the
@@ -55,11 +55,13 @@ def scan(
 ) -> ScanOutput:
     """Runs one layer in one direction over all T steps. `ops.scan_forward` gives the shapes.
 
-    Or in both, where every tensor but clip_norm has a leading dimension D, unless it has layer norm or projection.
+    Or, without a projection, in both: then every tensor but clip_norm has a leading dimension D.
 
     `tap [2, S, T, B]` receives, as its gradient, the norms of dL/ds_t: total and carried. `keep_c` returns every step's
     c also where no gradient is needed.
     """
+    if gx.dim() == 4 and weights.w_hr is not None:
+        raise NotImplementedError("a scan with a projection takes one direction at a time")
     tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap)):
         outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend)

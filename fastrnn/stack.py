@@ -185,6 +185,7 @@ def run(
         clip_norm = torch.full((), clip_norm, dtype=acc, device=x.device)
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
+    scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
     final, outputs = [], []
     for layer, names in enumerate(options.suffixes):
         own = []
@@ -193,7 +194,6 @@ def run(
             c0 = states[1][k].to(acc) if len(states) > 1 else None
             tap_k = None if tap is None else tap[k]
             own.append(_direction(x, params, name, options, states[0][k], c0, flags[d], tap_k))
-        scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
         if side_by_side:
             outputs = _together(x, own, options, **scan_options)
         else:

@@ -57,7 +57,7 @@ def load_stored(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.conste
 
 @triton.jit
 def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
-    """The same as float32.
+    """The tiles of `load_stored`, as float32.
 
     Triton puts the change of layout, which waits for its tile, where the next operation on it stands, or behind its
     load where there is none. `where` is one, for float32, too: so all loads are on their way before the first wait.

@@ -96,7 +96,7 @@ def forward_kernel(
     h_out_ptr,  # [D, B, H]: the states after step t_end - 1; may be the same memory
     c_out_ptr,  # [D, B, H] float32 or None
     sent_ptr,  # [2, D, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
-    arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     report_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [D, T, B, H]
     c_ptr,  # [D, T, B, H] float32 or None
@@ -125,7 +125,7 @@ def forward_kernel(
     forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
     top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
     origin = direction * batch + top  # and in that of all directions
-    slot = tl.num_programs(2) * batch
+    slot = tl.num_programs(2) * batch  # rows of a slot of what is exchanged
     rows = tl.arange(0, BLOCK_B)
     row_inside = top + rows < batch
     first = tl.program_id(1)
@@ -228,7 +228,7 @@ def backward_kernel(
     sent_x_ptr,  # [2, D, B, G*H] float32: under clipping by norm, the gate gradients of even and odd steps before they
     sent_h_ptr,  # [2, D, B, G*H] float32    are scaled, for the programs of the group; None if local
     parts_ptr,  # [2, S*TILES, D, B] float32 or None: the tiles' norms to scale them by
-    arrived_ptr,  # [groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     report_ptr,  # [] int32 or None: set where a wait was too long
     T,
     B,
@@ -256,7 +256,7 @@ def backward_kernel(
     forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
     top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
     origin = direction * batch + top  # and in that of all directions
-    slot = tl.num_programs(2) * batch
+    slot = tl.num_programs(2) * batch  # rows of a slot of what is exchanged
     rows = tl.arange(0, BLOCK_B)
     row_inside = top + rows < batch
     first = tl.program_id(1)

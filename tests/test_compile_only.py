@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from scripts import without_interpreter
 
 from fastrnn import tiles
 from fastrnn.cells import CELLS
+from scripts import without_interpreter
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # The pointers of a call without extras. The others are None, but for those that a case names.
@@ -279,8 +279,9 @@ def check(case, found, arch):
         # one thread for all, stands a barrier.
         assert re.fullmatch(r"[lbs]*xrw[lbsx]*x[lbsx]*s[lb]*ba[lbs]*", found["machine"]), f"{what}: {found['machine']}"
     # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
-    # seen, at 128 registers); a tile that is too large spills hundreds. Grouped and clipping by norm, it also keeps a
-    # dozen addresses there that do not change over time (40 bytes were seen).
+    # seen, at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all on their way at once); a tile
+    # that is too large spills hundreds. Grouped and clipping by norm, it also keeps a dozen addresses there that do
+    # not change over time (40 bytes were seen).
     limit = 64 if tile.mode == "grouped" and "bound" in case["extras"] else 32
     assert found.get("spilled", 0) <= limit, f"{what}: {found['registers']} registers, {found['spilled']} bytes spilled"
 

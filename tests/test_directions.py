@@ -11,6 +11,7 @@ from fastrnn import stack
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import BACKENDS, Request
+from fastrnn.scan import Weights, scan
 
 T, B, I, H = 4, 3, 3, 5
 # float64 keeps 16 digits; a few dozen terms of order one, added in another order.
@@ -163,3 +164,10 @@ def test_opcheck_of_the_raw_op(backend, reverse):
         own = [x if x is None else x[d] for x in tensors]
         one = torch.ops.fastrnn.scan_forward(*own, "lstm", reverse != (d == 1), True, backend)
         agree([x[d] for x in both], one, rtol=0, atol=0)
+
+
+def test_a_projection_takes_one_direction_at_a_time():
+    gx, state = torch.zeros(2, T, B, 4 * H), torch.zeros(2, B, 2)
+    weights = Weights(torch.zeros(2, 4 * H, 2), w_hr=torch.zeros(2, 2, H))
+    with pytest.raises(NotImplementedError, match="one direction"):
+        scan("lstm", gx, weights, state, torch.zeros(2, B, H))

@@ -134,7 +134,7 @@ def test_programs_of_a_group_walk_all_steps_together(cell, monkeypatch, request)
     """Two tiles of the batch by three of the hidden units; every mask, clipping and norms."""
     problem = Problem(cell, "cpu", sizes=(6, 17, 40), reverse=True, extras=Problem.ALL)
     want = stepwise(problem, TILE, monkeypatch)
-    launches = request.getfixturevalue("side_by_side")
+    launches = request.getfixturevalue("side_by_side")  # launches fork from here on
     assert same_bits(everything(problem, TILE), want)
     assert launches == [(2, 3, 1)] * 2
 
@@ -143,7 +143,7 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
     sizes, extras = (5, 3, 40), ("norms",)
     both = in_one_call([Problem("gru", "cpu", sizes=sizes, reverse=back, extras=extras, seed=back) for back in (0, 1)])
     want = stepwise(both, TILE, monkeypatch)
-    launches = request.getfixturevalue("side_by_side")
+    launches = request.getfixturevalue("side_by_side")  # launches fork from here on
     assert same_bits(everything(both, TILE), want)
     assert launches == [(1, 3, 2)] * 2
 
@@ -152,6 +152,6 @@ def test_a_barrier_too_few_shows(monkeypatch, request):
     """That this file can fail: without waiting, the programs do not agree."""
     problem = Problem("lstm", "cpu", sizes=(6, 3, 40))
     want = stepwise(problem, TILE, monkeypatch)
-    request.getfixturevalue("side_by_side")
+    request.getfixturevalue("side_by_side")  # launches fork from here on
     monkeypatch.setattr(scan, "wait", lambda arrived, arrivals, report: arrivals >= 0)
     assert not same_bits(everything(problem, TILE), want)

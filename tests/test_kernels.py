@@ -147,21 +147,21 @@ def test_both_directions_in_one_call(cell, extras, reverse, mode, device):
 
 
 def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
-    grids = []
+    leading = []
 
     def launcher_of(kernel, cell, w_hh, *rest):
-        grids.append(len(w_hh))
+        leading.append(len(w_hh))
         return lambda **pointers: lambda t_begin, t_end: None
 
     monkeypatch.setattr(launcher, "_launcher", launcher_of)
     both = in_one_call([Problem("gru", device, reverse=back) for back in (False, True)])
     both.forward(launcher, tile=SMALL["grouped"])
-    assert grids == [2]
+    assert leading == [2]
     monkeypatch.setattr(launcher, "_processors", lambda x: 3)  # for four programs
     both.forward(launcher, tile=SMALL["grouped"])
-    assert grids == [2, 3 * 17, 3 * 17]
+    assert leading == [2, 3 * 17, 3 * 17]  # G*H where a launch has one direction
     both.forward(launcher, tile=SMALL["stepwise"])
-    assert grids[3:] == [2]
+    assert leading[3:] == [2]
 
 
 @pytest.mark.parametrize("mode", ["stepwise", "rows"])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from scripts import without_interpreter
 
 T, B, H = 7, 2, 16

@@ -92,7 +92,7 @@ def test_same_bits_from_any_layout_and_any_number_of_threads():
     ids=str,
 )
 def test_torchs_own_for_other_types_and_little_work(shape, dtype):
-    x, weight, bias = (t.requires_grad_() for t in operands(*shape, 50, dtype))
+    x, weight, bias = (t.requires_grad_() for t in operands(*shape, 60, dtype))
     y = linear(x, weight, bias)
     assert torch.equal(y, F.linear(x, weight, bias)) and y.grad_fn.name() == "AddmmBackward0"
 

@@ -109,7 +109,8 @@ class ClusterExchange {
     wait_for_cluster();
   }
 
-  // The lanes of 16 bytes gather them, and each sends them to other peers; they all exist, or none of them.
+  // Lanes whose elements make 16 bytes gather them; each sends these to a part of the peers. Their elements
+  // all exist, or none does.
   FASTRNN_DEVICE void publish(bool exists, int row, int column, float value) {
     constexpr int lanes = Slice::lane_terms;
     int lane = thread_index() % 32, mine = lane % lanes;

@@ -1,6 +1,6 @@
 // How the sequence kernels are launched: chooses the instance that the device can run, sizes the grid so that
-// all of it is resident together, and makes the workspace. Instantiated per cell in scan_lstm.cu,
-// scan_gru.cu, scan_rnn.cu, so that they compile side by side.
+// CTAs that wait for each other are resident together, and makes the workspace. Instantiated per cell in
+// scan_lstm.cu, scan_gru.cu, scan_rnn.cu, so that they compile side by side.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
-// All steps of one layer, backward; a CTA walks in one of its directions. Of each step: the norms, clipping
-// and the cell on the units that this CTA owns, their gate gradients to the group, and, while those travel,
-// the next step's operands from memory; then the product with this CTA's columns of W_hh gives what is
+// All steps of one layer, backward; a CTA walks in one of its directions. Of each step: clipping and the cell
+// on the units that this CTA owns, their gate gradients to the group, and, while those travel, the norms to
+// memory and the next step's operands from it; then the product with this CTA's columns of W_hh gives what is
 // carried to the step before.
 //
 // Under clipping by norm the factor is known only when all of the group have told their part of the norm. The
@@ -23,7 +23,6 @@ class ScanBackward {
   static constexpr int G = Cell::gates, E = Tile::elements, states = Cell::states;
   static constexpr bool has_c = states == 2;
   static constexpr int sent = G + (Cell::split ? G : 0), unscaled = sent + states;
-  // Published per round.
   // Per element: dgx, dgh where it differs, and what reaches the states before the step without W_hh.
   using Unscaled = Drawer<Tile, float, E * unscaled>;
   // Read ahead per element: the saved planes, dy, and h_prev where the cell reads it; dc and c_prev.
@@ -274,8 +273,16 @@ class ScanBackward {
   FASTRNN_DEVICE void poison() const {
     each_owned<Tile>(p_.B, p_.H, [&](const Map<Tile>& map, int j) {
       map.at(p_.dh0, block_direction(), j) = not_a_number<S>();
-      for (int64_t i = 0; i < p_.T; ++i)
-        for (int g = 0; g < G; ++g) map.template at<G>(p_.dgx, step(i), j, g) = not_a_number<S>();
+      if constexpr (has_c) map.at(p_.dc0, block_direction(), j) = not_a_number<float>();
+      for (int64_t i = 0; i < p_.T; ++i) {
+        for (int g = 0; g < G; ++g) {
+          map.template at<G>(p_.dgx, step(i), j, g) = not_a_number<S>();
+          if constexpr (Cell::split) map.template at<G>(p_.dgh, step(i), j, g) = not_a_number<S>();
+        }
+        if (p_.norms == nullptr || Place<Tile>(j).unit != 0) continue;
+        for (int s = 0; s < states; ++s)
+          report(0, s, step(i), map.row(j)) = report(1, s, step(i), map.row(j)) = not_a_number<float>();
+      }
     });
   }
 };

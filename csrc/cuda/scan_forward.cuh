@@ -161,6 +161,7 @@ class ScanForward {
   FASTRNN_DEVICE void poison() const {
     each_owned<Tile>(p_.B, p_.H, [&](const Map<Tile>& map, int j) {
       map.at(p_.h_n, block_direction(), j) = not_a_number<S>();
+      if constexpr (has_c) map.at(p_.c_n, block_direction(), j) = not_a_number<float>();
       for (int64_t i = 0; i < p_.T; ++i) map.at(p_.y, step(i), j) = not_a_number<S>();
     });
   }

@@ -28,7 +28,7 @@ struct Slice {
   static constexpr int quads = chunks * planes * 2;    // of weights, per thread
   // Up to 128 registers of a thread hold weights, the rest of the slice lies in shared memory: registers are
   // read at no cost, shared memory at 128 bytes a cycle, which would be the longest part of a step.
-  // How many do not spill was found by compiling, and tests/test_csrc_persistent.py holds it.
+  // How many do not spill was found by compiling, and tests/test_csrc_build.py holds it.
   static constexpr bool deep = planes == 1 && rows > 8;  // many operands on their way at a time
   static constexpr int most = deep ? 22 : quads <= 32 ? 32 : planes * rows <= 32 ? 30 : 26;
   static constexpr int held = quads < most ? quads : most;

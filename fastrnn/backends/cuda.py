@@ -59,7 +59,8 @@ def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None
 
 
 def _group(cell: str, w_hh: Tensor) -> int:
-    """How many thread blocks share the W_hh of a direction; 0 where the device cannot hold all directions together."""
+    """How many thread blocks share the W_hh of a direction; 0 where the device cannot run the kernels, or cannot hold a
+    group of each direction at once where they exchange through global memory."""
     return OPS.persistent_group(cell, w_hh)
 
 

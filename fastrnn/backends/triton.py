@@ -73,7 +73,7 @@ def _grid(tile: tiles.Tile, hidden_size: int, batch_size: int, directions: int) 
     return -(-batch_size // tile.block_b), 1 if tile.mode == "local" else -(-hidden_size // tile.block_h), directions
 
 
-def _together(tile: tiles.Tile | tiles.RowTile, w_hh: Tensor, batch_size: int) -> bool:
+def _share_a_grid(tile: tiles.Tile | tiles.RowTile, w_hh: Tensor, batch_size: int) -> bool:
     """Whether one grid takes all directions of `w_hh [D, G*H, H]`."""
     if tile.mode == "rows":
         return False
@@ -179,7 +179,7 @@ def scan_forward(
     _raise_if_stuck(gx)
     (*D, T, B, _), H, K = gx.shape, w_hh.shape[-1], len(CELLS[cell].saved)
     tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
-    if D and not _together(tile, w_hh, B):
+    if D and not _share_a_grid(tile, w_hh, B):
         return each_direction(partial(scan_forward, tile=tile), tensors, cell, reverse, save)
     if tile.mode == "rows":
         with _device(gx):
@@ -231,7 +231,7 @@ def scan_backward(
     (*D, T, B, H), spec = y.shape, CELLS[cell]
     S, GH = len(spec.states), w_hh.shape[-2]
     tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
-    if D and not _together(tile, w_hh, B):
+    if D and not _share_a_grid(tile, w_hh, B):
         tensors = *tensors[:4], None, *tensors[4:], clip_norm, clip_value
         return each_direction(partial(scan_backward, tile=tile), tensors, cell, reverse, norms)
     if tile.mode == "rows":
