@@ -152,8 +152,8 @@ def test_machine_code_of_the_sequence_kernels(cuda_library, arch):
             assert not any(op.startswith("STG") for at, op, _ in code if at < sent), name
         read = [at for at, op, _ in code if op.startswith("LDG") and "STRONG" not in op]
         # A step reads for each of 2 elements at most 4 planes, dy, dc, c_prev and a flag, and the bound of the norm;
-        # W_hh alone would be 8 times its fragments.
-        assert sum(first <= at <= last for at in read) <= 2 * 8 + 1, name
+        # for sm_80 no more than 10 were seen. W_hh alone would be 8 times its fragments.
+        assert sum(first <= at <= last for at in read) <= {"sm_80": 10, "sm_90a": 2 * 8 + 1}[arch], name
         assert sum(at < first for at in read) >= 16, name
     assert seen == {"sm_80": 98, "sm_90a": 168}[arch]
 
