@@ -99,7 +99,8 @@ gpu-build:
 	$(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
 # What has to hold before any figure counts: the kernels themselves, natively.
 gpu-kernels:
-	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none
+	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || { echo '== once more, alone, what failed side by side'; \
+	    $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none; }
 gpu-latency:
 	$(PYTHON) -m bench.latency '$(OUT)'
 gpu-bench:

@@ -194,7 +194,7 @@ def results(problem: Problem, contestant: Contestant, x: Tensor, gradients) -> a
     return dict(zip(NAMES, outputs, strict=False)) | dict(zip(names, found, strict=False))
 
 
-def measure(case: FeatureCase, broken: Mapping[str, str] = {}) -> dict:
+def measure(case: FeatureCase, broken: Mapping[str, str]) -> dict:
     """The record of a case, as in `measure.measure`, with `speed_up` by contestant: the faster loop's time over its."""
     torch.manual_seed(SEED)
     record = {
@@ -261,9 +261,9 @@ def _agreeing(problem: Problem, x, gradients, broken, entries: dict) -> dict[str
             if not name.startswith(PLAIN):
                 found = agreement.errors(results(problem, contestant, x, gradients), truth)
                 entry["errors"] = {key: [float(f"{e:.3g}") for e in pair] for key, pair in found.items()}
-                broken = agreement.violations(found, yardstick or found, case, ROUNDING.get(case.dtype, 1.0))
-                if broken:
-                    raise ArithmeticError("wrong: " + "; ".join(broken))
+                wrong = agreement.violations(found, yardstick or found, case, ROUNDING.get(case.dtype, 1.0))
+                if wrong:
+                    raise ArithmeticError("wrong: " + "; ".join(wrong))
                 if not name.startswith("fastrnn"):
                     worse = {key: [*map(max, pair, yardstick.get(key, pair))] for key, pair in found.items()}
                     yardstick = yardstick | worse

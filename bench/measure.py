@@ -88,7 +88,7 @@ def truth(case, module: torch.nn.Module, inputs: Inputs, features: frozenset[str
 # ------------------------------------------------------------------------------------------------------- one case
 
 
-def measure(case, broken: Mapping[str, str] = {}, contestants: tuple[Contestant, ...] = CONTESTANTS) -> dict:
+def measure(case, broken: Mapping[str, str], contestants: tuple[Contestant, ...] = CONTESTANTS) -> dict:
     """The record of a case; see `bench/report.py` for what is made of it. The first contestant is the yardstick.
 
     `broken`: contestants that are not tried, each with the reason. Raises GpuLost where another one has to be.

@@ -51,7 +51,10 @@ def compile_case(suite: str, case) -> list[str]:
     """What did not run, in words."""
     case, failed = replace(case, T=STEPS), []
     with measure.precision(case.tf32):
-        runs = featured(case) if suite == "features" else plain(case, suite)
+        try:
+            runs = featured(case) if suite == "features" else plain(case, suite)
+        except Exception as error:  # no memory beside the others, say
+            return [f"{case.name}: {measure.in_words(error)}"]
         for name, run in runs.items():
             try:
                 run()

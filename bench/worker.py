@@ -41,8 +41,10 @@ class Worker:
             try:
                 return self.pool.apply_async(measure, (case, broken)).get(seconds)
             except GpuLost as lost:
-                broken[lost.contestant] = f"the GPU was lost: {lost.reason}"
                 self.close()
+                if lost.contestant in broken:  # not left out as it was told
+                    raise
+                broken[lost.contestant] = f"the GPU was lost: {lost.reason}"
             except Exception:
                 self.close()
                 raise

@@ -116,7 +116,7 @@ class Scan(Function):
     """Arguments: those of `ops.scan_forward`, then tap and clipping. Outputs: y, c, h_n, c_n, saved."""
 
     @staticmethod
-    def forward(*inputs):  # by name, autograd would read and bind the signature in every call
+    def forward(*inputs):  # with names, autograd would bind each of them in every call
         *tensors, _, _, _, cell, reverse, backend = inputs
         return ops.scan_forward(*tensors, cell, reverse, True, backend)
 

@@ -84,6 +84,10 @@ def loses(case, broken):
     return {"case": case, "broken": broken}
 
 
+def does_not_listen(case, broken):
+    raise GpuLost("first", "an illegal memory access")
+
+
 def hangs(case, broken):
     time.sleep(60)
 
@@ -100,13 +104,14 @@ def test_a_case_that_loses_its_gpu_or_hangs_costs_no_other_case(tmp_path):
 import multiprocessing, sys
 sys.path.insert(0, {str(tmp_path)!r})
 import astray
-from bench.worker import Worker
+from bench.worker import GpuLost, Worker
 if __name__ == "__main__":
     worker = Worker()
     record = worker.measure(astray.loses, "lstm", 60)
     assert list(record["broken"]) == ["second", "third"] and "illegal" in record["broken"]["third"]
     late = multiprocessing.TimeoutError
-    for function, seconds, error in (astray.hangs, 0.1, late), (astray.fails, 60, ArithmeticError):
+    astray_ways = (astray.hangs, 0.1, late), (astray.fails, 60, ArithmeticError), (astray.does_not_listen, 60, GpuLost)
+    for function, seconds, error in astray_ways:
         try:
             worker.measure(function, "gru", seconds)
         except error:
@@ -114,6 +119,20 @@ if __name__ == "__main__":
         raise AssertionError(function)
     assert worker.measure(astray.loses, "gru", 60)["case"] == "gru"
     worker.close()
+"""
+    run(code)
+
+
+def test_what_lost_the_gpu_is_left_out_of_the_features():
+    code = """
+from bench import features
+from bench.feature_cases import FEATURES, FeatureCase
+case = FeatureCase(FEATURES[0], 2, 3, 4, 5)
+problem, x, gradients = features.given(case)
+entries, broken = {}, {name: "gone" for name in ("fastrnn:cpu", "fastrnn:reference")}
+right = features._agreeing(problem, x, gradients, broken, entries)
+assert right and not right.keys() & broken.keys()
+assert {name: entries[name]["failed"] for name in broken} == broken
 """
     run(code)
 
