@@ -239,16 +239,20 @@ def triton_mode(mode: str) -> Callable:
     return build
 
 
-def cuda_persistent(case, module: nn.Module) -> Model:
-    """The CUDA backend's persistent kernels instead of its step by step."""
-    settings = {"FASTRNN_CUDA_MODE": "persistent"}
-    model = on_backend("cuda")(case, module)
-    clip = None if clip_norm(case) is None else torch.tensor(clip_norm(case))
-    with environment(settings):
-        reason = cuda.why_step(case.cell, module.weight_hh_l0, case.B, clip)
-    if reason is not None:
-        raise CannotRun(reason)
-    return model._replace(note="mode persistent", environment=settings)
+def cuda_mode(mode: str) -> Callable:
+    """The CUDA backend's persistent kernels, in one way to exchange, instead of its step by step."""
+    settings = {"FASTRNN_CUDA_MODE": mode}
+
+    def build(case, module: nn.Module) -> Model:
+        model = on_backend("cuda")(case, module)
+        clip = None if clip_norm(case) is None else torch.tensor(clip_norm(case))
+        with environment(settings):
+            reason = cuda.why_step(case.cell, module.weight_hh_l0, case.B, clip)
+        if reason is not None:
+            raise CannotRun(reason)
+        return model._replace(note=f"mode {mode}", environment=settings)
+
+    return build
 
 
 EVERYTHING = frozenset({"tap", "clip"})
@@ -263,5 +267,5 @@ CONTESTANTS: tuple[Contestant, ...] = (
         for name in dispatch.BACKENDS
     ),
     *(Contestant(f"fastrnn:triton {mode}", triton_mode(mode), EVERYTHING) for mode in tiles.MODES if mode != "local"),
-    Contestant("fastrnn:cuda persistent", cuda_persistent, EVERYTHING),
+    *(Contestant(f"fastrnn:cuda {mode}", cuda_mode(mode), EVERYTHING) for mode in ("cluster", "grid")),
 )

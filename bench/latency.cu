@@ -6,22 +6,18 @@
 
 #include <cstdint>
 
+#include "../csrc/cuda/primitives.cuh"
+
 namespace cg = cooperative_groups;
 
 namespace {
 
+enum Kind { counter, flag, cluster, cluster_edge, kernel_edge };  // in the order of KINDS in latency.py
+
+bool by_cluster(int kind) { return kind == cluster || kind == cluster_edge; }
+
 constexpr int kThreads = 128;
 constexpr long long kBound = 1LL << 31;  // clocks: about a second, after which a wait gives up
-
-__device__ void add_release(unsigned* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ unsigned load_acquire(const unsigned* counter) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
 
 // Waits until ready() or the bound; false when it gave up.
 template <class Ready>
@@ -39,8 +35,8 @@ __global__ void counter_barrier(unsigned* counters, int ctas, int rounds, int* f
     __syncthreads();
     bool lost = false;
     if (threadIdx.x == 0) {
-      add_release(counter);
-      lost = !wait([&] { return load_acquire(counter) >= round * ctas; });
+      fastrnn::add_release(counter, 1);
+      lost = !wait([&] { return fastrnn::load_acquire(counter) >= round * ctas; });
     }
     if (__syncthreads_or(lost)) {
       *failed = 1;
@@ -63,9 +59,31 @@ __global__ void data_as_flag(unsigned* words, int ctas, int rounds, int* failed)
   }
 }
 
-// A thread-block cluster: a word to the neighbour through distributed shared memory, then the hardware's
-// barrier. An upper bound for the scan, which counts bytes where they arrive instead
-// (csrc/cuda/exchange.cuh).
+// A thread-block cluster as the scan uses it (csrc/cuda/exchange.cuh): every CTA sends 16 bytes to every CTA,
+// where they are counted, and sends again when all of its threads have read.
+__global__ void cluster_delivery(unsigned*, int ctas, int rounds, int* failed) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ fastrnn::Quad received[2][16];
+  __shared__ fastrnn::Delivery deliveries[2];
+  if (threadIdx.x == 0) fastrnn::begin(deliveries), fastrnn::begin(deliveries + 1);
+  fastrnn::arrive_at_cluster();
+  fastrnn::wait_for_cluster();
+  for (unsigned round = 1; round <= rounds; ++round) {
+    fastrnn::Quad* slot = received[round % 2];
+    fastrnn::Delivery* delivery = deliveries + round % 2;
+    const fastrnn::Quad sent{{round, round, round, round}};
+    if (threadIdx.x < ctas) fastrnn::send(slot + blockIdx.x % ctas, threadIdx.x, sent, delivery);
+    if (threadIdx.x == 0) fastrnn::announce(delivery, ctas * sizeof sent);
+    fastrnn::await(delivery, (round - 1) / 2);
+    if (threadIdx.x < ctas && slot[threadIdx.x].word[3] != round) *failed = 1;
+    __syncthreads();
+  }
+#else
+  *failed = 1;
+#endif
+}
+
+// The same with the hardware's barrier: a word to the neighbour, and everybody waits for everybody.
 __global__ void cluster_barrier(unsigned*, int ctas, int rounds, int* failed) {
 #if __CUDA_ARCH__ >= 900
   __shared__ unsigned received[2];
@@ -126,8 +144,8 @@ double kernel_edges(cudaStream_t stream, int blocks, int rounds) {
 // The launch of `groups` groups of `ctas` CTAs; `attribute` has to live as long.
 cudaLaunchConfig_t configure(int kind, int ctas, int groups, cudaStream_t stream,
                              cudaLaunchAttribute& attribute) {
-  attribute.id = kind == 2 ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
-  if (kind == 2) {
+  attribute.id = by_cluster(kind) ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
+  if (by_cluster(kind)) {
     attribute.val.clusterDim.x = ctas;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   } else {
@@ -142,17 +160,18 @@ cudaLaunchConfig_t configure(int kind, int ctas, int groups, cudaStream_t stream
   return config;
 }
 
-constexpr void (*kKernels[])(unsigned*, int, int, int*) = {counter_barrier, data_as_flag, cluster_barrier};
+constexpr void (*kKernels[])(unsigned*, int, int, int*) = {counter_barrier, data_as_flag, cluster_delivery,
+                                                           cluster_barrier};
 
 }  // namespace
 
-// How many groups of `ctas` CTAs run at once, one CTA an SM; kind as below. A cluster lies within a part of
+// How many groups of `ctas` CTAs run at once, one CTA an SM. A cluster lies within a part of
 // the chip, so that fewer fit. Negative: -1000 - the CUDA error.
 extern "C" double groups_at_once(int kind, int ctas) {
   int device, sms, clusters;
   CHECK(cudaGetDevice(&device));
   CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  if (kind != 2) return sms / ctas;
+  if (!by_cluster(kind)) return sms / ctas;
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configure(kind, ctas, 1, nullptr, attribute);
   CHECK(cudaFuncSetAttribute(kKernels[kind], cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -160,12 +179,12 @@ extern "C" double groups_at_once(int kind, int ctas) {
   return clusters < sms / ctas ? clusters : sms / ctas;
 }
 
-// Seconds per agreement of `groups` groups of `ctas` CTAs each, no more than run at once. kind: 0 counter, 1
-// data as flag, 2 cluster, 3 kernel edge. Negative: -1 a wait gave up, else -1000 - the CUDA error.
+// Seconds per agreement of `groups` groups of `ctas` CTAs each, no more than run at once. Negative:
+// -1 a wait gave up, or what was sent did not arrive; else -1000 - the CUDA error.
 extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) {
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
-  if (kind == 3) {
+  if (kind == kernel_edge) {
     double seconds = kernel_edges(stream, ctas * groups, rounds);
     CHECK(cudaStreamDestroy(stream));
     return seconds;
@@ -178,7 +197,7 @@ extern "C" double agreement_seconds(int kind, int ctas, int groups, int rounds) 
   CHECK(cudaMemset(failed, 0, sizeof(int)));
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configure(kind, ctas, groups, stream, attribute);
-  if (kind == 2)
+  if (by_cluster(kind))
     CHECK(cudaFuncSetAttribute(kKernels[kind], cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   double seconds = timed(stream, [&] {
     cudaError_t status = cudaMemsetAsync(words, 0, bytes, stream);

@@ -390,17 +390,20 @@ def test_amd(tmp_path):
 
 def table():
     """What docs/kernels.md says of the grouped kernels."""
-    print("| | sm | tile | shared KB | registers | spilled bytes |\n|---|---|---|---|---|---|")
+    print("| | sm | tile | shared KB | registers | spilled bytes | barriers |\n|---|---|---|---|---|---|---|")
     for *size, arch in GROUPED:
         cell, dtype, hidden_size, batch_size = size
         cases = [make_case(kernel, "cuda", arch, *size, NORMS[kernel], mode="grouped") for kernel in NORMS]
         found = [compiled(case) for case in cases]
-        found = [{**f, "shared": f["shared"] // KILOBYTE} for f in found]
+        for f in found:
+            f["shared"] //= KILOBYTE
+            # of all threads of a program, from the end of its wait for the others to its arrival
+            f["barriers"] = re.search("w(.*)a", f["machine"])[1].count("b")
         tile = cases[0]["tile"]
         columns = (
             f"{cell} {dtype}, H {hidden_size}, B {batch_size}", arch,
             f"{tile.block_b} x {tile.block_h}, {tile.warps} warps, {-(-hidden_size // tile.block_h)} programs",
-            *(" / ".join(str(f[key]) for f in found) for key in ("shared", "registers", "spilled")),
+            *(" / ".join(str(f[key]) for f in found) for key in ("shared", "registers", "spilled", "barriers")),
         )  # fmt: skip
         print("|", " | ".join(map(str, columns)), "|", flush=True)
 

@@ -21,6 +21,10 @@ from problems import in_one_call, same_bits
 ROOT = Path(__file__).parents[1]
 CXX = os.environ.get("CXX", "g++")
 WAYS = ("cluster", "grid", "wide_grid")
+# The largest H by cluster, in the half types and in TF32.
+BY_CLUSTER = {"lstm": (640, 256), "gru": (768, 512)} | dict.fromkeys(
+    ("rnn_tanh", "rnn_relu", "rnn_leaky_relu", "rnn_elu"), (768, 768)
+)
 
 if shutil.which(CXX) is None:
     pytest.skip(f"no C++ compiler {CXX}", allow_module_level=True)
@@ -54,10 +58,11 @@ class Emulator:
         found = self.library.describe(cell.encode(), name, self.way.encode(), hidden_size, sizes)
         return list(sizes) if found else None
 
-    def persistent_group(self, cell, w_hh):
+    def persistent_group(self, cell, w_hh, ways):
         sizes = self.describe(cell, w_hh.dtype, w_hh.shape[-1])
         room = len(w_hh) <= self.room if w_hh.dim() == 3 else self.room
-        return -(-w_hh.shape[-1] // sizes[1]) if sizes and room else 0
+        allowed = ways == "all" or (ways == "cluster") == (self.way == "cluster")
+        return -(-w_hh.shape[-1] // sizes[1]) if sizes and room and allowed else 0
 
     def call(self, function, cell, like, reverse, pointers, trouble, *rest):
         *D, T, B, H = like.shape
@@ -70,12 +75,12 @@ class Emulator:
         self.launches += 1
         trouble[0] |= layout.trouble
 
-    def persistent_forward(self, cell, gx, w_hh, b_hh, h0, c0, flags, reverse, y, h_n, c_n, c, saved, trouble):
+    def persistent_forward(self, cell, gx, w_hh, b_hh, h0, c0, flags, reverse, ways, y, h_n, c_n, c, saved, trouble):
         pointers = [gx, w_hh, b_hh, h0, c0, flags, y, h_n, c_n, c, saved]
         self.call(self.library.emulate_forward, cell, y, reverse, pointers, trouble)
 
     def persistent_backward(self, cell, dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, clip_value,
-                            reverse, dgx, dgh, dh0, dc0, norms, trouble):  # fmt: skip
+                            reverse, ways, dgx, dgh, dh0, dc0, norms, trouble):  # fmt: skip
         pointers = [dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, dgx, dgh, dh0, dc0, norms]
         bound = ctypes.c_float(float("inf") if clip_value is None else clip_value)
         self.call(self.library.emulate_backward, cell, y, reverse, pointers, trouble, bound)
@@ -411,12 +416,17 @@ def test_why_a_scan_runs_step_by_step(emulator, monkeypatch):
     monkeypatch.delenv("FASTRNN_CUDA_MODE")
     assert "is step" in why(half)
     monkeypatch.setenv("FASTRNN_CUDA_MODE", "presistent")
-    with pytest.raises(ValueError, match="step, persistent"):
+    with pytest.raises(ValueError, match="step, persistent, cluster, grid"):
         why()
+    for emulator.way, other in (("cluster", "grid"), ("grid", "cluster")):
+        monkeypatch.setenv("FASTRNN_CUDA_MODE", emulator.way)
+        assert why(half) == ""
+        monkeypatch.setenv("FASTRNN_CUDA_MODE", other)
+        assert f"does not fit the chip by {other}" in why(half)
 
 
-@pytest.mark.parametrize(("cell", "halves", "tf32"), [("lstm", 640, 256), ("gru", 768, 512), ("rnn_tanh", 768, 768)])
-def test_the_table_has_a_kernel_that_fits(emulator, cell, halves, tf32):
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_the_table_has_a_kernel_that_fits(emulator, cell):
     """For every bucket on either architecture, but for one on sm_80; by cluster to the H given; with shared memory
     within what a CTA can have."""
     for H in (1, 256, 257, 512, 513, 640, 641, 768, 769, 1024, 1280):
@@ -430,7 +440,7 @@ def test_the_table_has_a_kernel_that_fits(emulator, cell, halves, tf32):
                     assert max(forward, backward) <= (163 if emulator.way == "grid" else 227) * 1024
             assert ("grid" in found) == ((cell, dtype) != ("lstm", torch.float32) or H <= 1024)
             assert "grid" in found or "wide_grid" in found
-            assert ("cluster" in found) == (H <= (tf32 if dtype == torch.float32 else halves))
+            assert ("cluster" in found) == (H <= BY_CLUSTER[cell][dtype == torch.float32])
     assert emulator.describe(cell, torch.bfloat16, 1281) is None
 
 
@@ -457,7 +467,7 @@ def native(monkeypatch):
         for name, value in vars(problem).items():
             setattr(problem, name, value.cuda() if torch.is_tensor(value) else value)
         monkeypatch.setenv("FASTRNN_CUDA_MODE", mode)
-        if mode == "persistent":
+        if mode != "step":
             assert cuda.why_step(problem.cell, problem.w_hh, problem.gx.shape[-2], problem.clip_norm) is None
         outputs = problem.forward(cuda)
         return outputs + problem.backward(cuda, *outputs)
@@ -470,12 +480,17 @@ def native(monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_gpu_equals_step_by_step_and_repeats_its_bits(native, cell, dtype, reverse, H):
+@pytest.mark.parametrize("ways", ["cluster", "grid"])
+def test_gpu_equals_step_by_step_and_repeats_its_bits(native, ways, cell, dtype, reverse, H):
+    if ways == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no thread-block clusters")
+    if ways == "cluster" and H > BY_CLUSTER[cell][dtype == torch.float32]:
+        pytest.skip("does not fit by cluster")
     for B in (1, 19, 150):
         problem = Problem(cell, dtype, T=4, B=B, H=H, reverse=reverse, extras=extras_of(dtype))
-        first = native(problem)
+        first = native(problem, ways)
         check(first, native(problem, "step"), TOLERANCE[dtype])
-        assert same_bits(first, native(problem))
+        assert same_bits(first, native(problem, ways))
 
 
 @pytest.mark.gpu

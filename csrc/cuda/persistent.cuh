@@ -118,15 +118,15 @@ template <class Cell, class S>
 class Launcher {
  public:
   // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
-  static int group_size(int64_t H, int64_t directions, int device) {
+  static int group_size(int64_t H, int64_t directions, Ways ways, int device) {
     int size = 0;
-    with_instance(H, directions, device, [&](auto, int found) { size = found; });
+    with_instance(H, directions, ways, device, [&](auto, int found) { size = found; });
     return size;
   }
 
   template <bool forward, class Params>
-  static void run(const Cell& cell, Params p, const Frame& frame) {
-    with_instance(p.H, p.D, frame.device_index, [&](auto instance, int size) {
+  static void run(const Cell& cell, Params p, Ways ways, const Frame& frame) {
+    with_instance(p.H, p.D, ways, frame.device_index, [&](auto instance, int size) {
       using Instance = decltype(instance);
       if constexpr (forward) {
         launch<ForwardKernel<Instance>, Instance, typename Instance::Tile::Forward>(cell, p, frame, size);
@@ -146,12 +146,12 @@ class Launcher {
 
   // f(instance, group size) for the best instance that runs forward and backward, if there is one.
   template <class F>
-  static void with_instance(int64_t H, int64_t directions, int device, const F& f) {
+  static void with_instance(int64_t H, int64_t directions, Ways ways, int device, const F& f) {
     torch::stable::accelerator::DeviceGuard guard(device);
     with_bucket(H, [&](auto bucket) {
-      return attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f) ||
-             attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
-             attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f);
+      return (ways != Ways::grid && attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f)) ||
+             (ways != Ways::cluster && (attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
+                                        attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f)));
     });
   }
 
@@ -196,16 +196,18 @@ class Launcher {
 };
 
 template <class Cell, class S>
-int Persistent<Cell, S>::group_size(int64_t H, int64_t directions, int device) {
-  return Launcher<Cell, S>::group_size(H, directions, device);
+int Persistent<Cell, S>::group_size(int64_t H, int64_t directions, Ways ways, int device) {
+  return Launcher<Cell, S>::group_size(H, directions, ways, device);
 }
 template <class Cell, class S>
-void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, const Frame& frame) {
-  Launcher<Cell, S>::template run<true>(cell, p, frame);
+void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, Ways ways,
+                                  const Frame& frame) {
+  Launcher<Cell, S>::template run<true>(cell, p, ways, frame);
 }
 template <class Cell, class S>
-void Persistent<Cell, S>::backward(const Cell& cell, const BackwardParams<S>& p, const Frame& frame) {
-  Launcher<Cell, S>::template run<false>(cell, p, frame);
+void Persistent<Cell, S>::backward(const Cell& cell, const BackwardParams<S>& p, Ways ways,
+                                   const Frame& frame) {
+  Launcher<Cell, S>::template run<false>(cell, p, ways, frame);
 }
 
 }  // namespace fastrnn

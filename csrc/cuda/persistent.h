@@ -7,14 +7,17 @@
 
 namespace fastrnn {
 
+// Which ways to exchange the launcher chooses from: see buckets.cuh.
+enum class Ways { all, cluster, grid };
+
 // Forward and backward of a cell over one storage type. link of the params is the launcher's, but for
 // `trouble`.
 template <class Cell, class S>
 struct Persistent {
   // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
-  static int group_size(int64_t H, int64_t directions, int device);
-  static void forward(const Cell& cell, const ForwardParams<S>& p, const Frame& frame);
-  static void backward(const Cell& cell, const BackwardParams<S>& p, const Frame& frame);
+  static int group_size(int64_t H, int64_t directions, Ways ways, int device);
+  static void forward(const Cell& cell, const ForwardParams<S>& p, Ways ways, const Frame& frame);
+  static void backward(const Cell& cell, const BackwardParams<S>& p, Ways ways, const Frame& frame);
 };
 
 }  // namespace fastrnn

@@ -62,12 +62,18 @@ Sizes sizes_of(const Tensor& y) {
   return {dim == 4 ? y.size(0) : 1, y.size(dim - 3), y.size(dim - 2), y.size(dim - 1)};
 }
 
+Ways ways_of(const std::string& name) {
+  check(name == "all" || name == "cluster" || name == "grid", "ways must be all, cluster or grid, got ",
+        name);
+  return name == "all" ? Ways::all : name == "cluster" ? Ways::cluster : Ways::grid;
+}
+
 // w_hh: [D, G*H, H], or [G*H, H] of a single direction
-int64_t persistent_group(std::string cell, Tensor w_hh) {
+int64_t persistent_group(std::string cell, Tensor w_hh, std::string ways) {
   return with_kernels(cell, "w_hh", w_hh, [&](auto kernel, auto zero) -> int64_t {
     const int64_t directions = w_hh.dim() == 3 ? w_hh.size(0) : 1;
     return Persistent<decltype(kernel), decltype(zero)>::group_size(w_hh.size(w_hh.dim() - 1), directions,
-                                                                    w_hh.get_device_index());
+                                                                    ways_of(ways), w_hh.get_device_index());
   });
 }
 
@@ -78,8 +84,8 @@ uint32_t* word(const Tensor& trouble) {
 }
 
 void persistent_forward(std::string cell, Tensor gx, Tensor w_hh, Optional b_hh, Tensor h0, Optional c0,
-                        Optional flags, bool reverse, Tensor y, Tensor h_n, Optional c_n, Optional c,
-                        Optional saved, Tensor trouble) {
+                        Optional flags, bool reverse, std::string ways, Tensor y, Tensor h_n, Optional c_n,
+                        Optional c, Optional saved, Tensor trouble) {
   with_kernels(cell, "gx", gx, [&](auto kernel, auto zero) {
     using Cell = decltype(kernel);
     using S = decltype(zero);
@@ -102,21 +108,22 @@ void persistent_forward(std::string cell, Tensor gx, Tensor w_hh, Optional b_hh,
     p.saved = from.get<S>("saved", saved, T * step * Cell::saved);
     p.link.trouble = word(trouble);
     check(Cell::states == 1 || (p.c0 != nullptr && p.c_n != nullptr), "c0 and c_n are needed for this cell");
-    Persistent<Cell, S>::forward(kernel, p, from.frame);
+    Persistent<Cell, S>::forward(kernel, p, ways_of(ways), from.frame);
   });
 }
 
 void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh_n, Optional dc_n,
                          Tensor saved, Tensor y, Optional c, Tensor h0, Optional c0, Tensor w_hh,
                          Optional flags, Optional clip_norm, std::optional<double> clip_value, bool reverse,
-                         Tensor dgx, Optional dgh, Tensor dh0, Optional dc0, Optional norms, Tensor trouble) {
+                         std::string ways, Tensor dgx, Optional dgh, Tensor dh0, Optional dc0, Optional norms,
+                         Tensor trouble) {
   with_kernels(cell, "saved", saved, [&](auto kernel, auto zero) {
     using Cell = decltype(kernel);
     using S = decltype(zero);
     const auto [D, T, B, H] = sizes_of(y);
     const int64_t step = D * B * H;  // in all directions
-    const int64_t size =
-        norms.has_value() ? Persistent<Cell, S>::group_size(H, D, saved.get_device_index()) : 0;
+    const int device = saved.get_device_index();
+    const int64_t size = norms.has_value() ? Persistent<Cell, S>::group_size(H, D, ways_of(ways), device) : 0;
     const Arguments from{Frame(saved, B, H)};
     BackwardParams<S> p{};
     p.T = T, p.D = static_cast<int>(D), p.B = static_cast<int>(B), p.H = static_cast<int>(H);
@@ -143,7 +150,7 @@ void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh
     check(Cell::states == 1 || (p.c != nullptr && p.c0 != nullptr && p.dc0 != nullptr),
           "c, c0 and dc0 are needed for this cell");
     check(!Cell::split || p.dgh != nullptr, "dgh is needed for this cell");
-    Persistent<Cell, S>::backward(kernel, p, from.frame);
+    Persistent<Cell, S>::backward(kernel, p, ways_of(ways), from.frame);
   });
 }
 
@@ -151,17 +158,19 @@ void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
-  m.def("persistent_group(str cell, Tensor w_hh) -> int");
+  m.def("persistent_group(str cell, Tensor w_hh, str ways) -> int");
   m.def(
       "persistent_forward(str cell, Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor? "
       "flags, "
-      "bool reverse, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? c_n, Tensor(d!)? c, Tensor(e!)? saved, "
+      "bool reverse, str ways, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? c_n, Tensor(d!)? c, Tensor(e!)? "
+      "saved, "
       "Tensor(f!) trouble) -> ()");
   m.def(
       "persistent_backward(str cell, Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor saved, "
       "Tensor y, "
       "Tensor? c, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? flags, Tensor? clip_norm, float? clip_value, "
-      "bool reverse, Tensor(a!) dgx, Tensor(b!)? dgh, Tensor(c!) dh0, Tensor(d!)? dc0, Tensor(e!)? norms, "
+      "bool reverse, str ways, Tensor(a!) dgx, Tensor(b!)? dgh, Tensor(c!) dh0, Tensor(d!)? dc0, Tensor(e!)? "
+      "norms, "
       "Tensor(f!) trouble) -> ()");
 }
 

@@ -2,7 +2,8 @@
 
 Two ways to run. Step by step: the reference scan over the fused CUDA step and cuBLAS, for every feature. Persistent:
 one launch for all steps, W_hh on the chip; `why_step` says which calls it cannot take. It has never run on a GPU, so it
-is used only where the environment's FASTRNN_CUDA_MODE is "persistent".
+is used only where the environment's FASTRNN_CUDA_MODE is "persistent", or "cluster" or "grid": the same with thread
+blocks that exchange h in that way only.
 """
 
 import os
@@ -19,7 +20,8 @@ from . import reference as launcher
 # A CUDA library beside a torch without CUDA cannot be loaded.
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
 OPS = torch.ops.fastrnn_c
-MODES = ("step", "persistent")
+# The modes, and the ways to exchange that each leaves to the persistent kernels' launcher.
+MODES = {"step": None, "persistent": "all", "cluster": "cluster", "grid": "grid"}
 
 
 def why_not(request) -> str | None:
@@ -35,10 +37,7 @@ def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None
 
     `beyond`: the arguments of the scan that only the step path knows, by name; those that are None do not matter.
     """
-    mode = os.environ.get("FASTRNN_CUDA_MODE", "step")
-    if mode not in MODES:
-        raise ValueError(f"FASTRNN_CUDA_MODE: unknown mode {mode!r}; known are {', '.join(MODES)}")
-    if mode == "step":
+    if _ways() is None:
         return "FASTRNN_CUDA_MODE is step"
     for name, value in beyond.items():
         if value is not None:
@@ -54,14 +53,23 @@ def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None
     if rows * len(CELLS[cell].saved) * w_hh.shape[-1] >= 2**31:
         return "a step of the batch is too large for 32-bit offsets"
     if _group(cell, w_hh) == 0:
-        return f"W_hh {list(w_hh.shape)} in {w_hh.dtype} does not fit the chip"
+        by = "" if _ways() == "all" else f" by {_ways()}"
+        return f"W_hh {list(w_hh.shape)} in {w_hh.dtype} does not fit the chip{by}"
     return None
+
+
+def _ways() -> str | None:
+    """The ways to exchange among which the launcher may choose; None step by step."""
+    mode = os.environ.get("FASTRNN_CUDA_MODE", "step")
+    if mode not in MODES:
+        raise ValueError(f"FASTRNN_CUDA_MODE: unknown mode {mode!r}; known are {', '.join(MODES)}")
+    return MODES[mode]
 
 
 def _group(cell: str, w_hh: Tensor) -> int:
     """How many thread blocks share the W_hh of a direction; 0 where the device cannot run the kernels, or cannot hold a
     group of each direction at once where they exchange through global memory."""
-    return OPS.persistent_group(cell, w_hh)
+    return OPS.persistent_group(cell, w_hh, _ways())
 
 
 @cache
@@ -106,7 +114,7 @@ def scan_forward(
     c = c_n.new_empty((*D, T, B, H) if has_c and save else 0)
     saved = gx.new_empty((*D, T, B, len(CELLS[cell].saved) * H) if save else 0)
     OPS.persistent_forward(
-        cell, gx, w_hh, b_hh, h0, c0, flags, reverse, y, h_n, c_n if has_c else None,
+        cell, gx, w_hh, b_hh, h0, c0, flags, reverse, _ways(), y, h_n, c_n if has_c else None,
         c if has_c and save else None, saved if save else None, _check_earlier_calls(),
     )  # fmt: skip
     return y, c, h_n, c_n, saved
@@ -141,7 +149,7 @@ def scan_backward(
     parts = dc0.new_empty((*D, 2, len(spec.states), T, B, _group(cell, w_hh)) if norms else 0)
     OPS.persistent_backward(
         cell, dy, dc if has_c else None, dh_n, dc_n if has_c else None, saved, y, c, h0, c0, w_hh, flags,
-        clip_norm, clip_value, reverse, dgx, dgh if spec.split else None, dh0, dc0 if has_c else None,
+        clip_norm, clip_value, reverse, _ways(), dgx, dgh if spec.split else None, dh0, dc0 if has_c else None,
         parts if norms else None, _check_earlier_calls(),
     )  # fmt: skip
     report = extension.Step.row_norm(parts.flatten(0, -2)).view(parts.shape[:-1]) if norms else parts
