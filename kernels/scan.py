@@ -33,7 +33,7 @@ from .gradients import (
     receive,
     store_norms,
     through_zoneout,
-    tile_norm,
+    tile_norms,
     where_all,
 )  # fmt: skip
 from .memory import (
@@ -302,17 +302,16 @@ def backward_kernel(
             total = CELL_TOTAL(saved, before, fresh)
             if norms_ptr is not None:
                 at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
-                store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
-                at += S * T * batch * TILES
-                store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
+                whole = (dstate[0],) + total[1:]
+                store_norms(norms_ptr, at, batch, rows, live, whole, carry, flags, S, T * TILES, S * T * TILES)
             if clip_value is not None:
                 dstate = clamp(dstate, clip_value, S)
                 fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
                 total = CELL_TOTAL(saved, before, fresh)
             if bound_ptr is not None:
-                whole = (dstate[0],) + total[1:]
+                norms = tile_norms((dstate[0],) + total[1:], flags, S)
                 for s in tl.static_range(S):
-                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
+                    parts += place(norms[s], s * TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
             dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
             gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
