@@ -208,6 +208,19 @@ def receive(
 
 
 @triton.jit
+def beside(tile, tiles, i, COUNT: tl.constexpr):
+    """The `tiles`, in the layout of `tile`. Always, but the compiler does not know that no step comes before -1.
+
+    Triton 3.6 else keeps what is loaded in a layout for loads, and changes that of each factor computed from it where
+    it meets a product with W_hh: behind the wait, with two barriers for each.
+    """
+    moved = ()
+    for k in tl.static_range(COUNT):
+        moved = moved + (tl.where(i >= -1, tiles[k], tile),)
+    return moved
+
+
+@triton.jit
 def where_all(condition, tiles, others, COUNT: tl.constexpr):
     chosen = ()
     for s in tl.static_range(COUNT):

@@ -75,9 +75,18 @@ def load_tile(ptr, row, rows, cols, inside, H: tl.constexpr):
 
 @triton.jit
 def store_planes(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
-    for k in tl.static_range(PLANES):
-        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-        tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(ptr.dtype.element_ty), mask=inside)
+    """Three or four planes as one tile, because every change of layout on the way to memory takes barriers."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    ptrs = ptr + row * (PLANES * H) + rows[:, None] * (PLANES * H) + cols[None, :]
+    if PLANES < 3:
+        for k in tl.static_range(PLANES):
+            tl.store(ptrs + k * H, planes[k].to(dtype), mask=inside)
+    else:
+        first = tl.join(planes[0].to(dtype), planes[1].to(dtype))
+        last = tl.join(planes[2].to(dtype), planes[PLANES - 1].to(dtype))
+        plane = (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
+        exists = inside[:, :, None, None] & (plane < PLANES)
+        tl.store(ptrs[:, :, None, None] + plane * H, tl.join(first, last), mask=exists)
 
 
 @triton.jit

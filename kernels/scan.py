@@ -23,6 +23,7 @@ import triton.language as tl
 from .barrier import LINE, arrive, unless_stuck, wait
 from .gradients import (
     arriving,
+    beside,
     clamp,
     clip_scales,
     drop_padded,
@@ -288,6 +289,9 @@ def backward_kernel(
             )
             direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
             carry = carries[n]
+            if MODE == "grouped":
+                saved, before = beside(carry[0], saved, i, K), beside(carry[0], before, i, S)
+                direct = beside(carry[0], direct, i, S)
             if not LOCAL:
                 alive = wait(arrived, j * tl.num_programs(1), report_ptr)
                 carry = receive(
