@@ -64,6 +64,14 @@ def test_one_seed_gives_one_result(tmp_path, capsys):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("options", ["--lr 1e9", "--lr 1e30 --cell rnn --nonlinearity relu", "--lr 1e30 --cell gru"])
+def test_a_training_that_diverges_ends_in_a_report(tmp_path, capsys, options):
+    assert main([*TINY, *options.split(), "--hidden", "8", "--batch", "32", "--out", str(tmp_path)]) == 0
+    after = capsys.readouterr().out.split("after training")[1]
+    assert "rnn.l0: " in after and "test accuracy" in after
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 BAD = {
     "--cell transformer": "invalid choice: 'transformer'",
     "--hidden 0": "at least 1, got '0'",
