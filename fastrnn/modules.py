@@ -252,8 +252,9 @@ _ARGUMENTS = """
         zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h).
             Krueger et al. 2017.
         weight_dropout: DropConnect on W_hh, one mask per call. Merity et al. 2018.
-        clip_state_grad_norm: a float or 0-d tensor; at every step the joint norm of dL/dh_t and dL/dc_t of each sample
-            is scaled down to it before it passes through the cell. Changes the gradient on purpose.
+        clip_state_grad_norm: a float or 0-d tensor, positive (a tensor on a GPU is not read back, so nobody checks it);
+            at every step the joint norm of dL/dh_t and dL/dc_t of each sample is scaled down to it before it passes
+            through the cell. Changes the gradient on purpose.
         clip_state_grad_value: the same by element, applied first.
         backend: a name out of the backend table; None chooses the best that can.
 """

@@ -4,6 +4,7 @@ Inside the monitor every `fastrnn.LSTM`, `GRU` and `RNN` of a model gets a tap p
 that the backward scan reduces as it goes; `report.py` turns them into gains and verdicts, `advice.py` into words.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,8 +53,9 @@ class GradientMonitor:
         max_steps, batch: largest T and B, both or neither; only for compiled models.
 
     Raises:
-        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, or a count is
-            below 1.
+        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, a count is below
+            1, or loss_scale is no positive number.
+        TypeError: a count is no int.
     """
 
     def __init__(
@@ -68,11 +70,14 @@ class GradientMonitor:
     ):
         if (max_steps is None) != (batch is None):
             raise ValueError(f"max_steps and batch go together, got max_steps={max_steps}, batch={batch}")
-        for name, count in (("every", every), ("accumulate", accumulate)):
-            if count < 1:
-                raise ValueError(f"{name} counts training steps or backwards and is at least 1, got {count}")
-        if max_steps is not None and min(max_steps, batch) < 1:
-            raise ValueError(f"max_steps and batch are at least 1, got {max_steps} and {batch}")
+        counts = {"every": every, "accumulate": accumulate, "max_steps": max_steps, "batch": batch}
+        for name, count in counts.items():
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise TypeError(f"{name} should be of type int, got: {type(count).__name__}")
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is a count and at least 1, got {count}")
+        if not hasattr(loss_scale, "get_scale") and not 0 < float(loss_scale) < math.inf:
+            raise ValueError(f"loss_scale should be a positive number or a GradScaler, got {loss_scale!r}")
         self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)
         self._modules: dict[str, _Recurrent] = {}
@@ -138,8 +143,8 @@ class GradientMonitor:
                 x = calls.data(args, kwargs)
                 tap = torch.zeros(*calls.rows(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
                 tap.requires_grad_()
-            elif not tap.requires_grad:
-                return None
+            elif not getattr(tap, "requires_grad", False):
+                return None  # the module refuses it
             # Read through a view: it dies with the graph, so nothing is held for calls that never go backward.
             view = tap.view_as(tap)
             call = {"resets": calls.resets(module, args, kwargs), "lengths": calls.lengths(args, kwargs)}

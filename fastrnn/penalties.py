@@ -15,7 +15,7 @@ from .modules import _Recurrent
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
     """Over `[T, B, ...]`, of the (step, sequence) pairs that are real, bool `[T, B]`."""
     if real is None:
-        return values.mean()
+        return values.mean() if values.numel() else values.sum()  # of nothing: 0 and not NaN
     width = values.shape[2:].numel()
     return torch.where(real.unsqueeze(-1), values, 0).sum() / (real.sum() * width).clamp(min=1)
 
@@ -49,7 +49,7 @@ def temporal_activation(output: Tensor, lengths: Tensor | None = None, reset_mas
     The papers of `activation`, who take it of the output before dropout; with a factor of 1.
 
     Args:
-        output: `[T, B, H]`, T at least 2.
+        output: `[T, B, H]`; where no sequence has two steps the result is 0.
         lengths: integer `[B]`; pairs that reach into the padding then do not count.
         reset_mask: bool `[T, B]`; pairs across the start of a segment then do not count.
 

@@ -1,5 +1,6 @@
 """What is refused, with which exception and which words: one table, and torch.nn beside it where it refuses too."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,6 +196,25 @@ OWN = [
     ("clip norm 1-D", build("LSTM", I, H, clip_state_grad_norm=torch.ones(2)), ValueError, "0-d float tensor"),
     ("clip norm of ints", build("LSTM", I, H, clip_state_grad_norm=torch.tensor(1)), ValueError, "0-d float tensor"),
     (
+        "clip norm a negative tensor",
+        build("LSTM", I, H, clip_state_grad_norm=torch.tensor(-1.0)),
+        ValueError,
+        "positive",
+    ),
+    ("clip norm a tensor of 0", build("GRU", I, H, clip_state_grad_norm=torch.tensor(0.0)), ValueError, "positive"),
+    (
+        "clip norm a tensor of NaN",
+        build("GRU", I, H, clip_state_grad_norm=torch.tensor(float("nan"))),
+        ValueError,
+        "pos",
+    ),
+    (
+        "clip norm an AdaptiveClip",
+        build("GRU", I, H, clip_state_grad_norm=fastrnn.penalties.AdaptiveClip()),
+        ValueError,
+        "pass its .threshold",
+    ),
+    (
         "clip value negative",
         build("LSTM", I, H, clip_state_grad_value=-1),
         ValueError,
@@ -290,6 +310,8 @@ OWN = [
         ValueError,
         "tap should be of dtype torch.float32 for torch.bfloat16",
     ),
+    ("tap without grad", call("GRU", x(), tap=x(1, 2, 1, T, B)), ValueError, "tap should require grad"),
+    ("tap no tensor", call("GRU", x(), tap=True), TypeError, "tap should be a tensor"),
     ("tap on another device", call("LSTM", x(), tap=x(1, 2, 2, T, B, device="meta")), RuntimeError, "tap is on meta"),
     (
         "return_cells of a GRU",
@@ -371,6 +393,13 @@ ACCEPTED = [
     ("a cell's batch of none", call("LSTMCell", x(0, I))),
     ("a cell unbatched", call("GRUCell", x(I), x(H))),
 ]
+
+
+def test_numbers_of_numpy_are_numbers():
+    for name in ("clip_state_grad_norm", "clip_state_grad_value"):
+        module = fastrnn.LSTM(I, H, **{name: np.float32(0.5)})
+        module(x().requires_grad_())[0].sum().backward()
+        assert fastrnn.explain(module, x()).request.features == {"clip"}
 
 
 @pytest.mark.parametrize("what, function", ACCEPTED, ids=[row[0] for row in ACCEPTED])

@@ -314,6 +314,12 @@ def test_pictures_of_nothing_and_of_what_is_not_finite(tmp_path, factor):
 
 
 def test_counts_are_checked():
-    for wrong in ({"every": 0}, {"accumulate": -1}):
-        with pytest.raises(ValueError, match="at least 1"):
+    for wrong in ({"every": 0}, {"accumulate": -1}, {"max_steps": 0, "batch": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is a count and at least 1"):
             GradientMonitor(fastrnn.GRU(I, H), **wrong)
+    for wrong in ({"every": 1.5}, {"accumulate": True}, {"batch": "8", "max_steps": 1}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} should be of type int"):
+            GradientMonitor(fastrnn.GRU(I, H), **wrong)
+    for wrong in (0, -1.0, math.nan, math.inf, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="loss_scale should be a positive number"):
+            GradientMonitor(fastrnn.GRU(I, H), loss_scale=wrong)

@@ -32,6 +32,16 @@ def test_temporal_activation_is_the_mean_square_of_real_differences():
     torch.testing.assert_close(penalties.temporal_activation(y, lengths, resets), real.square().mean())
 
 
+def test_a_single_step_has_no_differences():
+    y = torch.randn(1, B, H, requires_grad=True)
+    for penalty in (
+        penalties.temporal_activation(y),
+        penalties.temporal_activation(y, torch.ones(B, dtype=torch.long)),
+        penalties.temporal_activation(y, reset_mask=torch.zeros(1, B, dtype=torch.bool)),
+    ):
+        assert penalty == 0 and (torch.autograd.grad(penalty, y)[0] == 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------- omega
 
 
