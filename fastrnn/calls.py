@@ -44,8 +44,11 @@ def needs_gradient(module: _Recurrent, args, kwargs) -> bool:
 def resets(module: _Recurrent, args, kwargs) -> Tensor | None:
     """The call's reset mask as `[T, B]`."""
     mask, x = kwargs.get("reset_mask"), args[0] if args else kwargs.get("input")
-    if mask is None or mask.dim() == 1:
-        return None if mask is None else mask.unsqueeze(1)
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    if mask.dim() == 1:
+        return mask.unsqueeze(1)
     return mask.transpose(0, 1) if module.batch_first and isinstance(x, Tensor) and x.dim() == 3 else mask
 
 

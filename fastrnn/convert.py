@@ -98,11 +98,14 @@ def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
     """Which backend `module(input, hx, **call)` runs on, and why not the others; print it to see the table.
 
     Args:
-        module: a `fastrnn.LSTM`, `GRU` or `RNN`.
+        module: a `fastrnn.LSTM`, `GRU`, `RNN` or one of their cells.
         input, hx, call: as in the module's forward.
     """
+    if isinstance(module, modules._Cell):
+        return functional.explain(*module._call(input, hx), backend=module.backend, training=module.training)
     if not isinstance(module, modules._Recurrent):
-        raise TypeError(f"explain takes a fastrnn.LSTM, GRU or RNN, got {type(module).__name__}")
+        kind = type(module)
+        raise TypeError(f"explain takes a fastrnn.LSTM, GRU, RNN or cell, got {kind.__module__}.{kind.__qualname__}")
     return functional.explain(
         module._cell, input, hx, module._parameters_by_name(), backend=module.backend, **call, **module._arguments()
     )

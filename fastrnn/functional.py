@@ -369,6 +369,8 @@ def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched
     """`reset_mask`, bool `[T, B]`."""
     transposed = batched and batch_first
     shape = (batch, T) if transposed else (T, batch)
+    if not isinstance(reset_mask, Tensor):
+        reset_mask = torch.as_tensor(reset_mask, device=x.device)
     if not batched and reset_mask.dim() == 1:
         reset_mask = reset_mask.unsqueeze(1)
     if reset_mask.dtype != torch.bool:

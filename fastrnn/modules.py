@@ -214,8 +214,8 @@ class _Recurrent(nn.Module):
             hx: initial states as for torch.nn, or None for zeros.
             lengths: integer tensor `[B]`; beyond its length a sequence's state is carried unchanged and its output is
                 zero, as with a PackedSequence. Zeros allowed. Read back nowhere: on a GPU it is clamped to [0, T].
-            reset_mask: bool `[T, B]` (`[B, T]` with batch_first); True where a step starts a new segment: the state
-                before it is zero, no gradient crosses.
+            reset_mask: bool `[T, B]` (`[B, T]` with batch_first), a tensor or what torch.as_tensor takes; True where a
+                step starts a new segment: the state before it is zero, no gradient crosses.
             tap: zeros `[L*D, 2, S, T, B]`, float32 (float64 for float64 input), requiring grad; after `.backward()` its
                 `.grad` holds ||dL/ds_t||: `[:, 0]` total (before clipping), `[:, 1]` the part carried back from the
                 next step. S = 2 (h, c) for the LSTM, else 1. A report, not a derivative.
@@ -369,24 +369,33 @@ class _Cell(nn.Module):
 
     def forward(self, input: Tensor, hx=None):
         """One step: `input [B, I]` or `[I]`, states `[B, H]` or `[H]` -> the new h; `(h, c)` for the LSTM."""
+        _, state = functional._recurrent(*self._call(input, hx), self.backend, training=self.training)
+        squeeze = (lambda s: s[0]) if input.dim() == 2 else (lambda s: s[0, 0])
+        return tuple(map(squeeze, state)) if self._cell == "lstm" else squeeze(state)
+
+    def _call(self, input: Tensor, hx):
+        """Cell, input, hx and parameters as of a network with one layer, over one step and a batch."""
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        lstm = self._cell == "lstm"
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        if lstm and hx is not None and (states is not hx or len(hx) != 2):
+            came = f"{len(hx)} states" if states is hx else type(hx).__name__
+            raise RuntimeError(f"{name}: hx should be a pair (h, c), got {came}")
         if input.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {self.weight_ih.dtype}")
         for k, state in enumerate(states):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        hidden = tuple((s if s.dim() == 2 else s.unsqueeze(0)).unsqueeze(0) for s in states)
+        x = torch.atleast_2d(input)
+        hidden = tuple(torch.atleast_2d(state).unsqueeze(0) for state in states)
+        for k, state in enumerate(hidden):
+            if state.shape[1:] != (len(x), self.hidden_size):
+                expected = [*input.shape[:-1], self.hidden_size]
+                raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(states[k].shape)}")
         params = {f"{name}_l0": getattr(self, name) for name in self.all_names}
-        lstm = self._cell == "lstm"
-        hx = None if not hidden else hidden if lstm else hidden[0]
-        _, state = functional._recurrent(self._cell, x.unsqueeze(0), hx, params, self.backend, training=self.training)
-        squeeze = (lambda s: s[0]) if batched else (lambda s: s[0, 0])
-        return tuple(map(squeeze, state)) if lstm else squeeze(state)
+        return self._cell, x.unsqueeze(0), None if not hidden else hidden if lstm else hidden[0], params
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import calls
 from .history import History
-from .modules import _Recurrent
+from .modules import _Cell, _Recurrent
 from .reference import accumulate_dtype
 from .report import Norms, Record, Report, records, unscaled
 
@@ -86,10 +86,9 @@ class GradientMonitor:
                 name = name.removeprefix("_orig_mod").removeprefix(".")  # of a compiled model
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
-            raise ValueError(
-                f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; fastrnn.convert(model) puts them in place "
-                "of torch.nn's"
-            )
+            cells = any(isinstance(module, _Cell) for module in model.modules())
+            remedy = "its single-step cells have no norms" if cells else "fastrnn.convert(model) replaces torch.nn's"
+            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {remedy}")
         self.history = History()
         self._handles: list = []
         self._sinks: list[Callable[[int, Report], None]] = []
@@ -132,6 +131,8 @@ class GradientMonitor:
 
     def _fresh_tap(self, name: str):
         def hook(module, args, kwargs):
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break("a GradientMonitor in a compiled graph needs max_steps= and batch=")
             if module is not self._modules[name]:
                 return None  # a deep copy, which took the hook along
             self._before_call()

@@ -23,6 +23,8 @@ def _mean(values: Tensor, real: Tensor | None) -> Tensor:
 def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
     if lengths is None:
         return None
+    if tuple(lengths.shape) != (output.shape[1],):
+        raise ValueError(f"lengths should have shape ({output.shape[1]},), got {tuple(lengths.shape)}")
     return torch.arange(len(output), device=output.device).unsqueeze(1) < lengths.to(output.device)
 
 
@@ -189,7 +191,9 @@ class AdaptiveClip:
     @torch.no_grad()
     def update(self, norms: Tensor) -> None:
         """Takes the norms of one training step, `[L*D, 2, S, T, B]`: the tap's gradient, or what
-        `GradientMonitor.norms_to` hands on."""
+        `GradientMonitor.norms_to` hands on. ValueError for another shape."""
+        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] not in (1, 2):
+            raise ValueError(f"norms should be [layers * directions, 2, states, T, B], got {list(norms.shape)}")
         total = norms[:, 0].float()  # [L*D, S, T, B]
         joint = total[:, 0] if total.shape[1] == 1 else torch.hypot(total[:, 0], total[:, 1])
         largest = torch.where(joint.isfinite(), joint, 0).amax((0, 1))  # [B]

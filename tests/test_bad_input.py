@@ -289,6 +289,13 @@ OWN = [
         "shape (3, 5), got (5, 3)",
     ),
     (
+        "reset_mask a list of ints",
+        call("GRU", x(), reset_mask=[[0] * B] * T),
+        ValueError,
+        "dtype torch.bool, got torch.int",
+    ),
+    ("reset_mask a list too short", call("GRU", x(), reset_mask=[[True] * B]), ValueError, "shape (5, 3), got (1, 3)"),
+    (
         "reset_mask on another device",
         call("GRU", x(), reset_mask=x(T, B, dtype=torch.bool, device="meta")),
         RuntimeError,
@@ -325,6 +332,15 @@ OWN = [
         RuntimeError,
         "hx of an LSTM should be a pair (h0, c0), got Tensor",
     ),
+    (
+        "cell: hx of an LSTM as one tensor",
+        call("LSTMCell", x(B, I), x(B, H)),
+        RuntimeError,
+        "a pair (h, c), got Tensor",
+    ),
+    ("cell: hx of an LSTM as a triple", call("LSTMCell", x(B, I), (x(B, H),) * 3), RuntimeError, "got 3 states"),
+    ("cell: hx of another shape", call("GRUCell", x(B, I), x(B, 2)), RuntimeError, "hx[0] of shape [3, 6], got [3, 2]"),
+    ("cell: hx of an unbatched one", call("RNNCell", x(I), x(2)), RuntimeError, "Expected hx[0] of shape [6], got [2]"),
     ("hx of an LSTM as a triple", call("LSTM", x(), (x(1, B, H),) * 3), RuntimeError, "should be a pair (h0, c0)"),
     ("h0 on another device", call("GRU", x(), x(1, B, H, device="meta")), RuntimeError, "hx[0] is on meta"),
     (
@@ -451,8 +467,25 @@ def test_explain_names_every_backend_with_its_reason():
     text = str(explanation)
     assert all(name in text for name in ("aten", "triton", "cpu", "reference"))
     assert "lengths, zoneout" in text and f"runs on {explanation.chosen}" in text
-    with pytest.raises(TypeError, match="explain takes a fastrnn"):
+    with pytest.raises(TypeError, match=r"explain takes a fastrnn.* got torch\.nn\.modules\.rnn\.LSTM"):
         fastrnn.explain(nn.LSTM(I, H), x())
+
+
+def test_explain_takes_cells():
+    for name, hx in (("LSTMCell", (x(B, H), x(B, H))), ("GRUCell", None)):
+        cell = getattr(fastrnn, name)(I, H, backend="reference")
+        assert fastrnn.explain(cell, x(B, I), hx).chosen == "reference"
+        assert fastrnn.explain(getattr(fastrnn, name)(I, H), x(I)).request.cell == cell._cell
+
+
+def test_a_reset_mask_may_be_an_array_or_a_list():
+    module, inputs, mask = fastrnn.GRU(I, H), torch.randn(T, B, I), torch.rand(T, B) < 0.5
+    expected = module(inputs, reset_mask=mask)[0]
+    for other in (mask.numpy(), mask.tolist()):
+        with fastrnn.GradientMonitor(module) as monitor:
+            output = module(inputs, reset_mask=other)[0]
+            output.sum().backward()
+        assert torch.equal(output, expected) and len(monitor.report()) == 1
 
 
 def test_functional_form_checks_the_same():

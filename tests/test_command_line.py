@@ -189,6 +189,20 @@ def test_info_names_every_backend_and_version(capsys):
         assert name in out
 
 
+def test_a_backend_of_the_environment_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("FASTRNN_BACKEND", "bogus")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("fastrnn info: FASTRNN_BACKEND: unknown backend 'bogus'")
+
+
+@pytest.mark.parametrize("command", [["info"], list(SMALL)], ids=lambda command: command[0])
+def test_a_backend_of_the_environment_that_cannot(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setenv("FASTRNN_BACKEND", "aten")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "backend 'aten' cannot run this call" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_ctrl_c_ends_in_one_line(tmp_path):
     """SIGINT once the first steps are done, which the progress bar tells."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastrnn.__file__).parents[1])}

@@ -378,6 +378,19 @@ def test_a_compiled_model_with_taps_allocated_beforehand():
         module(x)
 
 
+def test_a_graph_in_one_piece_asks_for_its_sizes():
+    module, x = fastrnn.GRU(I, H), torch.randn(T, B, I)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with GradientMonitor(compiled), pytest.raises(RuntimeError, match="needs max_steps= and batch="):
+        compiled(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")  # which breaks the graph there
+    with GradientMonitor(compiled) as watch:
+        compiled(x)[0].sum().backward()
+    same(watch.report(), watched(module, x).report())
+
+
 # ------------------------------------------------------------------------------------------------- housekeeping
 
 
@@ -422,6 +435,8 @@ def test_memory_does_not_grow(monkeypatch):
 def test_what_cannot_be_watched_is_refused():
     with pytest.raises(ValueError, match=r"fastrnn\.convert"):
         GradientMonitor(nn.LSTM(I, H))
+    with pytest.raises(ValueError, match=r"LSTMCell holds no .* its single-step cells have no norms"):
+        GradientMonitor(fastrnn.LSTMCell(I, H))
     with pytest.raises(ValueError, match="go together"):
         GradientMonitor(fastrnn.LSTM(I, H), max_steps=5)
 

@@ -244,7 +244,15 @@ def test_update_reads_nothing_back():
     clip.update(torch.zeros(1, 2, 1, T, B, device="meta"))
 
 
+def test_lengths_of_another_shape_are_refused():
+    for penalty in (penalties.activation, penalties.temporal_activation):
+        with pytest.raises(ValueError, match=r"lengths should have shape \(3,\), got \(7,\)"):
+            penalty(torch.randn(T, B, H), torch.full((T,), 2))
+
+
 def test_the_arguments_are_checked():
+    with pytest.raises(ValueError, match="norms should be"):
+        penalties.AdaptiveClip().update(torch.ones(T, B))
     with pytest.raises(ValueError, match="percentile"):
         penalties.AdaptiveClip(percentile=101)
     with pytest.raises(ValueError, match="window"):
