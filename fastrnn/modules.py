@@ -135,6 +135,9 @@ class _Recurrent(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
+        for name, on in (("residual", residual), ("locked_dropout", locked_dropout)):
+            if on and num_layers == 1:
+                warnings.warn(f"{name} acts between layers, and does nothing with num_layers=1", stacklevel=3)
         functional.check_probability("recurrent_dropout", recurrent_dropout)
         functional.check_probability("weight_dropout", weight_dropout)
         functional.check_zoneout(self._cell, zoneout)

@@ -94,6 +94,11 @@ class Report(list):
         super().__init__(records)
         self.findings: list[Finding] = list(findings)
 
+    @property
+    def records(self) -> list[Record]:
+        """The report itself, as a plain list."""
+        return list(self)
+
     def __str__(self) -> str:
         if not self:
             return "no gradient recorded: run the model and loss.backward() inside the monitor"

@@ -1,5 +1,7 @@
 """What is refused, with which exception and which words: one table, and torch.nn beside it where it refuses too."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -409,6 +411,16 @@ ACCEPTED = [
     ("a cell's batch of none", call("LSTMCell", x(0, I))),
     ("a cell unbatched", call("GRUCell", x(I), x(H))),
 ]
+
+
+@pytest.mark.parametrize("extra", ["residual", "locked_dropout"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_what_acts_between_layers_warns_where_there_is_one(name, extra):
+    with pytest.warns(UserWarning, match=f"{extra} acts between layers, and does nothing with num_layers=1"):
+        getattr(fastrnn, name)(I, H, **{extra: True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(fastrnn, name)(I, H, 2, **{extra: True})
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -446,6 +446,7 @@ def test_what_cannot_be_watched_is_refused():
 
 def test_report_prints_as_a_table():
     watch = watched(fastrnn.LSTM(I, H, bidirectional=True, clip_state_grad_norm=1.0), torch.randn(T, B, I))
+    assert watch.report().records[0].name == "lstm.l0"
     table, *findings = str(watch.report()).split("\n\n")
     lines = table.splitlines()
     assert len(lines) == 5 and lines[0].startswith("layer")
