@@ -277,7 +277,10 @@ def _flow(options: argparse.Namespace) -> None:
     with tqdm(flow.ARMS, unit="network", dynamic_ncols=True) as bar:
         for arm in bar:
             bar.set_postfix_str(f"{arm.network}: {arm.name}")
-            flows.append(flow.flow(arm, options.steps, options.hidden, options.batch, options.seed))
+            try:
+                flows.append(flow.flow(arm, options.steps, options.hidden, options.batch, options.seed))
+            except RuntimeError as error:  # a backend that the environment forces
+                raise _BadOption(str(error).splitlines()[0]) from error
     plots.flows(options.out, flow.by_network(flows))
     seconds = time.perf_counter() - started
     print(f"\n{flow.as_table(flows)}\n\n{len(flows)} networks in {seconds:.0f} s, T = {options.steps}")
@@ -296,8 +299,11 @@ def _info(options: argparse.Namespace) -> None:
         rnn = fastrnn.LSTM(8, 16, device=device)
         x = torch.zeros(4, 2, 8, device=device)
         tap = torch.zeros(1, 2, 2, 4, 2, device=device, requires_grad=True)
-        print(f"\na plain call:\n{fastrnn.explain(rnn, x)}")
-        print(f"\na call with gradient norms:\n{fastrnn.explain(rnn, x, tap=tap)}")
+        try:
+            print(f"\na plain call:\n{fastrnn.explain(rnn, x)}")
+            print(f"\na call with gradient norms:\n{fastrnn.explain(rnn, x, tap=tap)}")
+        except RuntimeError as error:  # a backend that the environment forces
+            raise _BadOption(str(error)) from error
 
 
 def _triton_version() -> str:
@@ -318,6 +324,11 @@ class _BadOption(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (argparse's own errors leave by SystemExit)."""
     options = parser().parse_args(argv)
+    try:
+        dispatch.forced(None)
+    except ValueError as error:  # what stands in FASTRNN_BACKEND
+        print(f"fastrnn {options.command}: {error}", file=sys.stderr)
+        return 2
     try:
         options.run(options)
     except KeyboardInterrupt:

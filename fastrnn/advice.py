@@ -30,14 +30,16 @@ class Facts:
     cell: str  # as in the cell table
     bias: bool
     layer_norm: bool
-    T: int
+    T: int  # the longest way back, in steps
     gain: float  # geometric mean over the steps; NaN without any
     half_life: float  # infinite where the gradient does not shrink
-    horizon: int
+    horizon: int | None
     growth: float
     clip_rate: float | None
     start: float  # the norm at the step where the backward starts
     nonfinite: int | None
+    forward: int | None  # from which step on the forward pass was not finite
+    finite_weights: bool  # as far as they can be read here
     sigma: float  # largest singular value of W_hh, of any gate's block; NaN where it is sharded or not finite
     mean_sigma: float  # root mean square of all of them: what a vector of random direction keeps of its length
     ln_gain: float  # mean size of the layer norm's weight on W_hh h; NaN without one
@@ -56,7 +58,7 @@ class Rule(NamedTuple):
 
 
 ANY, GATED, ONE_SIDED = "", ("lstm", "gru"), ("rnn_relu", "rnn_leaky_relu", "rnn_elu")
-VANISHING, EXPLODING, HEALTHY = "vanishing", "exploding", "healthy"
+VANISHING, EXPLODING, HEALTHY, UNKNOWN = "vanishing", "exploding", "healthy", "unknown"
 
 
 def _always(facts: Facts) -> bool:
@@ -64,13 +66,23 @@ def _always(facts: Facts) -> bool:
 
 
 SUMMARIES = (
+    Rule(
+        UNKNOWN, ANY, lambda f: f.forward is not None,
+        "the forward pass is not finite from step {f.forward} on, so nor is its gradient",
+    ),
+    Rule(UNKNOWN, ANY, lambda f: f.T == 0, "no gradient arrives at all"),
+    Rule(
+        UNKNOWN, ANY, lambda f: f.T == 1,
+        "the gradient has no step to travel: it begins where its sequence does, and what passes between calls is not "
+        "seen",
+    ),
+    Rule(UNKNOWN, ANY, _always, "the norms are too small to have a gain ({f.start:.1e} where the backward starts)"),
     Rule(EXPLODING, ANY, lambda f: f.nonfinite is not None, "the norm is not finite from step {f.nonfinite} back"),
     Rule(
         EXPLODING, ANY, lambda f: f.gain > 1,
         "the carried gradient doubles every {f.doubling:.1f} steps and grows {f.growth:.1e}-fold on its way back",
     ),
     Rule(EXPLODING, ANY, _always, "the carried gradient grows {f.growth:.1e}-fold on its way back before it shrinks"),
-    Rule(VANISHING, ANY, lambda f: math.isnan(f.gain), "no gradient arrives at all"),
     Rule(VANISHING, ANY, lambda f: f.gain == 0, "nothing is carried back from one step to the one before"),
     Rule(
         VANISHING, ANY, lambda f: f.half_life < math.inf,
@@ -81,7 +93,6 @@ SUMMARIES = (
         VANISHING, ANY, _always,
         "the carried gradient is lost after {f.horizon} of {f.T} steps, although on average it does not shrink",
     ),
-    Rule(HEALTHY, ANY, lambda f: math.isnan(f.gain), "the gradient has no step to travel"),
     Rule(HEALTHY, ANY, _always, "gain {f.gain:.3f} a step, {f.horizon} of {f.T} steps within reach"),
 )  # fmt: skip
 """The first that applies is the summary."""
@@ -125,7 +136,7 @@ RULES = (
     ),
     Rule(
         VANISHING, GATED, lambda f: f.memory >= f.T / 2 and not f.layer_norm,
-        "the biases alone would remember {f.memory:.0f} steps, so input and state close the gates (largest singular "
+        "the biases alone would remember {f.memory:.4g} steps, so input and state close the gates (largest singular "
         "value of W_hh {f.sigma:.2f}): smaller inputs, or layer_norm=True",
     ),
     Rule(
@@ -147,6 +158,16 @@ RULES = (
         "look at what step {f.nonfinite} meets: lower the learning rate or the loss scale; "
         "torch.autograd.set_detect_anomaly(True) names the operation",
     ),
+    Rule(
+        UNKNOWN, ANY, lambda f: f.forward is not None and not f.finite_weights,
+        "the weights are not finite any more: go back to some that are, with a lower learning rate, and look for the "
+        "first training step whose output is not finite, here from step {f.forward} on",
+    ),
+    Rule(
+        UNKNOWN, ANY, lambda f: f.forward is not None and f.finite_weights,
+        "the weights are finite (largest singular value of W_hh {f.sigma:.2f}): look at the input, the initial state "
+        "and how large the state has grown by step {f.forward}",
+    ),
     *(
         Rule(
             verdict, ANY, lambda f: f.clip_rate is not None and f.clip_rate > CLIPPED_THROUGHOUT,
@@ -165,7 +186,7 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
     found = []
     for name, states in by_name.items():
         facts = facts_of(modules[states[0].module], states)
-        verdict = EXPLODING if facts.nonfinite is not None else states[0].verdict
+        verdict = states[0].verdict
         summary, *_ = matching(SUMMARIES, verdict, facts)
         texts = (rule.text.format(f=facts) for rule in matching(RULES, verdict, facts))
         found.append(Finding(name, verdict, summary.text.format(f=facts), tuple(texts)))
@@ -189,7 +210,7 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
     if module._cell in MEMORY_GATE and (not module.bias or all(b is not None for b in biases)):
         rows = gates.index(MEMORY_GATE[module._cell])
         bias = sum(b.chunk(len(gates))[rows] for b in biases) if module.bias else torch.zeros(1)
-        memory = 1 / (1 - float(torch.sigmoid(bias).max()))
+        memory = 1 + float(bias.max().exp())  # = 1 / (1 - sigmoid(bias)), which a large bias divides by 0
     sigmas = torch.full((1,), math.nan)
     if w_hh is not None:
         sigmas = torch.stack([torch.linalg.svdvals(block) for block in w_hh.chunk(len(gates))])
@@ -197,13 +218,15 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
         cell=module._cell,
         bias=module.bias,
         layer_norm=module.layer_norm,
-        T=len(record.total),
+        T=record.longest,
         gain=record.gain_median,
         half_life=math.inf if record.half_life is None else record.half_life,
         horizon=record.horizon,
         growth=record.growth,
         clip_rate=record.clip_rate,
         start=float(torch.stack([r.total[0 if reverse else -1] for r in states]).norm()),
+        forward=record.forward_nonfinite,
+        finite_weights=all(bool(p.isfinite().all()) for p in module.parameters() if not hasattr(p, "full_tensor")),
         nonfinite=next((r.first_nonfinite for r in states if r.first_nonfinite is not None), None),
         sigma=float(sigmas.max()),
         mean_sigma=float(sigmas.square().mean().sqrt()),

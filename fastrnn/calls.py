@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .cells import CELLS
 from .modules import _Recurrent
@@ -44,6 +44,28 @@ def needs_gradient(module: _Recurrent, args, kwargs) -> bool:
 def resets(module: _Recurrent, args, kwargs) -> Tensor | None:
     """The call's reset mask as `[T, B]`."""
     mask, x = kwargs.get("reset_mask"), args[0] if args else kwargs.get("input")
-    if mask is None or mask.dim() == 1:
-        return None if mask is None else mask.unsqueeze(1)
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    if mask.dim() == 1:
+        return mask.unsqueeze(1)
     return mask.transpose(0, 1) if module.batch_first and isinstance(x, Tensor) and x.dim() == 3 else mask
+
+
+def lengths(args, kwargs) -> Tensor | None:
+    """`[B]`, where the sequences of a call have lengths of their own."""
+    x, given = args[0] if args else kwargs.get("input"), kwargs.get("lengths")
+    if not isinstance(x, PackedSequence):
+        return None if given is None else torch.as_tensor(given)
+    batch = torch.arange(int(x.batch_sizes[0])) if x.unsorted_indices is None else x.unsorted_indices.cpu()
+    return (x.batch_sizes.unsqueeze(1) > batch).sum(0)
+
+
+def bad_outputs(module: _Recurrent, output) -> Tensor:
+    """bool `[T]`, on the device: at which steps the output of a call is not finite."""
+    y = output[0]
+    if isinstance(y, PackedSequence):
+        y, _ = pad_packed_sequence(y)
+    elif module.batch_first and y.dim() == 3:
+        y = y.transpose(0, 1)
+    return ~y.detach().isfinite().flatten(1).all(-1)

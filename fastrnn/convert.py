@@ -16,7 +16,7 @@ def _is_on(setting) -> bool:
 
 
 def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
-    """The same module in the other library, with the very same parameters."""
+    """The same module in the other library, with the very same parameters, and whatever its user put on it."""
     if library is nn:
         on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
         if on:
@@ -35,6 +35,12 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
         new.dropout = module.dropout
     for name, parameter in module._parameters.items():
         setattr(new, name, parameter)
+    for name, buffer in module._buffers.items():
+        new.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    own = vars(type(module)(1, 2, device="meta"))
+    added = {name: value for name, value in vars(module).items() if name not in own}
+    for name, value in (*module._modules.items(), *added.items()):
+        setattr(new, name, value)
     new.train(module.training)
     if hasattr(new, "flatten_parameters"):
         new.flatten_parameters()
@@ -50,8 +56,10 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
 
     Returns:
         The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
-        same objects. Forward and backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized
-        ones, say), and modules whose weights hooks compute (weight_norm, pruning), are left alone, with a warning.
+        same objects, and so are buffers, submodules and attributes that were added to such a module. Forward and
+        backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized ones, say), modules whose
+        weights hooks compute (weight_norm, pruning), and those with a method of their own in place of the class's, are
+        left alone, with a warning.
 
     Raises:
         ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
@@ -67,16 +75,21 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
             return replaced[module]
         if type(module) in kinds and modules.has_computed_weights(module):
             warnings.warn(f"{type(module).__name__} has weights that hooks compute and was left as it is", stacklevel=3)
+        elif type(module) in kinds and (
+            methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]
+        ):
+            warnings.warn(
+                f"{type(module).__name__} has its own {', '.join(methods)} and was left as it is", stacklevel=3
+            )
         elif type(module) in kinds:
             replaced[module] = _rebuilt(module, kinds[type(module)], target)
-            return replaced[module]
         elif isinstance(module, tuple(kinds)):
             warnings.warn(f"{type(module).__name__} is a subclass and was left as it is", stacklevel=3)
-        replaced[module] = module
-        for name, child in module._modules.items():
+        result = replaced.setdefault(module, module)
+        for name, child in result._modules.items():
             if child is not None:
-                module._modules[name] = twin(child)
-        return module
+                result._modules[name] = twin(child)
+        return result
 
     return twin(model)
 
@@ -85,11 +98,14 @@ def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
     """Which backend `module(input, hx, **call)` runs on, and why not the others; print it to see the table.
 
     Args:
-        module: a `fastrnn.LSTM`, `GRU` or `RNN`.
+        module: a `fastrnn.LSTM`, `GRU`, `RNN` or one of their cells.
         input, hx, call: as in the module's forward.
     """
+    if isinstance(module, modules._Cell):
+        return functional.explain(*module._call(input, hx), backend=module.backend, training=module.training)
     if not isinstance(module, modules._Recurrent):
-        raise TypeError(f"explain takes a fastrnn.LSTM, GRU or RNN, got {type(module).__name__}")
+        kind = type(module)
+        raise TypeError(f"explain takes a fastrnn.LSTM, GRU, RNN or cell, got {kind.__module__}.{kind.__qualname__}")
     return functional.explain(
         module._cell, input, hx, module._parameters_by_name(), backend=module.backend, **call, **module._arguments()
     )

@@ -5,6 +5,7 @@ The only place where user input is checked. Exceptions are of the type that torc
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -284,10 +285,13 @@ def check_bound(name: str, bound, tensor: bool = False):
     if tensor and isinstance(bound, Tensor):
         if bound.dim() != 0 or not bound.is_floating_point():
             raise ValueError(f"{name} should be a float or a 0-d float tensor, got {bound.dtype} {list(bound.shape)}")
-        return bound  # never read back from the device
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
-        raise ValueError(f"{name} should be a positive number, and finite, but got {bound!r}; None clips nothing")
-    return bound
+        if bound.device.type == "cpu" and not tracing() and not bool(bound > 0):
+            raise ValueError(f"{name} should be positive, but got {bound!r}; None clips nothing")
+        return bound  # never read back from a GPU
+    if isinstance(bound, bool) or not isinstance(bound, Real) or not 0 < bound < math.inf:
+        hint = "pass its .threshold" if isinstance(getattr(bound, "threshold", None), Tensor) else "None clips nothing"
+        raise ValueError(f"{name} should be a positive number, and finite, but got {bound!r}; {hint}")
+    return bound if type(bound) in (int, float) else float(bound)
 
 
 def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool):
@@ -365,6 +369,8 @@ def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched
     """`reset_mask`, bool `[T, B]`."""
     transposed = batched and batch_first
     shape = (batch, T) if transposed else (T, batch)
+    if not isinstance(reset_mask, Tensor):
+        reset_mask = torch.as_tensor(reset_mask, device=x.device)
     if not batched and reset_mask.dim() == 1:
         reset_mask = reset_mask.unsqueeze(1)
     if reset_mask.dtype != torch.bool:
@@ -378,6 +384,8 @@ def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched
 
 def _check_tap(tap: Tensor, shape, x: Tensor) -> None:
     dtype = accumulate_dtype(x.dtype)
+    if not isinstance(tap, Tensor):
+        raise TypeError(f"tap should be a tensor of zeros that requires grad, of shape {shape}, got {tap!r}")
     if tuple(tap.shape) != shape:
         raise ValueError(
             f"tap should have shape [layers * directions, 2, states, T, B] = {shape}, got {list(tap.shape)}"
@@ -386,3 +394,5 @@ def _check_tap(tap: Tensor, shape, x: Tensor) -> None:
         raise ValueError(f"tap should be of dtype {dtype} for {x.dtype} input, got {tap.dtype}")
     if tap.device != x.device:
         raise RuntimeError(f"tap is on {tap.device}, but input on {x.device}")
+    if not tap.requires_grad and torch.is_grad_enabled() and not tracing():
+        raise ValueError("tap should require grad: its gradient is where the norms are written")

@@ -23,11 +23,13 @@ class History:
         self.steps: list[int] = []
         self.reports: list[Report] = []
         self._seen, self._stride = 0, 1
+        self._known: set[tuple[str, str]] = set()  # name and state of every record, also of reports that were dropped
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def append(self, step: int, report: Report) -> None:
+        self._known.update((record.name, record.state) for record in report)
         if self._seen % self._stride == 0:
             self.steps.append(step)
             self.reports.append(report)
@@ -44,10 +46,15 @@ class History:
         return list(dict.fromkeys(r.state for report in self.reports for r in report if r.name == name))
 
     def _records(self, name: str, state: str) -> list[Record | None]:
+        if self._known and (name, state) not in self._known:
+            raise ValueError(f"no record of state {state!r} of {name!r}; there are {sorted(self._known)}")
         return [next((r for r in report if (r.name, r.state) == (name, state)), None) for report in self.reports]
 
     def map(self, name: str, state: str, quantity: str = "total") -> Tensor:
-        """`total`, `carried` or `gain` by observed step, float64 `[steps, T]`; NaN beyond a shorter call's end."""
+        """`total`, `carried` or `gain` by observed step, float64 `[steps, T]`; NaN beyond a shorter call's end.
+
+        ValueError for a name or state that was never observed.
+        """
         rows = [torch.empty(0) if r is None else getattr(r, quantity) for r in self._records(name, state)]
         table = torch.full((len(rows), max(map(len, rows), default=0)), math.nan, dtype=torch.float64)
         for row, values in zip(table, rows, strict=True):
@@ -55,7 +62,10 @@ class History:
         return table
 
     def curve(self, name: str, state: str, quantity: str = "gain_median") -> list[float]:
-        """A number of every observed step, like `gain_median`, `horizon` or `clip_rate`; NaN where there is none."""
+        """A number of every observed step, like `gain_median`, `horizon` or `clip_rate`; NaN where there is none.
+
+        ValueError for a name or state that was never observed.
+        """
         values = (None if r is None else getattr(r, quantity) for r in self._records(name, state))
         return [math.nan if v is None else float(v) for v in values]
 

@@ -153,7 +153,9 @@ def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
     """
     for layer in _layers(module, "orthogonal_"):
         for block in layer.W_hh.values():
-            nn.init.orthogonal_(block, gain)
+            # The decomposition behind it is not there for the half types.
+            wide = block if block.dtype == torch.float64 else block.float()
+            block.copy_(nn.init.orthogonal_(wide, gain))
     return module
 
 

@@ -135,6 +135,9 @@ class _Recurrent(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
+        for name, on in (("residual", residual), ("locked_dropout", locked_dropout)):
+            if on and num_layers == 1:
+                warnings.warn(f"{name} acts between layers, and does nothing with num_layers=1", stacklevel=3)
         functional.check_probability("recurrent_dropout", recurrent_dropout)
         functional.check_probability("weight_dropout", weight_dropout)
         functional.check_zoneout(self._cell, zoneout)
@@ -214,8 +217,8 @@ class _Recurrent(nn.Module):
             hx: initial states as for torch.nn, or None for zeros.
             lengths: integer tensor `[B]`; beyond its length a sequence's state is carried unchanged and its output is
                 zero, as with a PackedSequence. Zeros allowed. Read back nowhere: on a GPU it is clamped to [0, T].
-            reset_mask: bool `[T, B]` (`[B, T]` with batch_first); True where a step starts a new segment: the state
-                before it is zero, no gradient crosses.
+            reset_mask: bool `[T, B]` (`[B, T]` with batch_first), a tensor or what torch.as_tensor takes; True where a
+                step starts a new segment: the state before it is zero, no gradient crosses.
             tap: zeros `[L*D, 2, S, T, B]`, float32 (float64 for float64 input), requiring grad; after `.backward()` its
                 `.grad` holds ||dL/ds_t||: `[:, 0]` total (before clipping), `[:, 1]` the part carried back from the
                 next step. S = 2 (h, c) for the LSTM, else 1. A report, not a derivative.
@@ -252,8 +255,9 @@ _ARGUMENTS = """
         zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h).
             Krueger et al. 2017.
         weight_dropout: DropConnect on W_hh, one mask per call. Merity et al. 2018.
-        clip_state_grad_norm: a float or 0-d tensor; at every step the joint norm of dL/dh_t and dL/dc_t of each sample
-            is scaled down to it before it passes through the cell. Changes the gradient on purpose.
+        clip_state_grad_norm: a float or 0-d tensor, positive (a tensor on a GPU is not read back, so nobody checks it);
+            at every step the joint norm of dL/dh_t and dL/dc_t of each sample is scaled down to it before it passes
+            through the cell. Changes the gradient on purpose.
         clip_state_grad_value: the same by element, applied first.
         backend: a name out of the backend table; None chooses the best that can.
 """
@@ -368,24 +372,33 @@ class _Cell(nn.Module):
 
     def forward(self, input: Tensor, hx=None):
         """One step: `input [B, I]` or `[I]`, states `[B, H]` or `[H]` -> the new h; `(h, c)` for the LSTM."""
+        _, state = functional._recurrent(*self._call(input, hx), self.backend, training=self.training)
+        squeeze = (lambda s: s[0]) if input.dim() == 2 else (lambda s: s[0, 0])
+        return tuple(map(squeeze, state)) if self._cell == "lstm" else squeeze(state)
+
+    def _call(self, input: Tensor, hx):
+        """Cell, input, hx and parameters as of a network with one layer, over one step and a batch."""
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        lstm = self._cell == "lstm"
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        if lstm and hx is not None and (states is not hx or len(hx) != 2):
+            came = f"{len(hx)} states" if states is hx else type(hx).__name__
+            raise RuntimeError(f"{name}: hx should be a pair (h, c), got {came}")
         if input.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {self.weight_ih.dtype}")
         for k, state in enumerate(states):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        hidden = tuple((s if s.dim() == 2 else s.unsqueeze(0)).unsqueeze(0) for s in states)
+        x = torch.atleast_2d(input)
+        hidden = tuple(torch.atleast_2d(state).unsqueeze(0) for state in states)
+        for k, state in enumerate(hidden):
+            if state.shape[1:] != (len(x), self.hidden_size):
+                expected = [*input.shape[:-1], self.hidden_size]
+                raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(states[k].shape)}")
         params = {f"{name}_l0": getattr(self, name) for name in self.all_names}
-        lstm = self._cell == "lstm"
-        hx = None if not hidden else hidden if lstm else hidden[0]
-        _, state = functional._recurrent(self._cell, x.unsqueeze(0), hx, params, self.backend, training=self.training)
-        squeeze = (lambda s: s[0]) if batched else (lambda s: s[0, 0])
-        return tuple(map(squeeze, state)) if lstm else squeeze(state)
+        return self._cell, x.unsqueeze(0), None if not hidden else hidden if lstm else hidden[0], params
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

@@ -4,6 +4,7 @@ Inside the monitor every `fastrnn.LSTM`, `GRU` and `RNN` of a model gets a tap p
 that the backward scan reduces as it goes; `report.py` turns them into gains and verdicts, `advice.py` into words.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import calls
 from .history import History
-from .modules import _Recurrent
+from .modules import _Cell, _Recurrent
 from .reference import accumulate_dtype
 from .report import Norms, Record, Report, records, unscaled
 
@@ -28,9 +29,11 @@ class GradientMonitor:
     A training step is one `backward()`, or `accumulate` of them; `report()` is about the last one that was observed,
     `history` about all of them. Several calls of one module in a step are pooled as further samples (a shorter call
     counts as padded). Calls that need no gradient are left alone. A tap that the caller passes himself is read along.
-    The single-step cells have no tap. Off, and in the steps that `every` leaves out, no call has a tap and plain calls
-    go to torch's own kernels; in an observed step they go through the scan, and its end waits for the device. A deep
-    copy made inside is not watched. Inside, save the `state_dict`: a module with hooks on it cannot be pickled.
+    The single-step cells have no tap, and the gradient between two calls, as of a decoder that is called step by step,
+    is not seen: each call's way back ends at its own first step. Off, and in the steps that `every` leaves out, no call
+    has a tap and plain calls go to torch's own kernels; in an observed step they go through the scan, and its end waits
+    for the device. A deep copy made inside is not watched. Inside, save the `state_dict`: a module with hooks on it
+    cannot be pickled.
 
     Under DistributedDataParallel each rank's monitor sees its own samples and its own loss; `report(all_ranks=True)`
     pools them. Under activation checkpointing the gradient is seen once, whichever variant.
@@ -38,7 +41,7 @@ class GradientMonitor:
     A compiled forward cannot create a leaf, so for `torch.compile` the taps are allocated here, for up to `max_steps`
     steps and `batch` sequences, and stay in the graph whatever `every` says. Enter the monitor before the first call.
     One call per module and backward then (norms of several would add up), T is counted up to the last step that a
-    gradient reached, and resets look like gain 0.
+    gradient reached, resets look like gain 0, and the outputs are not looked at where a gradient is not finite.
 
     Args:
         model: any module, compiled or not.
@@ -50,8 +53,9 @@ class GradientMonitor:
         max_steps, batch: largest T and B, both or neither; only for compiled models.
 
     Raises:
-        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, or a count is
-            below 1.
+        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, a count is below
+            1, or loss_scale is no positive number.
+        TypeError: a count is no int.
     """
 
     def __init__(
@@ -66,11 +70,14 @@ class GradientMonitor:
     ):
         if (max_steps is None) != (batch is None):
             raise ValueError(f"max_steps and batch go together, got max_steps={max_steps}, batch={batch}")
-        for name, count in (("every", every), ("accumulate", accumulate)):
-            if count < 1:
-                raise ValueError(f"{name} counts training steps or backwards and is at least 1, got {count}")
-        if max_steps is not None and min(max_steps, batch) < 1:
-            raise ValueError(f"max_steps and batch are at least 1, got {max_steps} and {batch}")
+        counts = {"every": every, "accumulate": accumulate, "max_steps": max_steps, "batch": batch}
+        for name, count in counts.items():
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise TypeError(f"{name} should be of type int, got: {type(count).__name__}")
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is a count and at least 1, got {count}")
+        if not hasattr(loss_scale, "get_scale") and not 0 < float(loss_scale) < math.inf:
+            raise ValueError(f"loss_scale should be a positive number or a GradScaler, got {loss_scale!r}")
         self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)
         self._modules: dict[str, _Recurrent] = {}
@@ -79,10 +86,9 @@ class GradientMonitor:
                 name = name.removeprefix("_orig_mod").removeprefix(".")  # of a compiled model
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
-            raise ValueError(
-                f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; fastrnn.convert(model) puts them in place "
-                "of torch.nn's"
-            )
+            cells = any(isinstance(module, _Cell) for module in model.modules())
+            remedy = "its single-step cells have no norms" if cells else "fastrnn.convert(model) replaces torch.nn's"
+            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {remedy}")
         self.history = History()
         self._handles: list = []
         self._sinks: list[Callable[[int, Report], None]] = []
@@ -90,7 +96,9 @@ class GradientMonitor:
         self._backwards = 0
         self._observing = True
         self._running: int | None = None  # the engine's number of the backward under way
-        self._taps: list[tuple[str, Tensor, Tensor | None]] = []  # of that backward: module, [L*D, 2, S, T, B], resets
+        # Of that backward: module, norms [L*D, 2, S, T, B], and what `unscaled` wants to know of the call.
+        self._taps: list[tuple[str, Tensor, dict[str, Tensor | None]]] = []
+        self._tapped: dict[str, Tensor | None] | None = None  # the same of the call under way
         self._open: dict[str, list[Norms]] = {}  # of the training step under way
         self._norms: dict[str, list[Norms]] = {}  # of the last one
 
@@ -101,8 +109,10 @@ class GradientMonitor:
         for name, module in self._modules.items():
             hook = self._fresh_tap(name) if self._sizes is None else self._sliced_tap(name, module)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if self.every > 1 and self._sizes is None:
-                self._handles.append(module.register_forward_hook(self._count_untapped))
+            if self._sizes is None:
+                self._handles.append(module.register_forward_hook(self._look_at_output))
+                if self.every > 1:
+                    self._handles.append(module.register_forward_hook(self._count_untapped))
 
     def disable(self) -> None:
         """Removes the hooks. What has been recorded stays readable."""
@@ -121,6 +131,8 @@ class GradientMonitor:
 
     def _fresh_tap(self, name: str):
         def hook(module, args, kwargs):
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break("a GradientMonitor in a compiled graph needs max_steps= and batch=")
             if module is not self._modules[name]:
                 return None  # a deep copy, which took the hook along
             self._before_call()
@@ -132,12 +144,13 @@ class GradientMonitor:
                 x = calls.data(args, kwargs)
                 tap = torch.zeros(*calls.rows(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
                 tap.requires_grad_()
-            elif not tap.requires_grad:
-                return None
+            elif not getattr(tap, "requires_grad", False):
+                return None  # the module refuses it
             # Read through a view: it dies with the graph, so nothing is held for calls that never go backward.
             view = tap.view_as(tap)
-            resets = calls.resets(module, args, kwargs)
-            view.register_hook(lambda norms: self._keep(name, norms, resets))
+            call = {"resets": calls.resets(module, args, kwargs), "lengths": calls.lengths(args, kwargs)}
+            self._tapped = call
+            view.register_hook(lambda norms: self._keep(name, norms, call))
             return args, {**kwargs, "tap": view}
 
         return hook
@@ -151,7 +164,7 @@ class GradientMonitor:
         )
 
         def collect(leaf):
-            self._keep(name, leaf.grad, None)
+            self._keep(name, leaf.grad, {})
             leaf.grad = None
 
         self._handles.append(leaf.register_post_accumulate_grad_hook(collect))
@@ -166,6 +179,12 @@ class GradientMonitor:
             return args, {**kwargs, "tap": leaf[..., :T, :B]}
 
         return hook
+
+    def _look_at_output(self, module, args, output) -> None:
+        """Not waiting for the device; whoever finds a gradient that is not finite reads it."""
+        if self._tapped is not None:
+            self._tapped["bad_outputs"] = calls.bad_outputs(module, output)
+            self._tapped = None
 
     def _count_untapped(self, module, args, output) -> None:
         """In the steps that `every` leaves out, a backward is known by the outputs that it comes through."""
@@ -184,10 +203,10 @@ class GradientMonitor:
             self._running = None
             self._taps.clear()
 
-    def _keep(self, name: str, norms: Tensor, resets: Tensor | None) -> None:
+    def _keep(self, name: str, norms: Tensor, call: dict[str, Tensor | None]) -> None:
         self._enter_backward()
         if self._observing or self._sizes is None:
-            self._taps.append((name, norms.detach(), resets))
+            self._taps.append((name, norms.detach(), call))
 
     def _enter_backward(self) -> None:
         """Called by everything that happens in a backward; the first time it asks to be told of the end."""
@@ -202,9 +221,9 @@ class GradientMonitor:
         self._running = None
         scaler = getattr(self.loss_scale, "get_scale", None)
         scale = float(self.loss_scale) if scaler is None else scaler()
-        for name, norms, resets in self._taps:
+        for name, norms, call in self._taps:
             bound = self._modules[name].clip_state_grad_norm
-            self._open.setdefault(name, []).append(unscaled(norms, resets, bound, scale))
+            self._open.setdefault(name, []).append(unscaled(norms, bound, scale, **call))
         for sink in self._norm_sinks:
             for name, norms, _ in self._taps:
                 sink(name, norms)

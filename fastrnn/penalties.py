@@ -15,7 +15,7 @@ from .modules import _Recurrent
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
     """Over `[T, B, ...]`, of the (step, sequence) pairs that are real, bool `[T, B]`."""
     if real is None:
-        return values.mean()
+        return values.mean() if values.numel() else values.sum()  # of nothing: 0 and not NaN
     width = values.shape[2:].numel()
     return torch.where(real.unsqueeze(-1), values, 0).sum() / (real.sum() * width).clamp(min=1)
 
@@ -23,10 +23,12 @@ def _mean(values: Tensor, real: Tensor | None) -> Tensor:
 def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
     if lengths is None:
         return None
+    if tuple(lengths.shape) != (output.shape[1],):
+        raise ValueError(f"lengths should have shape ({output.shape[1]},), got {tuple(lengths.shape)}")
     return torch.arange(len(output), device=output.device).unsqueeze(1) < lengths.to(output.device)
 
 
-def activation(output: Tensor, lengths: Tensor | None = None) -> Tensor:
+def activation(output: Tensor, lengths: Tensor | None = None, *, batch_first: bool = False) -> Tensor:
     """Activation regularisation, the mean of h_t²: keeps activations small.
 
     S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017, who take it of the
@@ -34,30 +36,37 @@ def activation(output: Tensor, lengths: Tensor | None = None) -> Tensor:
     add it with a factor of 2.
 
     Args:
-        output: `[T, B, H]`.
+        output: `[T, B, H]`; `[B, T, H]` with batch_first.
         lengths: integer `[B]`; the padding then does not count. No host sync.
 
     Returns:
         A scalar, of output's dtype.
     """
+    output = output.transpose(0, 1) if batch_first else output
     return _mean(output.square(), _real(output, lengths))
 
 
-def temporal_activation(output: Tensor, lengths: Tensor | None = None, reset_mask: Tensor | None = None) -> Tensor:
+def temporal_activation(
+    output: Tensor, lengths: Tensor | None = None, reset_mask: Tensor | None = None, *, batch_first: bool = False
+) -> Tensor:
     """Temporal activation regularisation, the mean of (h_t - h_{t-1})²: keeps the state from jumping.
 
     The papers of `activation`, who take it of the output before dropout; with a factor of 1.
 
     Args:
-        output: `[T, B, H]`, T at least 2.
+        output: `[T, B, H]`; `[B, T, H]` with batch_first. Where no sequence has two steps the result is 0.
         lengths: integer `[B]`; pairs that reach into the padding then do not count.
-        reset_mask: bool `[T, B]`; pairs across the start of a segment then do not count.
+        reset_mask: bool `[T, B]` (`[B, T]` with batch_first); pairs across the start of a segment then do not count.
 
     Returns:
         A scalar, of output's dtype.
     """
+    output = output.transpose(0, 1) if batch_first else output
     real = _real(output[1:], None if lengths is None else lengths - 1)
     if reset_mask is not None:
+        reset_mask = reset_mask.transpose(0, 1) if batch_first else reset_mask
+        if reset_mask.shape != output.shape[:2]:
+            raise ValueError(f"reset_mask does not fit the output: {list(reset_mask.shape)}, {list(output.shape)}")
         real = ~reset_mask[1:] if real is None else real & ~reset_mask[1:]
     return _mean((output[1:] - output[:-1]).square(), real)
 
@@ -189,7 +198,9 @@ class AdaptiveClip:
     @torch.no_grad()
     def update(self, norms: Tensor) -> None:
         """Takes the norms of one training step, `[L*D, 2, S, T, B]`: the tap's gradient, or what
-        `GradientMonitor.norms_to` hands on."""
+        `GradientMonitor.norms_to` hands on. ValueError for another shape."""
+        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] not in (1, 2):
+            raise ValueError(f"norms should be [layers * directions, 2, states, T, B], got {list(norms.shape)}")
         total = norms[:, 0].float()  # [L*D, S, T, B]
         joint = total[:, 0] if total.shape[1] == 1 else torch.hypot(total[:, 0], total[:, 1])
         largest = torch.where(joint.isfinite(), joint, 0).amax((0, 1))  # [B]
@@ -197,3 +208,16 @@ class AdaptiveClip:
         self._updates += 1
         bound = torch.nanquantile(self._past, self.percentile / 100)
         self.threshold.copy_(torch.where(bound.isnan(), self.threshold, bound))
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """The bound and what it follows from, to go on from a checkpoint."""
+        return {"threshold": self.threshold.clone(), "past": self._past.clone(), "updates": self._updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        """Takes over what `state_dict` returned, in place. ValueError where that was of another window."""
+        if len(state["past"]) != self.window:
+            raise ValueError(f"the state is of a window of {len(state['past'])} training steps, not {self.window}")
+        self.threshold.copy_(state["threshold"])
+        self._past.copy_(state["past"])
+        self._updates = state["updates"]

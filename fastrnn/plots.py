@@ -179,11 +179,13 @@ def _norm_lines(axes, record) -> None:
 def _summary(record) -> str:
     """`lstm.l0: healthy, gain 0.97 a step, horizon 64 of 64 steps`."""
     text = f"{record.name}: {record.verdict}"
+    if record.forward_nonfinite is not None:
+        return f"{text}, forward not finite from step {record.forward_nonfinite} on"
     if record.first_nonfinite is not None:
         return f"{text}, not finite from step {record.first_nonfinite} back"
-    if record.gain_median != record.gain_median:
-        return f"{record.name}: no step for the gradient to travel"
-    return f"{text}, gain {record.gain_median:.2f} a step, horizon {record.horizon} of {len(record.total)} steps"
+    if record.horizon is None:
+        return f"{text}, no gain to be seen"
+    return f"{text}, gain {record.gain_median:.2f} a step, horizon {record.horizon} of {record.longest} steps"
 
 
 def _log_scale(axes, reports) -> None:

@@ -21,11 +21,13 @@ HORIZON_FRACTION = 0.01
 """The share of its norm that a gradient must keep to count as arriving. At 1 % a step that matters as much as the last
 one moves the weights a hundred times less, below the noise between minibatches."""
 VANISHING_SPAN = 0.5
-"""Vanishing: the horizon covers less than this part of the steps that the gradient could have travelled, so the network
-cannot relate one half of the sequence to the other."""
+"""Vanishing: the horizon covers less than this part of the longest way that a gradient could have gone, so the network
+cannot relate one half of such a sequence to the other."""
 EXPLODING_GROWTH = 1 / HORIZON_FRACTION
 """Exploding: on its way back the gradient outgrows its start by this factor, the mirror image of the horizon's; early
 steps then drown the late ones as thoroughly as they would be drowned themselves."""
+LOG_NOTHING = -1e4
+"""Stands for the logarithm of a gain of 0; no float64 comes near it."""
 GAIN_RESOLUTION = 1e-6
 """A mean log gain within this of 0 is not shrinking: float32 norms round at about 1e-7 a step."""
 
@@ -37,6 +39,14 @@ class Record:
     Every number is the median over the samples (of all calls of the module) that a gradient reached: padding, where
     both norms are exactly zero, does not count. The gain, and what follows from it, is taken over all states of the
     cell together, so an LSTM's h and c share it.
+
+    A way back begins where the loss, or h_n, meets a sequence, and ends at its start or at a reset. The horizon is the
+    median over these ways, of which a short one only tells that it was kept as far as it went: of the ways that come k
+    steps back, the share that is lost there, multiplied up over k (the estimator of E. Kaplan and P. Meier,
+    "Nonparametric estimation from incomplete observations", 1958). A padded batch so has the horizon of its long
+    sequences, not that of its padding. `verdict` counts the same way: vanishing, where the horizon is under half of
+    `longest`; exploding, where half of the ways grow by EXPLODING_GROWTH, or a norm is not finite; unknown, where no
+    gradient went from one step to another, or the forward pass was not finite itself.
     """
 
     module: str
@@ -49,12 +59,14 @@ class Record:
     gain_median: float  # geometric mean over the steps; NaN without any gain
     valid: Tensor  # int64 [T], samples that a gradient reached
     half_life: float | None  # steps in which a gradient halves; None when it does not shrink
-    horizon: int  # steps back over which it keeps HORIZON_FRACTION of its norm; T if it never falls under
+    horizon: int | None  # steps back until it is under HORIZON_FRACTION; longest if never, None where it is unknown
+    longest: int  # steps of the longest way back in the batch; 0 where no gradient arrives
     growth: float  # the largest factor by which it outgrew its start on the way; at least 1
     clipped: int | None  # (step, sample) pairs over clip_state_grad_norm; None without it
     clip_rate: float | None  # their share of the pairs that a gradient reached
     first_nonfinite: int | None  # where, walking back, the first infinite or NaN norm turns up
-    verdict: str  # "vanishing", "exploding" or "healthy"
+    forward_nonfinite: int | None  # then also: the first step whose output (the module's) was not finite, if any
+    verdict: str  # "vanishing", "exploding", "healthy" or "unknown"
 
     @property
     def name(self) -> str:
@@ -82,6 +94,11 @@ class Report(list):
         super().__init__(records)
         self.findings: list[Finding] = list(findings)
 
+    @property
+    def records(self) -> list[Record]:
+        """The report itself, as a plain list."""
+        return list(self)
+
     def __str__(self) -> str:
         if not self:
             return "no gradient recorded: run the model and loss.backward() inside the monitor"
@@ -89,11 +106,14 @@ class Report(list):
         rows = [head]
         for r in self:
             verdict = r.verdict
-            if r.first_nonfinite is not None:
+            if r.forward_nonfinite is not None:
+                verdict += f" (the forward is not finite from step {r.forward_nonfinite})"
+            elif r.first_nonfinite is not None:
                 verdict += f" (not finite from step {r.first_nonfinite})"
             rows.append((
                 r.name, r.state, f"{r.total[0]:.2e}", f"{r.total[-1]:.2e}", f"{r.gain_median:.3f}",
-                "-" if r.half_life is None else f"{r.half_life:.1f}", f"{r.horizon} of {len(r.total)}",
+                "-" if r.half_life is None else f"{r.half_life:.1f}",
+                "-" if r.horizon is None else f"{r.horizon} of {r.longest}",
                 "-" if r.clip_rate is None else f"{100 * r.clip_rate:.0f} %", verdict,
             ))  # fmt: skip
         return "\n\n".join((table(rows), *map(str, self.findings)))
@@ -109,8 +129,8 @@ class Report(list):
     def scalars(self) -> dict[str, float]:
         """The records as numbers for a logger, under names like `fastrnn/lstm.l0/h/gain_median`.
 
-        horizon, total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding`
-        and `nonfinite` as 0 or 1; gain_median, half_life, clipped and clip_rate where there is one.
+        total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding` and `nonfinite` as 0
+        or 1; gain_median, half_life, horizon, clipped and clip_rate where there is one.
         """
         values: dict[str, float] = {}
         for r in self:
@@ -150,47 +170,73 @@ class Norms(NamedTuple):
 
     norms: Tensor  # float64 [L*D, 2, S, T, B], total and carried
     resets: Tensor | None  # bool [T, B]
+    lengths: Tensor  # int64 [B]
     bound: float  # clip_state_grad_norm as it was; infinite without one
     tiny: float  # the smallest norm with all its digits
+    forward_nonfinite: int | None  # the first step with an output that is not finite; sought if a norm is not
 
 
-def unscaled(norms: Tensor, resets: Tensor | None, bound: float | Tensor | None, scale: float) -> Norms:
-    """A tap's gradient as `Norms`: whatever comes out of a loss times `scale` is divided by it."""
+def unscaled(
+    norms: Tensor,
+    bound: float | Tensor | None,
+    scale: float,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    bad_outputs: Tensor | None = None,
+) -> Norms:
+    """A tap's gradient as `Norms`: whatever comes out of a loss times `scale` is divided by it.
+
+    `bad_outputs`: bool [T], or None where nobody looked.
+    """
+    on_cpu, T = norms.double().cpu() / scale, norms.shape[-2]
+    bad = [] if bad_outputs is None or bool(on_cpu.isfinite().all()) else bad_outputs.nonzero().flatten().tolist()
     return Norms(
-        norms.double().cpu() / scale,
+        on_cpu,
         None if resets is None else resets.cpu(),
+        torch.full(norms.shape[-1:], T) if lengths is None else lengths.cpu().long().clamp(0, T),
         math.inf if bound is None else float(bound) / scale,
         torch.finfo(norms.dtype).tiny / scale,
+        bad[0] if bad else None,
     )
 
 
-def pool(calls: list[Norms], trim: bool) -> tuple[Tensor, Tensor | None, Tensor, float]:
-    """Calls side by side along the batch: norms `[L*D, 2, S, T, N]`, resets `[T, N]` or None, bound `[N]`, and tiny."""
+def pool(calls: list[Norms], trim: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+    """Calls side by side along the batch: norms `[L*D, 2, S, T, N]`, resets `[T, N]` or None, lengths `[N]`, bound
+    `[N]`, and tiny."""
     T = max(call.norms.shape[-2] for call in calls)
     norms = torch.cat([nn.functional.pad(c.norms, (0, 0, 0, T - c.norms.shape[-2])) for c in calls], -1)
     resets = None
     if any(call.resets is not None for call in calls):
         masks = [torch.zeros(c.norms.shape[-2:], dtype=torch.bool) if c.resets is None else c.resets for c in calls]
         resets = torch.cat([nn.functional.pad(m, (0, 0, 0, T - m.shape[0])) for m in masks], -1)
+    lengths = torch.cat([call.lengths for call in calls])
     if trim:
-        reached = (norms != 0).flatten(0, 2).any(-1).any(0).nonzero()
-        norms = norms[..., : int(reached.max()) + 1 if len(reached) else 1, :]
+        lengths = (torch.arange(1, T + 1).unsqueeze(1) * (norms != 0).flatten(0, 2).any(0)).amax(0)
+        norms = norms[..., : max(1, int(lengths.max())), :]
     bound = torch.cat([c.norms.new_full(c.norms.shape[-1:], c.bound) for c in calls])
-    return norms, resets, bound, max(call.tiny for call in calls)
+    return norms, resets, lengths, bound, max(call.tiny for call in calls)
 
 
 def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = False) -> list[Record]:
     """The records of one module from its calls; `trim` cuts T down to the last step that a gradient reached."""
-    norms, resets, bound, tiny = pool(calls, trim)
+    norms, resets, lengths, bound, tiny = pool(calls, trim)
+    forward = min((c.forward_nonfinite for c in calls if c.forward_nonfinite is not None), default=None)
     directions = ("forward", "reverse") if module.bidirectional else ("forward",)
+    padding = torch.arange(norms.shape[-2]).unsqueeze(1) >= lengths
     found = []
     for row, norm in enumerate(norms):
         layer, d = divmod(row, len(directions))
         reverse = d == 1
         joint = norm[0].norm(dim=0)
         passed_on = torch.where(joint > bound, bound / joint, 1.0)
-        log_gain = log_gains(norm, resets, reverse, tiny, passed_on)
-        mean, horizon, growth, verdict = _judge(log_gain if reverse else log_gain.flip(0), norm)
+        cuts = padding | _cuts(resets, reverse, joint)
+        log_gain = log_gains(norm, cuts, reverse, tiny, passed_on)
+        reached = (norm != 0).flatten(0, 1).any(0)
+        backward = [v if reverse else v.flip(0) for v in (log_gain, reached, cuts)]
+        mean, horizon, longest, growth, verdict = _judge(*backward)
+        finite = bool(norm.isfinite().all())
+        if not finite:
+            horizon, verdict = None, "exploding" if forward is None else "unknown"
         clipped = None if bool(bound.isinf().all()) else int((joint > bound).sum())
         for s, state in enumerate(CELLS[module._cell].states):
             total, carried = norm[0, s], norm[1, s]
@@ -202,34 +248,44 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
                     layer=layer,
                     direction=directions[d],
                     state=state,
-                    total=_median(total, valid).nan_to_num(0, posinf=math.inf),
-                    carried=_median(carried, valid).nan_to_num(0, posinf=math.inf),
+                    total=_median(total, valid).where(valid.any(-1), 0),
+                    carried=_median(carried, valid).where(valid.any(-1), 0),
                     gain=_median(log_gain, ~log_gain.isnan()).exp(),
                     gain_median=float(torch.tensor(mean).exp()),
                     valid=valid.sum(-1),
                     half_life=math.log(2) / -mean if mean < -GAIN_RESOLUTION else None,
                     horizon=horizon,
+                    longest=longest,
                     growth=growth,
                     clipped=clipped,
                     clip_rate=None if clipped is None else clipped / max(1, int((joint != 0).sum())),
                     first_nonfinite=None if not bad else bad[0] if reverse else bad[-1],
-                    verdict="exploding" if bad else verdict,
+                    forward_nonfinite=None if finite else forward,
+                    verdict=verdict,
                 )
             )
     return found
 
 
-def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, passed_on: Tensor) -> Tensor:
+def _cuts(resets: Tensor | None, reverse: bool, like: Tensor) -> Tensor:
+    """bool `[T, N]`, True where nothing comes from the next step of the scan because of a reset between the two."""
+    cuts = torch.zeros_like(like, dtype=torch.bool)
+    if resets is not None:
+        (cuts[1:] if reverse else cuts[:-1])[:] = resets[1 : len(cuts)]
+    return cuts
+
+
+def log_gains(norms: Tensor, cuts: Tensor, reverse: bool, tiny: float, passed_on: Tensor) -> Tensor:
     """log(carried_t / total_{t+1}) over all states of the cell, float64 `[T, N]`; NaN where there is none.
 
     For an LSTM sqrt(carried_h² + carried_c²)_t / sqrt(total_h² + carried_c²)_{t+1}, because total_c already holds what
     came through h_t. Where step t + 1 was clipped, the total is taken after it, so the cure does not pass for the
     network vanishing. No gain: at the last step (what is carried there came through h_n), where no gradient reached the
-    next step or one too small to have all its digits (below `tiny`), at a non-finite norm, across a reset.
+    next step or one too small to have all its digits (below `tiny`), at a non-finite norm, where `cuts` says so.
 
     Args:
         norms: float64 `[2, S, T, N]`, total and carried.
-        resets: bool `[T, N]`.
+        cuts: bool `[T, N]`.
         passed_on: float64 `[T, N]`, the share of the total that clipping by norm let through.
     """
     (total, carried), T = norms, norms.shape[2]
@@ -240,38 +296,53 @@ def log_gains(norms: Tensor, resets: Tensor | None, reverse: bool, tiny: float, 
     total = total * passed_on
     here, ahead = (slice(1, T), slice(0, T - 1)) if reverse else (slice(0, T - 1), slice(1, T))
     carried, total = carried[here], total[ahead]
-    known = (total >= tiny) & total.isfinite() & carried.isfinite()
-    if resets is not None:
-        known &= ~resets[1:]
+    known = (total >= tiny) & total.isfinite() & carried.isfinite() & ~cuts[here]
     log_gain = torch.full(norms.shape[2:], math.nan, dtype=norms.dtype)
     log_gain[here] = torch.where(known, carried.log() - total.log(), math.nan)
     return log_gain
 
 
-def _judge(steps_back: Tensor, norms: Tensor) -> tuple[float, int, float, str]:
-    """Mean log gain (NaN without any), horizon, growth and verdict, from log gains `[T, N]` in backward order."""
-    T, known = len(steps_back), ~steps_back.isnan()
-    steps = known.sum(0)
+def _judge(log_gain: Tensor, reached: Tensor, cuts: Tensor) -> tuple[float, int | None, int, float, str]:
+    """Mean log gain (NaN without any), horizon, longest, growth and verdict; see `Record`.
+
+    Args:
+        log_gain: `[T, N]`, in backward order like all of them: step k came out of step k - 1.
+        reached: bool `[T, N]`, by a gradient.
+        cuts: bool `[T, N]`, where a reset lies between k - 1 and k, and in the padding.
+    """
+    known = ~log_gain.isnan()
+    before = reached.cumsum(0) - reached.long()
+    starting = before <= torch.where(cuts, before, 0).cummax(0).values  # nothing reached this stretch so far
+    k = torch.arange(len(log_gain)).unsqueeze(1)
+    start = torch.where(starting, k, 0).cummax(0).values
+    gone = k - start  # steps of the way back that have been gone at k
+    longest = int(gone.max()) + 1 if bool(reached.any()) else 0
     if not bool(known.any()):
-        return math.nan, T, 1.0, "healthy" if bool((norms != 0).any()) else "vanishing"
+        return math.nan, None, longest, 1.0, "unknown"
     # A gain of exactly 0 ends the horizon, but would swallow the mean over the other steps.
-    mean = torch.where(steps_back.isfinite(), steps_back, math.nan).nanmean(0)
-    mean = torch.where(mean.isnan() & (steps > 0), -math.inf, mean)
-    product = torch.where(known, steps_back, 0).cumsum(0)
-    kept_up = (product >= math.log(HORIZON_FRACTION)).cumprod(0).bool()
-    fell = ~kept_up[-1]
-    kept = (kept_up & known).sum(0)
-    reached = steps > 0
-    horizon = torch.where(fell, kept, T)[reached].median()
-    vanishing = (fell & (kept < VANISHING_SPAN * steps))[reached]
-    growth = product.amax(0).clamp(min=0)[reached]
-    exploding = growth > math.log(EXPLODING_GROWTH)
-    verdict = "exploding" if _most(exploding) else "vanishing" if _most(vanishing) else "healthy"
-    return float(mean[reached].median()), int(horizon), float(growth.median().exp()), verdict
+    mean = torch.where(log_gain.isfinite(), log_gain, math.nan).nanmean(0)
+    counted = known.any(0)
+    mean = torch.where(mean.isnan() & counted, -math.inf, mean)
+    product = torch.where(known, log_gain.clamp(min=LOG_NOTHING), 0).cumsum(0)
+    product = product - product.gather(0, start)
+    ways = known, start, gone
+    kept = _median_passage(product < math.log(HORIZON_FRACTION), *ways)
+    exploding = _median_passage(product > math.log(EXPLODING_GROWTH), *ways) is not None
+    growth = product.amax(0).clamp(min=0)
+    growth = growth[growth > math.log(EXPLODING_GROWTH) if exploding else counted].median().exp()
+    vanishing = kept is not None and kept < VANISHING_SPAN * (longest - 1)
+    verdict = "exploding" if exploding else "vanishing" if vanishing else "healthy"
+    return float(mean[counted].median()), longest if kept is None else kept, longest, float(growth), verdict
 
 
-def _most(votes: Tensor) -> bool:
-    return 2 * int(votes.sum()) > len(votes)
+def _median_passage(crossed: Tensor, known: Tensor, start: Tensor, gone: Tensor) -> int | None:
+    """After how many steps half of the ways have crossed, before the step that crosses; None if they never do."""
+    so_far = crossed.cumsum(0)
+    at_risk = known & (so_far - crossed.long() == so_far.gather(0, start))
+    there, lost = (torch.bincount(gone[v], minlength=len(gone)) for v in (at_risk, at_risk & crossed))
+    left = (1 - lost.double() / there.clamp(min=1)).cumprod(0)
+    passed = (left < 0.5 + 1e-9).nonzero()  # half, and what rounding adds to it
+    return int(passed[0]) - 1 if len(passed) else None
 
 
 def _median(values: Tensor, valid: Tensor) -> Tensor:

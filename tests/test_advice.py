@@ -95,16 +95,16 @@ def test_whatever_the_numbers_are_there_are_words_for_them():
     nan, inf = math.nan, math.inf
     grid = itertools.product(
         ("rnn_tanh", "rnn_relu", "lstm", "gru"), (True, False), (True, False), (nan, 0.0, 0.5, 1.0, 1.5), (3.0, inf),
-        (None, 0.1, 1.0), (None, 3), (nan, 0.5, 2.0), (nan, 2.0, 500.0),
+        (None, 0.1, 1.0), ((None, None), (3, None), (3, 2)), (nan, 0.5, 2.0), (nan, 2.0, 500.0), (0, 1, 100),
     )  # fmt: skip
     said = set()
-    for cell, bias, layer_norm, gain, half_life, clip_rate, nonfinite, sigma, memory in grid:
+    for cell, bias, layer_norm, gain, half_life, clip_rate, (nonfinite, forward), sigma, memory, steps in grid:
         facts = advice.Facts(
-            cell=cell, bias=bias, layer_norm=layer_norm, T=100, gain=gain, half_life=half_life, horizon=9, growth=1e3,
-            clip_rate=clip_rate, start=1.0, nonfinite=nonfinite, sigma=sigma, mean_sigma=sigma, ln_gain=1.0,
-            memory=memory,
+            cell=cell, bias=bias, layer_norm=layer_norm, T=steps, gain=gain, half_life=half_life, horizon=9, growth=1e3,
+            clip_rate=clip_rate, start=1.0, nonfinite=nonfinite, forward=forward, finite_weights=sigma == sigma,
+            sigma=sigma, mean_sigma=sigma, ln_gain=1.0, memory=memory,
         )  # fmt: skip
-        for verdict in ("vanishing", "exploding", "healthy"):
+        for verdict in ("vanishing", "exploding", "healthy", "unknown"):
             for rules in (advice.SUMMARIES, advice.RULES):
                 chosen = advice.matching(rules, verdict, facts)
                 assert chosen or rules is advice.RULES
@@ -151,7 +151,28 @@ def test_weights_that_are_not_finite_are_not_looked_into():
     module = fastrnn.LSTM(I, H)
     with torch.no_grad():
         module.weight_hh_l0[0, 0] = math.nan
-    assert finding(module).verdict == "exploding"
+    assert finding(module).verdict == "unknown"
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("bias", [40.0, 1e30])
+def test_a_gate_that_is_open_for_good_is_no_division_by_zero(cell, bias):
+    module = seeded(lambda: getattr(fastrnn, cell)(4, 8))
+    with torch.no_grad():
+        module.bias_ih_l0[8], module.bias_hh_l0[8] = bias, 0  # of one unit of the forget gate, of the update gate
+    with GradientMonitor(module) as monitor:
+        module(torch.randn(50, 3, 4))[0][-1, :, 1:].sum().backward()
+    memory = advice.facts_of(module, list(monitor.report())).memory
+    assert memory == pytest.approx(1 + math.exp(bias) if bias < 700 else math.inf, rel=1e-6)
+    assert all(str(found) for found in monitor.report().findings)
+
+
+def test_parameters_beyond_all_bounds():
+    module = fastrnn.GRU(4, 8)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(1e30)
+    assert finding(module, x=torch.randn(50, 3, 4)).summary
 
 
 def test_a_bound_that_clips_everything_is_mentioned():

@@ -1,5 +1,8 @@
 """What is refused, with which exception and which words: one table, and torch.nn beside it where it refuses too."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,6 +198,25 @@ OWN = [
     ("clip norm 1-D", build("LSTM", I, H, clip_state_grad_norm=torch.ones(2)), ValueError, "0-d float tensor"),
     ("clip norm of ints", build("LSTM", I, H, clip_state_grad_norm=torch.tensor(1)), ValueError, "0-d float tensor"),
     (
+        "clip norm a negative tensor",
+        build("LSTM", I, H, clip_state_grad_norm=torch.tensor(-1.0)),
+        ValueError,
+        "positive",
+    ),
+    ("clip norm a tensor of 0", build("GRU", I, H, clip_state_grad_norm=torch.tensor(0.0)), ValueError, "positive"),
+    (
+        "clip norm a tensor of NaN",
+        build("GRU", I, H, clip_state_grad_norm=torch.tensor(float("nan"))),
+        ValueError,
+        "pos",
+    ),
+    (
+        "clip norm an AdaptiveClip",
+        build("GRU", I, H, clip_state_grad_norm=fastrnn.penalties.AdaptiveClip()),
+        ValueError,
+        "pass its .threshold",
+    ),
+    (
         "clip value negative",
         build("LSTM", I, H, clip_state_grad_value=-1),
         ValueError,
@@ -269,6 +291,13 @@ OWN = [
         "shape (3, 5), got (5, 3)",
     ),
     (
+        "reset_mask a list of ints",
+        call("GRU", x(), reset_mask=[[0] * B] * T),
+        ValueError,
+        "dtype torch.bool, got torch.int",
+    ),
+    ("reset_mask a list too short", call("GRU", x(), reset_mask=[[True] * B]), ValueError, "shape (5, 3), got (1, 3)"),
+    (
         "reset_mask on another device",
         call("GRU", x(), reset_mask=x(T, B, dtype=torch.bool, device="meta")),
         RuntimeError,
@@ -290,6 +319,8 @@ OWN = [
         ValueError,
         "tap should be of dtype torch.float32 for torch.bfloat16",
     ),
+    ("tap without grad", call("GRU", x(), tap=x(1, 2, 1, T, B)), ValueError, "tap should require grad"),
+    ("tap no tensor", call("GRU", x(), tap=True), TypeError, "tap should be a tensor"),
     ("tap on another device", call("LSTM", x(), tap=x(1, 2, 2, T, B, device="meta")), RuntimeError, "tap is on meta"),
     (
         "return_cells of a GRU",
@@ -303,6 +334,15 @@ OWN = [
         RuntimeError,
         "hx of an LSTM should be a pair (h0, c0), got Tensor",
     ),
+    (
+        "cell: hx of an LSTM as one tensor",
+        call("LSTMCell", x(B, I), x(B, H)),
+        RuntimeError,
+        "a pair (h, c), got Tensor",
+    ),
+    ("cell: hx of an LSTM as a triple", call("LSTMCell", x(B, I), (x(B, H),) * 3), RuntimeError, "got 3 states"),
+    ("cell: hx of another shape", call("GRUCell", x(B, I), x(B, 2)), RuntimeError, "hx[0] of shape [3, 6], got [3, 2]"),
+    ("cell: hx of an unbatched one", call("RNNCell", x(I), x(2)), RuntimeError, "Expected hx[0] of shape [6], got [2]"),
     ("hx of an LSTM as a triple", call("LSTM", x(), (x(1, B, H),) * 3), RuntimeError, "should be a pair (h0, c0)"),
     ("h0 on another device", call("GRU", x(), x(1, B, H, device="meta")), RuntimeError, "hx[0] is on meta"),
     (
@@ -373,6 +413,23 @@ ACCEPTED = [
 ]
 
 
+@pytest.mark.parametrize("extra", ["residual", "locked_dropout"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_what_acts_between_layers_warns_where_there_is_one(name, extra):
+    with pytest.warns(UserWarning, match=f"{extra} acts between layers, and does nothing with num_layers=1"):
+        getattr(fastrnn, name)(I, H, **{extra: True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(fastrnn, name)(I, H, 2, **{extra: True})
+
+
+def test_numbers_of_numpy_are_numbers():
+    for name in ("clip_state_grad_norm", "clip_state_grad_value"):
+        module = fastrnn.LSTM(I, H, **{name: np.float32(0.5)})
+        module(x().requires_grad_())[0].sum().backward()
+        assert fastrnn.explain(module, x()).request.features == {"clip"}
+
+
 @pytest.mark.parametrize("what, function", ACCEPTED, ids=[row[0] for row in ACCEPTED])
 def test_what_torch_nn_accepts_is_accepted(what, function):
     theirs, ours = function(nn), function(fastrnn)
@@ -422,8 +479,25 @@ def test_explain_names_every_backend_with_its_reason():
     text = str(explanation)
     assert all(name in text for name in ("aten", "triton", "cpu", "reference"))
     assert "lengths, zoneout" in text and f"runs on {explanation.chosen}" in text
-    with pytest.raises(TypeError, match="explain takes a fastrnn"):
+    with pytest.raises(TypeError, match=r"explain takes a fastrnn.* got torch\.nn\.modules\.rnn\.LSTM"):
         fastrnn.explain(nn.LSTM(I, H), x())
+
+
+def test_explain_takes_cells():
+    for name, hx in (("LSTMCell", (x(B, H), x(B, H))), ("GRUCell", None)):
+        cell = getattr(fastrnn, name)(I, H, backend="reference")
+        assert fastrnn.explain(cell, x(B, I), hx).chosen == "reference"
+        assert fastrnn.explain(getattr(fastrnn, name)(I, H), x(I)).request.cell == cell._cell
+
+
+def test_a_reset_mask_may_be_an_array_or_a_list():
+    module, inputs, mask = fastrnn.GRU(I, H), torch.randn(T, B, I), torch.rand(T, B) < 0.5
+    expected = module(inputs, reset_mask=mask)[0]
+    for other in (mask.numpy(), mask.tolist()):
+        with fastrnn.GradientMonitor(module) as monitor:
+            output = module(inputs, reset_mask=other)[0]
+            output.sum().backward()
+        assert torch.equal(output, expected) and len(monitor.report()) == 1
 
 
 def test_functional_form_checks_the_same():

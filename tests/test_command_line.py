@@ -64,6 +64,14 @@ def test_one_seed_gives_one_result(tmp_path, capsys):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("options", ["--lr 1e9", "--lr 1e30 --cell rnn --nonlinearity relu", "--lr 1e30 --cell gru"])
+def test_a_training_that_diverges_ends_in_a_report(tmp_path, capsys, options):
+    assert main([*TINY, *options.split(), "--hidden", "8", "--batch", "32", "--out", str(tmp_path)]) == 0
+    after = capsys.readouterr().out.split("after training")[1]
+    assert "rnn.l0: " in after and "test accuracy" in after
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 BAD = {
     "--cell transformer": "invalid choice: 'transformer'",
     "--hidden 0": "at least 1, got '0'",
@@ -179,6 +187,20 @@ def test_info_names_every_backend_and_version(capsys):
     assert fastrnn.__version__ in out and torch.__version__ in out
     for name in ("triton", "CUDA", "python", "GPU", "plain call", "gradient norms", *fastrnn.dispatch.BACKENDS):
         assert name in out
+
+
+def test_a_backend_of_the_environment_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("FASTRNN_BACKEND", "bogus")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("fastrnn info: FASTRNN_BACKEND: unknown backend 'bogus'")
+
+
+@pytest.mark.parametrize("command", [["info"], list(SMALL)], ids=lambda command: command[0])
+def test_a_backend_of_the_environment_that_cannot(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setenv("FASTRNN_BACKEND", "aten")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "backend 'aten' cannot run this call" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):

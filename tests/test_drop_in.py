@@ -553,3 +553,34 @@ def test_convert_leaves_modules_alone_whose_weights_hooks_compute(change):
     assert type(model[0]) is torch.nn.GRU and not any(p.is_meta for p in model.parameters())
     with pytest.raises(ValueError, match="hooks compute"):
         fastrnn.init.orthogonal_(model)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "GRUCell"])
+def test_convert_keeps_what_was_added_to_a_module(kind):
+    theirs = getattr(nn, kind)(I, H)
+    theirs.register_buffer("seen", torch.ones(1))
+    theirs.register_buffer("scratch", torch.zeros(1), persistent=False)
+    theirs.head, theirs.inner, theirs.label = nn.Linear(H, 1), nn.GRU(I, H), "encoder"
+    theirs.extra = nn.Parameter(torch.ones(2))
+    names = [set(theirs.state_dict()), {name for name, _ in theirs.named_buffers()}]
+    ours = fastrnn.convert(theirs)
+    back = fastrnn.convert(ours, "torch")
+    for module, library in ((ours, fastrnn), (back, nn)):
+        assert type(module) is getattr(library, kind) and module.label == "encoder"
+        assert module.seen is theirs.seen and module.extra is theirs.extra and module.head is theirs.head
+        assert [set(module.state_dict()), {name for name, _ in module.named_buffers()}] == names
+    assert type(back.inner) is nn.GRU and back.inner.weight_hh_l0 is theirs.inner.weight_hh_l0
+
+
+def test_convert_goes_into_what_was_added_to_a_module():
+    theirs = nn.LSTM(I, H)
+    theirs.inner = nn.GRU(I, H)
+    assert type(fastrnn.convert(theirs).inner) is fastrnn.GRU
+
+
+def test_convert_leaves_a_module_alone_whose_method_was_replaced():
+    model = nn.Sequential(nn.LSTM(I, H))
+    model[0].forward = lambda x: x
+    with pytest.warns(UserWarning, match="LSTM has its own forward and was left as it is"):
+        fastrnn.convert(model)
+    assert type(model[0]) is nn.LSTM

@@ -185,6 +185,16 @@ def test_chrono_makes_memories_that_last():
     torch.testing.assert_close(h[0, 0], gru.bias_ih_l0[8:16].sigmoid() ** 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_orthogonal_in_half_types_is_that_of_float32_rounded(dtype):
+    torch.manual_seed(0)
+    half = init.orthogonal_(fastrnn.GRU(3, 8, dtype=dtype)).weight_hh_l0
+    torch.manual_seed(0)
+    fastrnn.GRU(3, 8, dtype=dtype)  # draws as many numbers
+    full = init.orthogonal_(fastrnn.GRU(3, 8, device="meta").to_empty(device="cpu")).weight_hh_l0
+    assert half.dtype == dtype and torch.equal(half, full.to(dtype))
+
+
 WEIGHTS = (init.xavier_, init.kaiming_, init.orthogonal_)
 BIASES = (init.forget_bias_, lambda module: init.chrono_(module, 10))
 

@@ -84,9 +84,24 @@ def test_underflow_counts_as_vanishing_and_not_as_a_gain():
     assert record.horizon == 0 and record.verdict == "vanishing"
 
 
-def test_gradients_that_reach_nothing_are_vanishing():
-    record = watched(linear_rnn(1.0), torch.rand(5, B, 4), lambda y: (y * 0).sum()).report()[0]
-    assert record.verdict == "vanishing" and (record.valid == 0).all()
+def test_a_gradient_that_reaches_nothing_tells_nothing():
+    watch = watched(linear_rnn(1.0), torch.rand(5, B, 4), lambda y: (y * 0).sum())
+    record = watch.report()[0]
+    assert record.verdict == "unknown" and (record.valid == 0).all()
+    assert record.horizon is None and record.longest == 0 and "no gradient arrives" in str(watch.report())
+    assert "fastrnn/rnn.l0/h/horizon" not in watch.scalars()
+
+
+def test_a_decoder_called_step_by_step_tells_nothing():
+    module, h, loss = fastrnn.GRU(I, H), None, 0.0
+    with GradientMonitor(module) as watch:
+        for _ in range(T):
+            y, h = module(torch.randn(1, B, I), h)
+            loss = loss + y.sum()
+        loss.backward()
+    record = watch.report()[0]
+    assert (record.verdict, record.horizon, record.longest) == ("unknown", None, 1)
+    assert "what passes between calls is not seen" in str(watch.report())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -97,10 +112,45 @@ def test_not_finite_is_exploding_and_named(bad):
     assert record.verdict == "exploding" and record.first_nonfinite == 5
 
 
+def test_a_forward_that_is_not_finite_is_not_blamed_on_the_gradient():
+    def finding(change, **call):
+        module, x = fastrnn.GRU(I, H, batch_first=call.pop("batch_first", False)), torch.randn(T, B, I)
+        with torch.no_grad():
+            change(module, x)
+        x = x.transpose(0, 1) if module.batch_first else x
+        if call.pop("packed", False):
+            x = pack_padded_sequence(x, torch.tensor([T, T, 8, 1]))
+        watch = watched(module, x, lambda y: (y if torch.is_tensor(y) else y.data).sum(), **call)
+        record, (found,) = watch.report()[0], watch.report().findings
+        assert (record.verdict, record.horizon, record.first_nonfinite is None) == ("unknown", None, False)
+        assert f"forward pass is not finite from step {record.forward_nonfinite} on" in found.summary
+        assert f"from step {record.forward_nonfinite})" in str(watch.report())
+        assert watch.scalars()["fastrnn/gru.l0/h/nonfinite"] == 1 and not watch.scalars()["fastrnn/gru.l0/h/exploding"]
+        return record.forward_nonfinite, found.advice
+
+    def at_step_5(module, x):
+        x[5] = math.nan
+
+    def in_one_sample(module, x):
+        x[5, 2] = math.nan
+
+    def in_the_weights(module, x):
+        module.weight_hh_l0[0, 0] = math.nan
+
+    for change, call in (
+        (at_step_5, {}), (in_one_sample, {}), (in_one_sample, {"batch_first": True}), (in_one_sample, {"packed": True}),
+    ):  # fmt: skip
+        step, advice = finding(change, **call)
+        assert step == 5 and "the weights are finite" in advice[0] and len(advice) == 1
+    step, advice = finding(in_the_weights)
+    assert step == 0 and "the weights are not finite" in advice[0] and len(advice) == 1
+
+
 def test_gain_overflows_to_exploding():
     # 2 * 30^26 is the first norm beyond float32's 3.4e38; the input is small enough for the forward to stay within.
     record = watched(linear_rnn(30.0), 1e-10 * torch.rand(28, B, 4), lambda y: y[-1].sum()).report()[0]
     assert record.verdict == "exploding" and record.first_nonfinite == 27 - 26
+    assert record.horizon is None and record.forward_nonfinite is None
     assert record.gain_median == pytest.approx(30.0, rel=1e-6)
 
 
@@ -152,6 +202,77 @@ def test_padding_does_not_count(bidirectional):
     for a, b in zip(alone, cut, strict=True):
         torch.testing.assert_close(a.gain[:5], b.gain, rtol=1e-5, atol=0, equal_nan=True)
         assert a.verdict == b.verdict
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    "lengths, horizon, longest, verdict",
+    [
+        ([40] * 10, 6, 40, "vanishing"),  # 0.5^6 > 1 % > 0.5^7
+        ([40] * 4 + [5] * 6, 6, 40, "vanishing"),
+        ([40] + [4] * 9, 6, 40, "vanishing"),
+        ([40] * 4 + [10] * 6, 6, 40, "vanishing"),
+        ([10] * 10, 6, 10, "healthy"),  # more than half of the way
+        ([5] * 10, 5, 5, "healthy"),
+    ],
+)
+def test_a_short_sequence_tells_only_of_its_own_length(lengths, horizon, longest, verdict, direction):
+    module, n = linear_rnn(0.5, bidirectional=True), torch.tensor(lengths)
+    module.load_state_dict({k: module.state_dict()[k.removesuffix("_reverse")] for k in module.state_dict()})
+    with GradientMonitor(module) as watch:
+        module(torch.rand(40, 10, 4) + 0.1, lengths=n)[1].sum().backward()
+    record = watch.report()[direction == "reverse"]
+    assert record.direction == direction
+    assert (record.horizon, record.longest, record.verdict) == (horizon, longest, verdict)
+    assert record.gain_median == pytest.approx(0.5, rel=1e-6)
+
+
+def test_sequences_of_one_length_have_the_plain_median_as_horizon():
+    generator = torch.Generator().manual_seed(0)
+    log_gain = torch.randn(60, 9, generator=generator).double() - 0.2
+    log_gain[0] = math.nan  # backward order: nothing comes back to the last step
+    everywhere, nowhere = torch.ones(60, 9, dtype=torch.bool), torch.zeros(60, 9, dtype=torch.bool)
+    kept = (log_gain[1:].cumsum(0) >= math.log(0.01)).cumprod(0).sum(0)
+    assert int(kept.max()) < 59  # all fall
+    _, horizon, longest, *_ = fastrnn.report._judge(log_gain, everywhere, nowhere)
+    assert (horizon, longest) == (int(kept.median()), 60)
+
+
+def test_short_sequences_do_not_outvote_an_explosion():
+    lengths = torch.tensor([40] * 4 + [5] * 6)  # 1.2^39 is over 100, 1.2^4 is not
+    record = watched(linear_rnn(1.2), torch.rand(40, 10, 4), lengths=lengths, loss=lambda y: y[-1].sum() + y[4].sum())
+    record = record.report()[0]
+    assert record.verdict == "exploding" and record.horizon == record.longest == 40
+    assert record.growth == pytest.approx(1.2**39, rel=1e-4)
+
+
+def test_a_segment_tells_only_of_its_own_length():
+    resets = torch.zeros(40, B, dtype=torch.bool)
+    resets[::5] = True
+    record = watched(linear_rnn(0.5), torch.rand(40, B, 4) + 0.1, reset_mask=resets).report()[0]
+    assert (record.horizon, record.longest, record.verdict) == (5, 5, "healthy")
+    resets[::5], resets[20] = False, True
+    record = watched(linear_rnn(0.5), torch.rand(40, B, 4) + 0.1, reset_mask=resets).report()[0]
+    assert (record.horizon, record.longest, record.verdict) == (6, 20, "vanishing")
+
+
+def test_a_loss_in_the_middle_starts_the_way_there():
+    record = watched(linear_rnn(1.0), torch.rand(40, B, 4) + 0.1, lambda y: y[20].sum()).report()[0]
+    assert (record.horizon, record.longest) == (21, 21)
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_a_gain_of_zero_is_no_end_of_a_sequence(reverse):
+    """W_hh = 0, and a loss where each direction ends: nothing of it is carried on, though there is a way to go."""
+    module = linear_rnn(0.0, bidirectional=True)
+    with torch.no_grad():
+        module.weight_hh_l0_reverse.zero_()
+
+    def loss(y):
+        return y[0, :, 4:].sum() + y[-1, :, :4].sum()
+
+    record = watched(module, torch.rand(T, B, 4) + 0.1, loss).report()[reverse]
+    assert (record.verdict, record.horizon, record.longest, record.gain_median) == ("vanishing", 0, T, 0)
 
 
 def test_directions_are_told_apart():
@@ -257,6 +378,19 @@ def test_a_compiled_model_with_taps_allocated_beforehand():
         module(x)
 
 
+def test_a_graph_in_one_piece_asks_for_its_sizes():
+    module, x = fastrnn.GRU(I, H), torch.randn(T, B, I)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with GradientMonitor(compiled), pytest.raises(RuntimeError, match="needs max_steps= and batch="):
+        compiled(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")  # which breaks the graph there
+    with GradientMonitor(compiled) as watch:
+        compiled(x)[0].sum().backward()
+    same(watch.report(), watched(module, x).report())
+
+
 # ------------------------------------------------------------------------------------------------- housekeeping
 
 
@@ -301,6 +435,8 @@ def test_memory_does_not_grow(monkeypatch):
 def test_what_cannot_be_watched_is_refused():
     with pytest.raises(ValueError, match=r"fastrnn\.convert"):
         GradientMonitor(nn.LSTM(I, H))
+    with pytest.raises(ValueError, match=r"LSTMCell holds no .* its single-step cells have no norms"):
+        GradientMonitor(fastrnn.LSTMCell(I, H))
     with pytest.raises(ValueError, match="go together"):
         GradientMonitor(fastrnn.LSTM(I, H), max_steps=5)
 
@@ -310,6 +446,7 @@ def test_what_cannot_be_watched_is_refused():
 
 def test_report_prints_as_a_table():
     watch = watched(fastrnn.LSTM(I, H, bidirectional=True, clip_state_grad_norm=1.0), torch.randn(T, B, I))
+    assert watch.report().records[0].name == "lstm.l0"
     table, *findings = str(watch.report()).split("\n\n")
     lines = table.splitlines()
     assert len(lines) == 5 and lines[0].startswith("layer")

@@ -214,7 +214,12 @@ def test_history_holds_maps_and_curves_of_the_observed_steps():
     assert all(math.isnan(v) for v in past.curve("lstm.l0", "h", "clip_rate"))
     kept = json.loads(json.dumps(past.as_list(), allow_nan=False))
     assert [k["step"] for k in kept] == [0, 1, 2] and kept[1]["records"][0]["horizon"] == past.reports[1][0].horizon
-    assert past.curve("nobody", "h") == pytest.approx([math.nan] * 3, nan_ok=True)
+    for wrong in (("nobody", "h"), ("lstm.l0", "z")):
+        with pytest.raises(ValueError, match=r"there are \[\('lstm.l0', 'c'\), "):
+            past.curve(*wrong)
+        with pytest.raises(ValueError, match="no record"):
+            past.map(*wrong)
+    assert history.History().curve("nobody", "h") == []
 
 
 def test_the_first_training_step_that_is_not_finite():
@@ -314,6 +319,12 @@ def test_pictures_of_nothing_and_of_what_is_not_finite(tmp_path, factor):
 
 
 def test_counts_are_checked():
-    for wrong in ({"every": 0}, {"accumulate": -1}):
-        with pytest.raises(ValueError, match="at least 1"):
+    for wrong in ({"every": 0}, {"accumulate": -1}, {"max_steps": 0, "batch": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is a count and at least 1"):
             GradientMonitor(fastrnn.GRU(I, H), **wrong)
+    for wrong in ({"every": 1.5}, {"accumulate": True}, {"batch": "8", "max_steps": 1}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} should be of type int"):
+            GradientMonitor(fastrnn.GRU(I, H), **wrong)
+    for wrong in (0, -1.0, math.nan, math.inf, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="loss_scale should be a positive number"):
+            GradientMonitor(fastrnn.GRU(I, H), loss_scale=wrong)

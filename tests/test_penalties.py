@@ -32,6 +32,28 @@ def test_temporal_activation_is_the_mean_square_of_real_differences():
     torch.testing.assert_close(penalties.temporal_activation(y, lengths, resets), real.square().mean())
 
 
+def test_batch_first_is_the_same_of_the_transposed():
+    y, lengths = torch.randn(T, B, H), torch.tensor([T, 3, 1])
+    resets = torch.rand(T, B) < 0.3
+    swapped = y.transpose(0, 1)
+    for n in (None, lengths):
+        first, last = penalties.activation(swapped, n, batch_first=True), penalties.activation(y, n)
+        torch.testing.assert_close(first, last)  # the same numbers, summed in another order
+        for mask in (None, resets):
+            first = penalties.temporal_activation(swapped, n, None if mask is None else mask.t(), batch_first=True)
+            torch.testing.assert_close(first, penalties.temporal_activation(y, n, mask))
+
+
+def test_a_single_step_has_no_differences():
+    y = torch.randn(1, B, H, requires_grad=True)
+    for penalty in (
+        penalties.temporal_activation(y),
+        penalties.temporal_activation(y, torch.ones(B, dtype=torch.long)),
+        penalties.temporal_activation(y, reset_mask=torch.zeros(1, B, dtype=torch.bool)),
+    ):
+        assert penalty == 0 and (torch.autograd.grad(penalty, y)[0] == 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------- omega
 
 
@@ -228,13 +250,41 @@ def test_in_a_training_loop_fed_by_the_monitor():
     assert rates[0] == 0 < rates[1] < rates[2] and rates[3] == 0
 
 
+def test_it_goes_on_from_its_state():
+    whole, first, second = (penalties.AdaptiveClip(percentile=50, window=3) for _ in range(3))
+    tensor = second.threshold
+    for clip in (whole, first):
+        clip.update(norms(1.0))
+        clip.update(norms(5.0))
+    state = first.state_dict()
+    first.update(norms(100.0))  # does not reach into the state
+    second.load_state_dict(state)
+    for value in (2.0, 3.0):
+        assert torch.equal(second.threshold, whole.threshold) and second.threshold is tensor
+        for clip in (whole, second):
+            torch.manual_seed(0)
+            clip.update(norms(value))
+    with pytest.raises(ValueError, match="a window of 3 training steps, not 4"):
+        penalties.AdaptiveClip(window=4).load_state_dict(state)
+
+
 def test_update_reads_nothing_back():
     """On the meta device there is nothing to read: a .item() or a branch on a value would raise."""
     clip = penalties.AdaptiveClip(device="meta")
     clip.update(torch.zeros(1, 2, 1, T, B, device="meta"))
 
 
+def test_lengths_of_another_shape_are_refused():
+    for penalty in (penalties.activation, penalties.temporal_activation):
+        with pytest.raises(ValueError, match=r"lengths should have shape \(3,\), got \(7,\)"):
+            penalty(torch.randn(T, B, H), torch.full((T,), 2))
+    with pytest.raises(ValueError, match=r"reset_mask does not fit the output: \[3, 7\], \[7, 3, 5\]"):
+        penalties.temporal_activation(torch.randn(T, B, H), reset_mask=torch.zeros(B, T, dtype=torch.bool))
+
+
 def test_the_arguments_are_checked():
+    with pytest.raises(ValueError, match="norms should be"):
+        penalties.AdaptiveClip().update(torch.ones(T, B))
     with pytest.raises(ValueError, match="percentile"):
         penalties.AdaptiveClip(percentile=101)
     with pytest.raises(ValueError, match="window"):

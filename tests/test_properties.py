@@ -101,7 +101,7 @@ def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, tor
         "clip_state_grad_value": draw(BOUND),
     }
     if network["num_layers"] == 1:
-        network["dropout"] = 0.0  # torch.nn warns of it
+        network |= {"dropout": 0.0, "residual": False, "locked_dropout": False}  # they warn
     if lstm:
         network["proj_size"] = draw(st.integers(0, H - 1))
     if kind.startswith("rnn"):

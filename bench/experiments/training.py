@@ -120,7 +120,7 @@ class Model(nn.Module):
         return self.out(y if self.every_step else y[-1])
 
 
-def diagnose(model: Model, settings: dict, x: Tensor, target: Tensor) -> tuple[str, float | None, int]:
+def diagnose(model: Model, settings: dict, x: Tensor, target: Tensor) -> tuple[str, float | None, int | None]:
     """The monitor on some sequences: verdict, gain per step, horizon. Leaves no gradient behind."""
     with fastrnn.GradientMonitor(model) as monitor:
         TASKS[settings["task"]].loss(model(x), target).backward()
