@@ -291,7 +291,8 @@ def _flow(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    print(f"fastrnn  {fastrnn.__version__}\ntorch    {torch.__version__}\ntriton   {_triton_version()}")
+    print(f"fastrnn  {fastrnn.__version__} in {Path(fastrnn.__file__).parent}")
+    print(f"torch    {torch.__version__}\ntriton   {_triton_version()}")
     print(f"CUDA     {torch.version.cuda or 'torch is built without it'}\npython   {platform.python_version()}")
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     print(f"GPU      {', '.join(gpus) or 'none'}")

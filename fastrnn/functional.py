@@ -103,7 +103,7 @@ def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatc
 def _aten(call: Call, params):
     """The whole call on torch's own kernels."""
     options = call.options
-    names = [name for row in options.suffixes for name in row]
+    names = [name for row in options.suffixes() for name in row]
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     weights = [params[f"{kind}_{name}"] for name in names for kind in kinds if f"{kind}_{name}" in params]
     bias = "bias_ih_l0" in params
@@ -223,7 +223,7 @@ def check(
         states = tuple(s.index_select(1, order) for s in states)
         tap = None if tap is None else tap.index_select(-1, order)
         reset_mask = None if reset_mask is None else reset_mask.index_select(1, order)
-    features = [name for name, on in options.features if on]
+    features = [name for name, on in options.features() if on]
     if tap is not None:
         features.append("tap")
     if lengths is not None:

@@ -34,7 +34,7 @@ class Options(NamedTuple):
     clip_norm: float | Tensor | None = None
     clip_value: float | None = None
 
-    @property
+    # Methods, not properties: the compiler of torch 2.10 cannot read a property of a named tuple.
     def features(self) -> tuple[tuple[str, bool], ...]:
         """Which of `dispatch.FEATURES` are on by these options."""
         between = self.num_layers > 1
@@ -46,7 +46,6 @@ class Options(NamedTuple):
             ("residual", self.residual and between),
         )
 
-    @property
     def suffixes(self) -> list[list[str]]:
         """The endings of the parameters' names, per layer and direction: `l0`, `l0_reverse`, `l1`, ..."""
         ends = ("", "_reverse") if self.bidirectional else ("",)
@@ -187,7 +186,7 @@ def run(
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
     final, outputs = [], []
-    for layer, names in enumerate(options.suffixes):
+    for layer, names in enumerate(options.suffixes()):
         own = []
         for d, name in enumerate(names):
             k = layer * len(names) + d

@@ -5,9 +5,11 @@ FASTRNN_TEST_DEVICE chooses the device; unset, it is a GPU where there is one. A
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+from packaging.version import Version
 
 if not torch.cuda.is_available():
     # Before the first kernel is decorated: it decides once whether it will be compiled or interpreted.
@@ -16,9 +18,39 @@ if not torch.cuda.is_available():
 DEVICE = torch.device(os.environ.get("FASTRNN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def pytest_sessionstart():
+    """Stops at once where the interpreter cannot work, instead of in every test that needs it."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        import numpy
+        import triton
+
+        if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+            raise pytest.UsageError(
+                f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: "
+                "pip install 'numpy<2.4', or Triton 3.7 and later"
+            )
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def set_precision():
+    """`set_precision(place, value)` sets a `fp32_precision` of torch.backends until the test ends.
+
+    torch keeps some of them behind `__getattr__`, and monkeypatch would delete what it cannot find in `__dict__`.
+    """
+    before = []
+
+    def set_until_the_end(place, value):
+        before.append((place, place.fp32_precision))
+        place.fp32_precision = value
+
+    yield set_until_the_end
+    for place, value in reversed(before):
+        place.fp32_precision = value
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers

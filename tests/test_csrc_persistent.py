@@ -100,7 +100,7 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture
-def emulator(library, monkeypatch):
+def emulator(library, monkeypatch, set_precision):
     """`fastrnn.backends.cuda` runs its persistent path on the emulator, into outputs that hold NaN before."""
     emulator = Emulator(library)
 
@@ -115,7 +115,7 @@ def emulator(library, monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     monkeypatch.setattr(cuda, "OPS", emulator)
     monkeypatch.setenv("FASTRNN_CUDA_MODE", "persistent")
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    set_precision(torch.backends.cudnn.rnn, "tf32")
     return emulator
 
 
@@ -395,7 +395,7 @@ def test_a_wait_in_vain_gives_nan_and_the_next_call_raises(emulator, cell, direc
     assert same_bits(problem.forward(cuda), want)  # told once
 
 
-def test_why_a_scan_runs_step_by_step(emulator, monkeypatch):
+def test_why_a_scan_runs_step_by_step(emulator, monkeypatch, set_precision):
     w, half = torch.zeros(4 * 40, 40), torch.zeros(4 * 40, 40, dtype=torch.float16)
     bound = torch.ones(())
 
@@ -409,7 +409,7 @@ def test_why_a_scan_runs_step_by_step(emulator, monkeypatch):
     assert "empty" in why(rows=0)
     assert "32-bit" in why(rows=2**31 // 160 + 1)
     assert "does not fit" in why(torch.zeros(4 * 1281, 1281, dtype=torch.bfloat16))
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    set_precision(torch.backends.cudnn.rnn, "ieee")
     assert "not tf32" in why() and why(half) == ""
     monkeypatch.setenv("FASTRNN_CUDA_MODE", "step")
     assert "is step" in why(half)
@@ -456,12 +456,12 @@ def test_what_the_kernels_do_not_know_runs_step_by_step(emulator):
 
 
 @pytest.fixture
-def native(monkeypatch):
+def native(monkeypatch, set_precision):
     """A function that runs a problem on the GPU: persistent, or step by step."""
     if cuda.MISSING:
         pytest.skip(f"csrc: {cuda.MISSING}")
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    set_precision(torch.backends.cudnn.rnn, "tf32")
+    set_precision(torch.backends.cuda.matmul, "tf32")
 
     def run(problem, mode="persistent"):
         for name, value in vars(problem).items():

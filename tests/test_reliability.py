@@ -172,10 +172,10 @@ CAPTURED = [("local", {}), ("grouped", {}), ("stepwise", {}), ("rows", {}), ("ro
 
 
 @pytest.fixture
-def mode(request, monkeypatch):
+def mode(request, monkeypatch, set_precision):
     """The mode of the Triton scan; grouped takes float32 as TF32 only."""
     monkeypatch.setenv("FASTRNN_TRITON_MODE", request.param)
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    set_precision(torch.backends.cudnn.rnn, "tf32")
 
 
 @pytest.mark.gpu

@@ -12,9 +12,10 @@ LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas stand in 
 def load(device: str) -> str | None:
     """Loads the libraries for a device type, once; None when their ops are there, else the reason why not."""
     for name in LIBRARIES[device]:
-        found = sorted(Path(__file__).parents[1].glob(f"{name}.*so"))
+        package = Path(__file__).parents[1]
+        found = sorted(package.glob(f"{name}.*so"))
         if not found:
-            return f"csrc's library {name} is not built: reinstall with torch and its compiler there (see README)"
+            return f"csrc's library {name} is not in {package}: install it with torch and a compiler there (see README)"
         try:
             torch.ops.load_library(found[0])
         except OSError as error:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +25,14 @@ def _interpreted() -> bool:
 
 
 INSTALLED = find_spec("triton") is not None
+KERNELS = find_spec("fastrnn.kernels") is not None  # not so in a checkout that is imported without being installed
 
 
 def why_not(request) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
+    if not KERNELS:
+        return f"fastrnn.kernels is not installed with {Path(__file__).parents[1]} (see README)"
     if request.device != "cuda" and not _interpreted():
         return (
             f"Triton needs a GPU and the tensors are on {request.device} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
