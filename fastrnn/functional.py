@@ -91,6 +91,21 @@ def _recurrent(cell: str, input, hx, params, backend, *, batch_first: bool = Fal
     return _present(call, input, y, states, c, batch_first)
 
 
+def _step(cell: str, x: Tensor, states: tuple[Tensor, ...], params, backend) -> tuple[Tensor, ...]:
+    """The states `[B, H]` after one step on `x [B, I]`, as torch.nn's cells take it; no `states` are zeros."""
+    if cell in dispatch.ATEN_CELLS and "ln_hh_l0" not in params and dispatch.forced(backend) in (None, "aten"):
+        # A few operations, which can be traced and transformed. A whole call would prepare the weights for many steps.
+        if not states:
+            states = (x.new_zeros(len(x), params["weight_hh_l0"].shape[1]),) * len(CELLS[cell].states)
+        weights = (params.get(f"{kind}_l0") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        new = getattr(torch._VF, f"{cell}_cell")(x, states if cell == "lstm" else states[0], *weights)
+        return new if cell == "lstm" else (new,)
+    hx = tuple(s.unsqueeze(0) for s in states)
+    call = check(cell, x.unsqueeze(0), (hx if cell == "lstm" else hx[0]) if hx else None, params)
+    _, states, _ = _scanned(call, params, False, dispatch.choose(call.request, backend))
+    return tuple(s[0] for s in states)
+
+
 def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:
     """The backend table for a call: each backend, whether it can run it or why not, and what its rank rests on."""
     return dispatch.explanation(check(cell, input, hx, params, **options).request, backend)

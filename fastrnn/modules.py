@@ -379,13 +379,11 @@ class _Cell(nn.Module):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        hidden = tuple((s if s.dim() == 2 else s.unsqueeze(0)).unsqueeze(0) for s in states)
+        states = tuple(s if s.dim() == 2 else s.unsqueeze(0) for s in states)
         params = {f"{name}_l0": getattr(self, name) for name in self.all_names}
-        lstm = self._cell == "lstm"
-        hx = None if not hidden else hidden if lstm else hidden[0]
-        _, state = functional._recurrent(self._cell, x.unsqueeze(0), hx, params, self.backend, training=self.training)
-        squeeze = (lambda s: s[0]) if batched else (lambda s: s[0, 0])
-        return tuple(map(squeeze, state)) if lstm else squeeze(state)
+        state = functional._step(self._cell, x, states, params, self.backend)
+        state = state if batched else tuple(s[0] for s in state)
+        return state if self._cell == "lstm" else state[0]
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
