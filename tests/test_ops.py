@@ -526,6 +526,24 @@ def test_autocast_gives_torch_nns_dtypes_for_a_state_of_another_dtype(kind, step
             assert y.dtype == want[0].dtype, backend
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_gives_the_dtypes_of_torch_nns_cells(kind, half, state, backend):
+    if backend == "cpu" and CPU_REASON is not None:
+        pytest.skip(f"backend cpu: {CPU_REASON}")
+    torchs, x = getattr(nn, kind)(I, H), random(B, I, dtype=torch.float32)
+    ours = fastrnn.convert(torchs)
+    h, c = (None if state is None else random(B, H, seed=k, requires_grad=False).to(state) for k in (2, 3))
+    hx = (h, c) if kind == "LSTMCell" and state is not None else h
+    with torch.autocast("cpu", dtype=half), fastrnn.backend(backend):
+        want, got = flat(torchs(x, hx)), flat(ours(x, hx))
+    assert [v.dtype for v in got] == [v.dtype for v in want]
+    # bfloat16 keeps 8 bits, 4e-3 relative: gates of some ten terms of order one
+    agree([v.float() for v in got], [v.float() for v in want], rtol=0, atol=2e-2)
+
+
 @every_backend
 def test_autocast_leaves_the_cell_state_alone(backend):
     """c0 = 4 + 2^-6 is 4 in bfloat16. Gates that take 1 off it at each of 4 steps leave the 2^-6 to be seen."""
