@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from . import functional, modules
+from . import dispatch, functional, modules
 from .dispatch import Explanation
 
 _KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
@@ -102,7 +102,8 @@ def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
         input, hx, call: as in the module's forward.
     """
     if isinstance(module, modules._Cell):
-        return functional.explain(*module._call(input, hx), backend=module.backend, training=module.training)
+        call = functional.check_step(*module._call(input, hx))
+        return dispatch.explanation(call.request, module.backend)
     if not isinstance(module, modules._Recurrent):
         kind = type(module)
         raise TypeError(f"explain takes a fastrnn.LSTM, GRU, RNN or cell, got {kind.__module__}.{kind.__qualname__}")

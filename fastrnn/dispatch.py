@@ -43,13 +43,16 @@ FEATURES = (
 )  # fmt: skip
 
 
+ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 def _aten_why_not(request: Request) -> str | None:
     # torch's kernels know packed sequences and projections; packing is unfolded before it gets here.
     beyond = request.features - {"projection"}
     if beyond:
         beyond = sorted(beyond)
         return f"torch's own kernels take only plain calls; this one has {', '.join(beyond)}"
-    if request.cell not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    if request.cell not in ATEN_CELLS:
         return f"torch has no {request.cell}"
     return None
 

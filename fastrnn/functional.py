@@ -92,6 +92,26 @@ def _recurrent(cell: str, input, hx, params, backend, *, batch_first: bool = Fal
     return _present(call, input, y, states, c, batch_first)
 
 
+def _step(cell: str, x: Tensor, states: tuple[Tensor, ...], params, backend) -> tuple[Tensor, ...]:
+    """The states `[B, H]` after one step on `x [B, I]`, as torch.nn's cells take it; no `states` are zeros."""
+    if cell in dispatch.ATEN_CELLS and "ln_hh_l0" not in params and dispatch.forced(backend) in (None, "aten"):
+        # A few operations, which can be traced and transformed. A whole call would prepare the weights for many steps.
+        if not states:
+            states = (x.new_zeros(len(x), params["weight_hh_l0"].shape[1]),) * len(CELLS[cell].states)
+        weights = (params.get(f"{kind}_l0") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        new = getattr(torch._VF, f"{cell}_cell")(x, states if cell == "lstm" else states[0], *weights)
+        return new if cell == "lstm" else (new,)
+    call = check_step(cell, x, states, params)
+    _, states, _ = _scanned(call, params, False, dispatch.choose(call.request, backend), step=True)
+    return tuple(s[0] for s in states)
+
+
+def check_step(cell: str, x: Tensor, states: tuple[Tensor, ...], params) -> Call:
+    """The call that a step of a cell is; arguments as of `_step`."""
+    hx = tuple(s.unsqueeze(0) for s in states)
+    return check(cell, x.unsqueeze(0), (hx if cell == "lstm" else hx[0]) if hx else None, params)
+
+
 def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:
     """The backend table for a call: each backend, whether it can run it or why not, and what its rank rests on."""
     return dispatch.explanation(check(cell, input, hx, params, **options).request, backend)
@@ -115,7 +135,7 @@ def _aten(call: Call, params):
     return y, tuple(states)
 
 
-def _scanned(call: Call, params, return_cells: bool, backend: str):
+def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = False):
     x, (h0, *cells), lengths = call.x, call.states, call.lengths
     h_dtype = c_dtype = x.dtype
     device = x.device.type
@@ -124,7 +144,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str):
         lengths = packed_lengths.to(x.device)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        h_dtype, c_dtype = _autocast_dtypes(call, dtype)
+        h_dtype, c_dtype = _autocast_dtypes(call, dtype, step)
         x, h0 = x.to(dtype), h0.to(dtype)
         params = {name: p.to(dtype) for name, p in params.items()}
     with without_autocast(device):
@@ -139,14 +159,18 @@ def _scanned(call: Call, params, return_cells: bool, backend: str):
     return y, states, c
 
 
-def _autocast_dtypes(call: Call, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+def _autocast_dtypes(call: Call, dtype: torch.dtype, step: bool) -> tuple[torch.dtype, torch.dtype]:
     """What torch.nn returns under autocast to `dtype`: the dtypes of output and h, and of c.
 
-    On a GPU `dtype` throughout. On a CPU autocast knows only some of the kernels behind (seen on torch 2.13).
+    On a GPU `dtype` throughout. On a CPU autocast knows only some of the kernels behind (seen on torch 2.13). Of a cell
+    (`step`) it casts the products alone, and where the state before enters a sum, the wider dtype wins.
     """
     plain, projected = call.states[0].dtype, "projection" in call.request.features
     if call.x.device.type != "cpu":
         return dtype, dtype
+    if step:
+        wider = torch.promote_types(dtype, call.states[-1].dtype)
+        return dtype if call.options.cell.startswith("rnn") else wider, wider
     if call.options.cell == "gru" or (call.options.cell == "lstm" and call.packed is not None and not projected):
         return plain, plain
     return dtype, call.states[1].dtype if projected else dtype

@@ -372,12 +372,12 @@ class _Cell(nn.Module):
 
     def forward(self, input: Tensor, hx=None):
         """One step: `input [B, I]` or `[I]`, states `[B, H]` or `[H]` -> the new h; `(h, c)` for the LSTM."""
-        _, state = functional._recurrent(*self._call(input, hx), self.backend, training=self.training)
-        squeeze = (lambda s: s[0]) if input.dim() == 2 else (lambda s: s[0, 0])
-        return tuple(map(squeeze, state)) if self._cell == "lstm" else squeeze(state)
+        state = functional._step(*self._call(input, hx), self.backend)
+        state = state if input.dim() == 2 else tuple(s[0] for s in state)
+        return state if self._cell == "lstm" else state[0]
 
     def _call(self, input: Tensor, hx):
-        """Cell, input, hx and parameters as of a network with one layer, over one step and a batch."""
+        """Cell, input `[B, I]`, states `[B, H]` and the parameters as of a network with one layer."""
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -391,14 +391,12 @@ class _Cell(nn.Module):
         for k, state in enumerate(states):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        x = torch.atleast_2d(input)
-        hidden = tuple(torch.atleast_2d(state).unsqueeze(0) for state in states)
-        for k, state in enumerate(hidden):
-            if state.shape[1:] != (len(x), self.hidden_size):
+        x, rows = torch.atleast_2d(input), tuple(torch.atleast_2d(state) for state in states)
+        for k, state in enumerate(rows):
+            if state.shape != (len(x), self.hidden_size):
                 expected = [*input.shape[:-1], self.hidden_size]
                 raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(states[k].shape)}")
-        params = {f"{name}_l0": getattr(self, name) for name in self.all_names}
-        return self._cell, x.unsqueeze(0), None if not hidden else hidden if lstm else hidden[0], params
+        return self._cell, x, rows, {f"{name}_l0": getattr(self, name) for name in self.all_names}
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

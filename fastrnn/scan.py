@@ -64,7 +64,7 @@ def scan(
         raise NotImplementedError("a scan with a projection takes one direction at a time")
     tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap)):
-        outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend)
+        outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend, keep_c)
     else:
         outputs = ops.scan_forward(*tensors, *masks, cell, reverse, keep_c, backend)
     return ScanOutput(*outputs[:4])
@@ -113,35 +113,45 @@ def without_autocast(device: str):
 
 
 class Scan(Function):
-    """Arguments: those of `ops.scan_forward`, then tap and clipping. Outputs: y, c, h_n, c_n, saved."""
+    """Arguments: those of `ops.scan_forward`, then tap and clipping. Outputs: y, c, h_n, c_n, saved.
+
+    Under torch.compile nothing is differentiated twice: `saved`, and c unless `keep_c`, are not differentiable there.
+    """
 
     @staticmethod
     def forward(*inputs):  # with names, autograd would bind each of them in every call
-        *tensors, _, _, _, cell, reverse, backend = inputs
+        *tensors, _, _, _, cell, reverse, backend, _ = inputs
         return ops.scan_forward(*tensors, cell, reverse, True, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, tap, clip_norm, clip_value, cell, reverse, backend = inputs
+        *tensors, tap, clip_norm, clip_value, cell, reverse, backend, keep_c = inputs
         y, c, _, _, saved = output
         ctx.set_materialize_grads(False)
+        ctx.differentiable = (True,) * 5
+        if torch.compiler.is_compiling():
+            has_c = tensors[4] is not None
+            ctx.differentiable = (True, has_c and keep_c, True, has_c, False)
+            ctx.mark_non_differentiable(*(v for v, d in zip(output, ctx.differentiable, strict=True) if not d))
         ctx.save_for_backward(*tensors[1:], clip_norm, y, c if tensors[4] is not None else None, saved)
         ctx.options = (clip_value, cell, reverse)
         ctx.backend, ctx.device = backend, saved.device.type
         ctx.tapped = tap is not None
 
     @staticmethod
-    def backward(ctx, dy, dc, dh_n, dc_n, dsaved):
+    def backward(ctx, *grads):
+        # A compiler gives zeros where no gradient arrives, also of what is not differentiable.
+        grads = (g if d else None for g, d in zip(grads, ctx.differentiable, strict=True))
         # The forward chose its dtypes; a backward called inside an autocast block must not choose again.
         with without_autocast(ctx.device):
-            return Scan._backward(ctx, dy, dc, dh_n, dc_n, dsaved)
+            return Scan._backward(ctx, *grads)
 
     @staticmethod
     def _backward(ctx, dy, dc, dh_n, dc_n, dsaved):
         (w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, *masks, clip_norm, y, c, saved) = ctx.saved_tensors
         masks, (clip_value, cell, reverse) = Masks(*masks), ctx.options
         if all(g is None for g in (dy, dc, dh_n, dc_n, dsaved)):
-            return (None,) * 19
+            return (None,) * 20
         # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
         again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
         run = ScanBackward.apply if again else ops.scan_backward
@@ -169,12 +179,12 @@ class Scan(Function):
         dln = (None if weight is None else d.sum(-2).to(weight.dtype) for weight, d in norm_weights)
         return (
             dgx, dw_hh, db_hh, dh0, None if c0 is None else dc0, dw_hr, *dln,
-            None, None, None, None, norms if ctx.tapped else None, None, None, None, None, None,
+            None, None, None, None, norms if ctx.tapped else None, *(None,) * 6,
         )  # fmt: skip
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        batch_dims = (-2, None, None, -2, -2, *(None,) * 4, -1, -2, -2, -2, -1, *(None,) * 5)
+        batch_dims = (-2, None, None, -2, -2, *(None,) * 4, -1, -2, -2, -2, -1, *(None,) * 6)
         return _vmap(Scan, batch_dims, (-2,) * 5, info, in_dims, args)
 
 

@@ -12,8 +12,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn.dispatch import BACKENDS, Request
@@ -399,6 +401,63 @@ def test_cells(kind, bias, batched, backend):
     assert type(theirs(x)) is type(ours(x))
     for hx in (None, (h, c) if kind == "LSTMCell" else h):
         agree(found(theirs, hx), found(ours, hx))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cells_step_is_torch_nns_operation_by_operation(kind):
+    """A whole call of torch's prepares the weights for many steps, which a single one does not pay back."""
+
+    class Called(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.ops = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.ops.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def found(cell):
+        x, h, c = (random(B, width, seed=k).float().detach() for k, width in enumerate((I, H, H)))
+        with Called() as called:
+            y = leaves_of(cell(x, (h, c) if kind == "LSTMCell" else h))
+            gradients = torch.autograd.grad(sum(v.sum() for v in y), list(cell.parameters()))
+        return called.ops, (*y, *gradients)
+
+    theirs, ours = cell_pair(kind, None)
+    (expected_ops, expected), (ops, got) = found(theirs.float()), found(ours.float())
+    assert ops == expected_ops
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@every_backend
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_under_transforms_and_compilation(kind, backend):
+    theirs, ours = cell_pair(kind, backend)
+    x, h, c = random(B, I), random(B, H, seed=1), random(B, H, seed=2)
+
+    def gradient(cell):
+        def loss(params, x, h, c):
+            y = functional_call(cell, params, (x, (h, c) if kind == "LSTMCell" else h))
+            return sum(v.square().sum() for v in leaves_of(y))
+
+        return torch.func.grad(loss, argnums=(0, 1, 2))
+
+    def second(cell):
+        params = dict(cell.named_parameters())
+        first = gradient(cell)(params, x, h, c)
+        penalty = sum(g.square().sum() for g in (*first[0].values(), *first[1:]))
+        return dict(enumerate(torch.autograd.grad(penalty, (x, h, *cell.parameters()))))
+
+    agree(second(theirs), second(ours))
+    params = {name: p.detach() for name, p in theirs.named_parameters()}
+    samples = x.detach(), h.detach(), c.detach()
+    per_sample = torch.func.vmap(gradient(ours), in_dims=(None, 0, 0, 0))(params, *samples)
+    each = [gradient(theirs)(params, *(s[b] for s in samples)) for b in range(B)]
+    agree({n: torch.stack([e[0][n] for e in each]) for n in params}, per_sample[0])
+    torch._dynamo.reset()  # it counts the compilations of a forward over all modules
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    hx = (h, c) if kind == "LSTMCell" else h
+    agree(*(dict(enumerate(leaves_of(cell(x, hx)))) for cell in (theirs, compiled)))
 
 
 @pytest.mark.parametrize("bias", [True, False])

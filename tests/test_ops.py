@@ -185,7 +185,9 @@ class Tagger(nn.Module):
         self.outer = nn.LazyLinear(2)
 
     def forward(self, x, **call):
-        return self.outer(self.rnn(self.inner(x).tanh(), **call)[0]).square().mean()
+        y, *others = self.rnn(self.inner(x).tanh(), **call)
+        cells = others[1].square().mean() if len(others) > 1 else 0
+        return self.outer(y).square().mean() + cells
 
 
 def tagger(name="LSTM", **settings):
@@ -210,6 +212,8 @@ CALLS = {
     "lengths": ({"bidirectional": True}, {"lengths": torch.tensor([4, 1, 2])}),
     "features": ({"layer_norm": True, "zoneout": 0.3, "clip_state_grad_norm": 0.1}, {"tap": True}),
     "clip tensor": ({"clip_state_grad_norm": torch.tensor(0.01)}, {}),
+    "projection": ({"proj_size": 2}, {}),
+    "cells": ({}, {"return_cells": True}),
 }
 
 
@@ -220,17 +224,16 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def compiled_equals_eager(backend, name, case):
+def compiled_equals_eager(compiler, name, case, training=False, **more):
     settings, call = CALLS[case]
-    model = tagger(name, **settings)
     # zoneout draws: its masks may come in another order from a compiler, so it is held in eval mode
-    model.eval()
+    model = tagger(name, **settings, **more).train(training)
     call, x = dict(call), torch.randn(T, B, I)
     if call.pop("tap", False):
         rows = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
         call["tap"] = (rows, 2, 2 if name == "LSTM" else 1, T, B)
     expected = loss_and_gradients(model, model, x, **call)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     agree(loss_and_gradients(compiled, model, x, **call), expected, **SINGLE)
     assert all(v.abs().sum() > 0 for v in expected)
 
@@ -245,6 +248,32 @@ def test_fullgraph_compile_equals_eager(name, case):
 @pytest.mark.slow
 def test_inductor_equals_eager():
     compiled_equals_eager("inductor", "LSTM", "tap")
+
+
+@pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+@pytest.mark.parametrize(
+    "compiler, name, case, training",
+    [
+        *(("aot_eager", name, case, False) for name in ("LSTM", "GRU") for case in ("tap", "features")),
+        *(("aot_eager", name, case, True) for name in ("LSTM", "RNN") for case in ("plain", "lengths", "clip tensor")),
+        *(("aot_eager", "LSTM", case, True) for case in ("projection", "cells")),
+        pytest.param("inductor", "LSTM", "features", False, marks=pytest.mark.slow),
+        pytest.param("inductor", "GRU", "lengths", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_step_takes_the_backend_of_the_eager_one(compiler, name, case, training, monkeypatch):
+    """Forward and backward; and zeros in place of a gradient that never arrives do not send it elsewhere, or cost."""
+    calls, run = [], fastrnn.ops._run
+
+    def spy(scan, backend, w_hh, tensors, *rest):
+        # dc, dsaved: which gradients the backward was called with
+        given = (tensors[1] is not None, tensors[4] is not None) if scan == "scan_backward" else ()
+        calls.append((scan, backend, *given))
+        return run(scan, backend, w_hh, tensors, *rest)
+
+    monkeypatch.setattr("fastrnn.ops._run", spy)
+    compiled_equals_eager(compiler, name, case, training, backend="cpu")
+    assert set(calls) == {("scan_forward", "cpu"), ("scan_backward", "cpu", case == "cells", False)}
 
 
 def test_compile_under_no_grad():
@@ -495,6 +524,24 @@ def test_autocast_gives_torch_nns_dtypes_for_a_state_of_another_dtype(kind, step
             with fastrnn.backend(backend):
                 y, _ = ours(x, hx)
             assert y.dtype == want[0].dtype, backend
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_gives_the_dtypes_of_torch_nns_cells(kind, half, state, backend):
+    if backend == "cpu" and CPU_REASON is not None:
+        pytest.skip(f"backend cpu: {CPU_REASON}")
+    torchs, x = getattr(nn, kind)(I, H), random(B, I, dtype=torch.float32)
+    ours = fastrnn.convert(torchs)
+    h, c = (None if state is None else random(B, H, seed=k, requires_grad=False).to(state) for k in (2, 3))
+    hx = (h, c) if kind == "LSTMCell" and state is not None else h
+    with torch.autocast("cpu", dtype=half), fastrnn.backend(backend):
+        want, got = flat(torchs(x, hx)), flat(ours(x, hx))
+    assert [v.dtype for v in got] == [v.dtype for v in want]
+    # bfloat16 keeps 8 bits, 4e-3 relative: gates of some ten terms of order one
+    agree([v.float() for v in got], [v.float() for v in want], rtol=0, atol=2e-2)
 
 
 @every_backend
