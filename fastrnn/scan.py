@@ -173,7 +173,10 @@ class Scan(Function):
             db_hh = dgh.sum((-3, -2)) if ln_hh is None else db_hh.sum(-2).to(b_hh.dtype)
         dw_hr = None
         if w_hr is not None:
-            out = _unprojected(saved, previous_state(c, c0, masks.flags, reverse), ln_c_weight, ln_c_bias)
+            new_c = c  # that of the cell, unless zoneout mixes it with the one before
+            if masks.zone_c is not None:
+                new_c = lstm_cell_state(saved.to(c.dtype), previous_state(c, c0, masks.flags, reverse))
+            out = _unprojected(saved, new_c, ln_c_weight, ln_c_bias)
             dw_hr = _over_steps(dh_new, out.to(dh_new.dtype))
         norm_weights = zip((ln_hh, ln_c_weight, ln_c_bias), dln, strict=True)
         dln = (None if weight is None else d.sum(-2).to(weight.dtype) for weight, d in norm_weights)
@@ -204,11 +207,10 @@ def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
     return linear(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
 
 
-def _unprojected(saved, c_prev, ln_c_weight, ln_c_bias):
+def _unprojected(saved, c, ln_c_weight, ln_c_bias):
     """The LSTM's h before the projection, `[T, B, H]` acc."""
-    saved = saved.to(c_prev.dtype)
     ln_c = None if ln_c_weight is None else LayerNorm(ln_c_weight, ln_c_bias)
-    return lstm_output(saved, lstm_cell_state(saved, c_prev), ln_c)
+    return lstm_output(saved.to(c.dtype), c, ln_c)
 
 
 def _differentiable_backward(*arguments):
