@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .barrier import unless_stuck
 from .memory import PAD, RESET, START, choose, each_row, hidden_tile, load_flags, load_planes, load_tile, store_planes
-from .norms import clip_scale, row_norm, row_norms
+from .norms import clip_scale, row_norm
 from .products import grouped_product_back, scaled, streamed_product_back
 
 
@@ -100,24 +100,19 @@ def arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, ins
 
 
 @triton.jit
-def tile_norms(tiles, flags, COUNT: tl.constexpr):
-    """The norms `[BLOCK_B]` of the rows of each tile, zero at padding."""
-    norms = row_norms(tiles, COUNT)
+def tile_norm(tile, flags):
+    """The norms `[BLOCK_B]` of the rows of a tile, zero at padding."""
+    norm = row_norm(tile)
     if flags is not None:
-        found, norms = norms, ()
-        for k in tl.static_range(COUNT):
-            norms = norms + (tl.where((flags & PAD) != 0, 0.0, found[k]),)
-    return norms
+        norm = tl.where((flags & PAD) != 0, 0.0, norm)
+    return norm
 
 
 @triton.jit
-def store_norms(ptr, row, batch, rows, row_inside, total, carried, flags, S: tl.constexpr, STRIDE, APART):
-    """The norms of this tile of S states, total and carried. STRIDE rows of the batch lie between states, APART between
-    what is total and what is carried."""
-    norms = tile_norms(total + carried, flags, 2 * S)
-    for k in tl.static_range(2 * S):
-        at = row + (k % S * STRIDE + k // S * APART) * batch
-        tl.store(ptr + at + rows, norms[k], mask=row_inside)
+def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
+    """The norm of this tile of each state; STRIDE rows of the batch lie between states."""
+    for s in tl.static_range(S):
+        tl.store(ptr + row + s * STRIDE * batch + rows, tile_norm(tiles[s], flags), mask=row_inside)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ PAD = tl.constexpr(1)
 RESET = tl.constexpr(2)
 START = tl.constexpr(4)
 
+WIDE = tl.constexpr(32)  # columns: changes of layout are avoided from here on; narrower tiles would spill
+
 EVERY_CACHE = tl.constexpr("")  # a plain string cannot be a default in Triton 3.6
 
 
@@ -75,18 +77,19 @@ def load_tile(ptr, row, rows, cols, inside, H: tl.constexpr):
 
 @triton.jit
 def store_planes(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
-    """Three or four planes as one tile, because every change of layout on the way to memory takes barriers."""
+    """Three or four planes of a wide tile as one: every change of layout on the way to memory takes barriers."""
     dtype: tl.constexpr = ptr.dtype.element_ty
-    ptrs = ptr + row * (PLANES * H) + rows[:, None] * (PLANES * H) + cols[None, :]
-    if PLANES < 3:
+    if PLANES < 3 or cols.shape[0] < WIDE:
         for k in tl.static_range(PLANES):
-            tl.store(ptrs + k * H, planes[k].to(dtype), mask=inside)
+            offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
+            tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(dtype), mask=inside)
     else:
         first = tl.join(planes[0].to(dtype), planes[1].to(dtype))
         last = tl.join(planes[2].to(dtype), planes[PLANES - 1].to(dtype))
         plane = (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
+        offsets = rows[:, None, None, None] * (PLANES * H) + plane * H + cols[None, :, None, None]
         exists = inside[:, :, None, None] & (plane < PLANES)
-        tl.store(ptrs[:, :, None, None] + plane * H, tl.join(first, last), mask=exists)
+        tl.store(ptr + row * (PLANES * H) + offsets, tl.join(first, last), mask=exists)
 
 
 @triton.jit

@@ -9,45 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
-def square(x):
-    """In float64, where the square of no float32 over- or underflows."""
-    wide = x.to(tl.float64)
-    return wide * wide
-
-
-@triton.jit
-def root(x):
-    """The square root of a float64 in float32, without one in float64: a factor of four to some power comes before, its
-    root after."""
-    up = tl.where(x < 1e-30, 2.0**192, tl.where(x > 1e30, 2.0**-192, 1.0))
-    down = tl.where(x < 1e-30, 2.0**-96, tl.where(x > 1e30, 2.0**96, 1.0))
-    return tl.sqrt((x * up).to(tl.float32)) * down
-
-
-@triton.jit
-def row_norms(tiles, COUNT: tl.constexpr):
-    """Euclidean norms over the last dimension of 1, 2 or 4 tiles: each `[R, N] -> [R]`, float32; NaN stays NaN.
-
-    All in one reduction, because every reduction makes the warps of a program wait for each other.
-    """
-    if COUNT == 1:
-        sums = (tl.sum(square(tiles[0]), 1),)
-    elif COUNT == 2:
-        sums = tl.split(tl.sum(tl.join(square(tiles[0]), square(tiles[1])), 1))
-    else:
-        tl.static_assert(COUNT == 4)
-        first, second = tl.join(square(tiles[0]), square(tiles[1])), tl.join(square(tiles[2]), square(tiles[3]))
-        first, second = tl.split(tl.sum(tl.join(first, second), 1))
-        sums = tl.split(first) + tl.split(second)
-    norms = ()
-    for k in tl.static_range(COUNT):
-        norms = norms + (root(sums[k]),)
-    return norms
-
-
-@triton.jit
 def row_norm(x):
-    return row_norms((x,), 1)[0]
+    """Euclidean norm over the last dimension. `[R, N] -> [R]`, float32; right from 1e-45 to 3e38, NaN stays NaN.
+
+    Squares are taken of x times an exact power of two, so that those of the largest element stay in range.
+    """
+    largest = tl.max(tl.abs(x), 1)
+    up = tl.where(largest < 1e-15, 2.0**96, tl.where(largest > 1e15, 2.0**-96, 1.0))
+    down = tl.where(largest < 1e-15, 2.0**-96, tl.where(largest > 1e15, 2.0**96, 1.0))
+    scaled = x * up[:, None]
+    return tl.sqrt(tl.sum(scaled * scaled, 1)) * down
 
 
 @triton.jit

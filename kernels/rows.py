@@ -33,7 +33,7 @@ from .gradients import (
     previous_states,
     store_norms,
     through_zoneout,
-    tile_norms,
+    tile_norm,
 )  # fmt: skip
 from .layer_norm import normalize, normalize_backward
 from .memory import PAD, RESET, choose, hidden_tile, load_flags, load_planes, load_tile, store_planes, store_tile
@@ -342,7 +342,9 @@ def backward_kernel(
     total = total_of(CELL_TOTAL, saved, before, fresh, ln_c, inside, H)
     if norms_ptr is not None:
         at, whole = (OWN * T + t) * batch + origin, (dstate[0],) + total[1:]
-        store_norms(norms_ptr, at, batch, rows, row_inside, whole[OWN:], carry[OWN:], flags, S - OWN, T, S * T)
+        store_norms(norms_ptr, at, batch, rows, row_inside, whole[OWN:], flags, S - OWN, T)
+        at += S * T * batch
+        store_norms(norms_ptr, at, batch, rows, row_inside, carry[OWN:], flags, S - OWN, T)
     if clip_value is not None:
         clamped = clamp(dstate, clip_value, S)
         if cell_ptr is not None:  # clamped before the projection
@@ -352,13 +354,12 @@ def backward_kernel(
         total = total_of(CELL_TOTAL, saved, before, fresh, ln_c, inside, H)
     if bound_ptr is not None:
         if cell_ptr is None:
-            norms = tile_norms((dstate[0],) + total[1:], flags, S)
+            norm_h = tile_norm(dstate[0], flags)
         else:
             norm_h = tl.load(norm_h_ptr + origin + rows, mask=row_inside, other=0.0)
-            norms = (norm_h,) + tile_norms(total[1:], flags, S - 1)
-        parts = place(norms[0], 0, S)
+        parts = place(norm_h, 0, S)
         for s in tl.static_range(1, S):
-            parts += place(norms[s], s, S)
+            parts += place(tile_norm(total[s], flags), s, S)
         scale = clip_scales(parts, bound_ptr)
         fresh, past, total = scaled(fresh, scale, S), scaled(past, scale, S), scaled(total, scale, S)
         if scales_ptr is not None:
@@ -425,14 +426,15 @@ def settle_backward_kernel(
     if dy_ptr is not None:
         dh = carry + load_tile(dy_ptr, row, rows, cols, inside, P)
     if norms_ptr is not None:
-        store_norms(norms_ptr, row, batch, rows, row_inside, (dh,), (carry,), flags, 1, T, S * T)
+        store_norms(norms_ptr, row, batch, rows, row_inside, (dh,), flags, 1, T)
+        store_norms(norms_ptr, row + S * T * batch, batch, rows, row_inside, (carry,), flags, 1, T)
     if unclamped_ptr is not None:
         fresh, past = through_zoneout((dh,), (zone_h_ptr,), row, rows, cols, inside, 1, P)
         store_tile(unclamped_ptr, origin, rows, cols, inside, fresh[0], P)
     if clip_value is not None:
         dh = clamp((dh,), clip_value, 1)[0]
     if norm_h_ptr is not None:
-        tl.store(norm_h_ptr + origin + rows, tile_norms((dh,), flags, 1)[0], mask=row_inside)
+        tl.store(norm_h_ptr + origin + rows, tile_norm(dh, flags), mask=row_inside)
     fresh, past = through_zoneout((dh,), (zone_h_ptr,), row, rows, cols, inside, 1, P)
     rest = past_weights(past, (tl.zeros_like(dh),), (carry,), flags, 1)
     store_tile(dh_new_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, fresh[0]), P)

@@ -34,12 +34,13 @@ from .gradients import (
     receive,
     store_norms,
     through_zoneout,
-    tile_norms,
+    tile_norm,
     where_all,
 )  # fmt: skip
 from .memory import (
     PAD,
     RESET,
+    WIDE,
     choose,
     each_row,
     hidden_tile,
@@ -289,7 +290,7 @@ def backward_kernel(
             )
             direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
             carry = carries[n]
-            if MODE == "grouped":
+            if MODE == "grouped" and BLOCK_H >= WIDE:
                 saved, before = beside(carry[0], saved, i, K), beside(carry[0], before, i, S)
                 direct = beside(carry[0], direct, i, S)
             if not LOCAL:
@@ -306,16 +307,17 @@ def backward_kernel(
             total = CELL_TOTAL(saved, before, fresh)
             if norms_ptr is not None:
                 at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
-                whole = (dstate[0],) + total[1:]
-                store_norms(norms_ptr, at, batch, rows, live, whole, carry, flags, S, T * TILES, S * T * TILES)
+                store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
+                at += S * T * batch * TILES
+                store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
             if clip_value is not None:
                 dstate = clamp(dstate, clip_value, S)
                 fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
                 total = CELL_TOTAL(saved, before, fresh)
             if bound_ptr is not None:
-                norms = tile_norms((dstate[0],) + total[1:], flags, S)
+                whole = (dstate[0],) + total[1:]
                 for s in tl.static_range(S):
-                    parts += place(norms[s], s * TILES + first + n, WIDTH)
+                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
             dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
             gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
