@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 
 from .barrier import unless_stuck
-from .memory import PAD, RESET, START, choose, each_row, hidden_tile, load_flags, load_planes, load_tile, store_planes
+from .memory import (
+    PAD,
+    RESET,
+    START,
+    WIDE,
+    choose,
+    each_row,
+    hidden_tile,
+    load_flags,
+    load_planes,
+    load_tile,
+    store_as_one,
+    store_planes,
+)  # fmt: skip
 from .norms import clip_scale, row_norm
 from .products import grouped_product_back, scaled, streamed_product_back
 
@@ -125,10 +138,20 @@ def clip_scales(parts, bound_ptr):
 
 
 @triton.jit
+def store_gates(ptr, row, rows, cols, inside, gates, G: tl.constexpr, H: tl.constexpr, GROUPED: tl.constexpr):
+    """With as few barriers as it goes where the programs of a group wait for it."""
+    if GROUPED and G >= 3 and cols.shape[0] >= WIDE:
+        store_as_one(ptr, row, rows, cols, inside, gates, G, H)
+    else:
+        store_planes(ptr, row, rows, cols, inside, gates, G, H)
+
+
+@triton.jit
 def leave(
     dgx, dgh, parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
     slot, origin, rows, row_inside, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):  # fmt: skip
     """The gate gradients of step `i`, where the other programs of the group look for them at the step that follows.
 
@@ -138,14 +161,14 @@ def leave(
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
     if parts_ptr is None:
-        store_planes(dgx_ptr, row, rows, cols, inside, dgx, G, H)
+        store_gates(dgx_ptr, row, rows, cols, inside, dgx, G, H, GROUPED)
         if dgh_ptr is not None:
-            store_planes(dgh_ptr, row, rows, cols, inside, dgh, G, H)
+            store_gates(dgh_ptr, row, rows, cols, inside, dgh, G, H, GROUPED)
     else:
         at = i % 2 * slot
-        store_planes(sent_x_ptr, at + origin, rows, cols, inside, dgx, G, H)
+        store_gates(sent_x_ptr, at + origin, rows, cols, inside, dgx, G, H, GROUPED)
         if dgh_ptr is not None:
-            store_planes(sent_h_ptr, at + origin, rows, cols, inside, dgh, G, H)
+            store_gates(sent_h_ptr, at + origin, rows, cols, inside, dgh, G, H, GROUPED)
         columns = tl.arange(0, WIDTH)
         own = (columns < S * TILES) & (columns % TILES == tile)
         offsets = at * (S * TILES) + columns[None, :] * slot + origin + rows[:, None]

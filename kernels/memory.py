@@ -77,19 +77,22 @@ def load_tile(ptr, row, rows, cols, inside, H: tl.constexpr):
 
 @triton.jit
 def store_planes(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
-    """Three or four planes of a wide tile as one: every change of layout on the way to memory takes barriers."""
+    for k in tl.static_range(PLANES):
+        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
+        tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_as_one(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
+    """Three or four planes, joined to one tile: every change of layout on the way to memory takes barriers."""
+    tl.static_assert(PLANES == 3 or PLANES == 4)
     dtype: tl.constexpr = ptr.dtype.element_ty
-    if PLANES < 3 or cols.shape[0] < WIDE:
-        for k in tl.static_range(PLANES):
-            offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-            tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(dtype), mask=inside)
-    else:
-        first = tl.join(planes[0].to(dtype), planes[1].to(dtype))
-        last = tl.join(planes[2].to(dtype), planes[PLANES - 1].to(dtype))
-        plane = (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
-        offsets = rows[:, None, None, None] * (PLANES * H) + plane * H + cols[None, :, None, None]
-        exists = inside[:, :, None, None] & (plane < PLANES)
-        tl.store(ptr + row * (PLANES * H) + offsets, tl.join(first, last), mask=exists)
+    first = tl.join(planes[0].to(dtype), planes[1].to(dtype))
+    last = tl.join(planes[2].to(dtype), planes[PLANES - 1].to(dtype))
+    plane = (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
+    offsets = rows[:, None, None, None] * (PLANES * H) + plane * H + cols[None, :, None, None]
+    exists = inside[:, :, None, None] & (plane < PLANES)
+    tl.store(ptr + row * (PLANES * H) + offsets, tl.join(first, last), mask=exists)
 
 
 @triton.jit

@@ -345,7 +345,7 @@ def backward_kernel(
         else:
             leave(
                 gates_x[0], gates_h[0], parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-                slot, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH,
+                slot, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH, MODE == "grouped",
             )  # fmt: skip
             arrive(arrived)
             carries = rests
