@@ -14,9 +14,14 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 sums serve all."""
 
 
+def transformed() -> bool:
+    """Under a torch.func transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def tracing() -> bool:
     """Under torch.compile, torch.export or a torch.func transform, where values cannot be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or transformed()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from . import ops, reference
 from .cells import CELLS
 from .directions import each_direction, walks_back
-from .linear import linear, tracing
+from .linear import linear, tracing, transformed
 from .reference import LayerNorm, Masks, lstm_cell_state, lstm_output, previous_state
 
 
@@ -63,7 +63,9 @@ def scan(
     if gx.dim() == 4 and weights.w_hr is not None:
         raise NotImplementedError("a scan with a projection takes one direction at a time")
     tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap)):
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap))
+    # Under vmap a tensor does not say that what it is a part of requires grad; and vmap knows the function, not the op.
+    if differentiated or (not torch.compiler.is_compiling() and transformed()):
         outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend, keep_c)
     else:
         outputs = ops.scan_forward(*tensors, *masks, cell, reverse, keep_c, backend)

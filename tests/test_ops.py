@@ -398,6 +398,40 @@ def test_vmap_over_weights_and_lengths(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("mapped", ["weights", "input"])
+def test_a_backward_from_outside_of_vmap(kind, mapped):
+    """Where all that requires grad is mapped over, as in the training of an ensemble, nothing inside says that it is."""
+    members = [make(kind) for _ in range(3)]
+    weights, _ = torch.func.stack_module_state(members)
+    x = random(3, T, B, I)
+    if mapped == "input":
+        weights = {name: p.detach() for name, p in weights.items()}
+    else:
+        x = x.detach()
+    leaves = (x,) if mapped == "input" else tuple(weights.values())
+
+    def member(p, x):
+        return functional_call(members[0], p, (x,))[0].square().sum()
+
+    got = torch.autograd.grad(vmap(member)(weights, x).sum(), leaves)
+    one_by_one = [member({name: p[k] for name, p in weights.items()}, x[k]) for k in range(3)]
+    agree(got, torch.autograd.grad(sum(one_by_one), leaves))
+
+
+def test_vmap_without_gradients_folds_the_batch():
+    """No loop over the samples, of which PyTorch would warn."""
+    model, x = make("LSTM"), random(3, T, B, I, requires_grad=False)
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        with torch.no_grad():
+            got = vmap(lambda x: model(x)[0])(x)
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+    agree(got, [model(each)[0] for each in x])
+
+
+@every_kind
 def test_jacobian_and_hessian(kind):
     ours, theirs_at = make(kind), random(T, I, requires_grad=False)
     jacobian = jacrev(lambda x: ours(x)[0])(theirs_at)
