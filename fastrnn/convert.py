@@ -58,8 +58,8 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
         The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
         same objects, and so are buffers, submodules and attributes that were added to such a module. Forward and
         backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized ones, say), modules whose
-        weights hooks compute (weight_norm, pruning), and those with a method of their own in place of the class's, are
-        left alone, with a warning.
+        weights hooks or a wrapper compute (weight_norm, pruning, weight drop), and those with a method of their own in
+        place of the class's, are left alone, with a warning.
 
     Raises:
         ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
@@ -74,7 +74,8 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
         if module in replaced:
             return replaced[module]
         if type(module) in kinds and modules.has_computed_weights(module):
-            warnings.warn(f"{type(module).__name__} has weights that hooks compute and was left as it is", stacklevel=3)
+            weights = "weights that hooks or a wrapper compute"
+            warnings.warn(f"{type(module).__name__} has {weights} and was left as it is", stacklevel=3)
         elif type(module) in kinds and (
             methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]
         ):

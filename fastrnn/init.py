@@ -75,7 +75,7 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS)
             raise ValueError(f"{where} has parametrized weights: initialise it before you parametrize it")
         parameters, gates = dict(module.named_parameters(recurse=False)), CELLS[cell].gates
         if has_computed_weights(module):
-            raise ValueError(f"{where} has weights that hooks compute (weight_norm, pruning): initialise it before")
+            raise ValueError(f"{where} has weights that hooks or a wrapper compute (pruning, say): initialise first")
         for end in (key.removeprefix("weight_hh") for key in parameters if key.startswith("weight_hh")):
             split = {
                 kind: dict(zip(gates, parameters[kind + end].split(module.hidden_size), strict=True))

@@ -86,10 +86,16 @@ def _shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool)
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether hooks make weights anew at every call, so that they are attributes and no parameters: torch.nn.utils'
-    weight_norm, spectral_norm and prune."""
-    kinds = ("weight_", "bias_")
-    return any(name.startswith(kinds) and isinstance(value, Tensor) for name, value in vars(module).items())
+    """Whether somebody makes weights anew at every call, so that they are attributes and no parameters: torch.nn.utils'
+    weight_norm, spectral_norm and prune; a wrapper that drops weights, whose attributes are not there before a call."""
+    kinds, stored = ("weight_", "bias_"), module._parameters
+    if any(name.startswith(kinds) and isinstance(value, Tensor) for name, value in vars(module).items()):
+        return True
+    ends = [""]
+    if hasattr(module, "num_layers"):
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
+    return not all(f"{kind}{end}" in stored for kind in ("weight_ih", "weight_hh") for end in ends)
 
 
 class _Recurrent(nn.Module):
@@ -179,11 +185,12 @@ class _Recurrent(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Lays the weights out in the one chunk that cuDNN wants; matters only to the `aten` backend on a GPU."""
-        weights = [weight for row in self.all_weights for weight in row]
+        # Only what is stored: a computed weight may not be there yet, or change by being looked at (spectral norm).
+        weights = [self._parameters.get(name) for row in self.all_names for name in row]
         first = weights[0]
         if self.layer_norm or self._cell not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             return
-        if not all(w.is_cuda and w.dtype == first.dtype and type(w) is Parameter for w in weights):
+        if not all(type(w) is Parameter and w.is_cuda and w.dtype == first.dtype for w in weights):
             return
         if not torch.backends.cudnn.is_acceptable(first) or len({w.data_ptr() for w in weights}) != len(weights):
             return

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import prune
@@ -596,21 +597,50 @@ def test_convert_leaves_subclasses_alone_and_warns():
     assert type(model[0]) is Own
 
 
+def drop_weight(module, name):
+    """As wrappers that drop weights do it: the parameter renamed, and set as an attribute before every call."""
+    raw = module._parameters.pop(name)
+    module.register_parameter(f"{name}_raw", nn.Parameter(raw.data))
+    return lambda: setattr(module, name, F.dropout(module._parameters[f"{name}_raw"], 0.5))
+
+
+def test_a_weight_that_is_not_there_before_the_call():
+    """Moved to another dtype in between, as torch.nn's module may be."""
+    theirs, ours = pair("LSTM")
+    results = []
+    for module in (theirs, ours):
+        set_weight = drop_weight(module, "weight_hh_l0")
+        module.to(torch.float32).flatten_parameters()
+        torch.manual_seed(0)
+        set_weight()
+        results.append(module(torch.ones(T, B, I))[0])
+    assert torch.equal(*results)
+
+
+def test_flattening_does_not_look_at_computed_weights():
+    """Spectral norm's estimate moves on with every look in training."""
+    ours = nn.utils.parametrizations.spectral_norm(fastrnn.GRU(I, H), "weight_hh_l0")
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    ours.flatten_parameters()
+    assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda m: torch.nn.utils.spectral_norm(m, "weight_hh_l0"),
         lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.5),
+        lambda m: drop_weight(m, "weight_hh_l0"),
     ],
-    ids=["spectral_norm", "prune"],
+    ids=["spectral_norm", "prune", "weight drop"],
 )
 def test_convert_leaves_modules_alone_whose_weights_hooks_compute(change):
     model = torch.nn.Sequential(torch.nn.GRU(3, 4))
     change(model[0])
-    with pytest.warns(UserWarning, match="hooks compute"):
+    with pytest.warns(UserWarning, match="hooks or a wrapper compute"):
         fastrnn.convert(model)
     assert type(model[0]) is torch.nn.GRU and not any(p.is_meta for p in model.parameters())
-    with pytest.raises(ValueError, match="hooks compute"):
+    with pytest.raises(ValueError, match="hooks or a wrapper compute"):
         fastrnn.init.orthogonal_(model)
 
 

@@ -400,7 +400,7 @@ def test_vmap_over_weights_and_lengths(kind):
 @every_kind
 @pytest.mark.parametrize("mapped", ["weights", "input"])
 def test_a_backward_from_outside_of_vmap(kind, mapped):
-    """Where all that requires grad is mapped over, as in the training of an ensemble, nothing inside says that it is."""
+    """Where all that requires grad is mapped over, as in training an ensemble, nothing inside says that it is."""
     members = [make(kind) for _ in range(3)]
     weights, _ = torch.func.stack_module_state(members)
     x = random(3, T, B, I)
