@@ -175,6 +175,16 @@ class _Recurrent(nn.Module):
         raise TypeError("instantiate LSTM, GRU or RNN")
 
     @property
+    def mode(self) -> str:
+        """The cell as torch.nn names it: LSTM, GRU, RNN_TANH, ..."""
+        return self._cell.upper()
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """torch.nn's name for the names, which initialisation in many a published model reads."""
+        return self.all_names
+
+    @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters per layer and direction, as in torch.nn."""
         return [[getattr(self, name) for name in names] for names in self.all_names]
@@ -194,7 +204,7 @@ class _Recurrent(nn.Module):
             return
         if not torch.backends.cudnn.is_acceptable(first) or len({w.data_ptr() for w in weights}) != len(weights):
             return
-        mode = torch.backends.cudnn.rnn.get_cudnn_mode(self._cell.upper())
+        mode = torch.backends.cudnn.rnn.get_cudnn_mode(self.mode)
         per_layer = len(self.all_names[0])
         with torch.cuda.device_of(first), torch.no_grad():
             torch._cudnn_rnn_flatten_weight(

@@ -83,7 +83,7 @@ class GradientMonitor:
         self._modules: dict[str, _Recurrent] = {}
         for name, module in model.named_modules():
             if isinstance(module, _Recurrent):
-                name = name.removeprefix("_orig_mod").removeprefix(".")  # of a compiled model
+                name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # of what is compiled
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
             cells = any(isinstance(module, _Cell) for module in model.modules())

@@ -226,6 +226,7 @@ def test_parameters_have_torch_nns_names_order_shapes_and_initial_values(kind, s
     assert [[p.shape for p in row] for row in ours.all_weights] == [
         [p.shape for p in row] for row in theirs.all_weights
     ]
+    assert ours._all_weights == theirs._all_weights and ours.mode == theirs.mode
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -378,6 +378,13 @@ def test_a_compiled_model_with_taps_allocated_beforehand():
         module(x)
 
 
+def test_names_are_those_of_the_model_wherever_it_is_compiled():
+    model = torch.nn.ModuleDict({"encoder": torch.compile(fastrnn.GRU(I, H), backend="aot_eager")})
+    with GradientMonitor(model, max_steps=T, batch=B) as watch:
+        model["encoder"](torch.randn(T, B, I))[0].sum().backward()
+    assert [record.name for record in watch.report()] == ["encoder.l0"]
+
+
 def test_a_graph_in_one_piece_asks_for_its_sizes():
     module, x = fastrnn.GRU(I, H), torch.randn(T, B, I)
     torch._dynamo.reset()
