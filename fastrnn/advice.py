@@ -106,7 +106,7 @@ RULES = (
     ),
     Rule(
         VANISHING, "rnn_tanh", lambda f: f.mean_sigma >= KEEPS_LENGTH and not f.layer_norm,
-        "W_hh keeps lengths (mean singular value {f.mean_sigma:.2f}) and the gain is still {f.gain:.2f}, so tanh is "
+        "W_hh does not shorten (mean singular value {f.mean_sigma:.2f}) and the gain is still {f.gain:.2f}, so tanh is "
         "saturated: smaller inputs, or layer_norm=True",
     ),
     Rule(

@@ -292,7 +292,8 @@ class GradientMonitor:
         self._norm_sinks.append(sink)
 
     def plot(self, path) -> None:
-        """Writes the norms of the last observed step against the time step as a picture (needs matplotlib)."""
+        """Writes the norms of the last observed step against the time step as a picture: PNG, or what the ending of the
+        path says, as `.pdf` (needs matplotlib)."""
         from . import plots
 
         plots.gradient_norms(path, {"": self.report()})

@@ -39,14 +39,15 @@ def _clean(axes) -> None:
 
 def _save(figure, path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    ending = Path(path).suffix.removeprefix(".").lower()
+    figure.savefig(path, dpi=150, format=ending if ending in figure.canvas.get_supported_filetypes() else "png")
 
 
 def gradient_norms(path, reports) -> None:
-    """Writes the norms of dL/dh_t (and dL/dc_t) against the time step t, log axis, as a PNG.
+    """Writes the norms of dL/dh_t (and dL/dc_t) against the time step t, log axis.
 
     Args:
-        path: where to; folders are made.
+        path: where to, PNG unless its ending names another format of matplotlib's; folders are made.
         reports: `{title: report}`, the reports of a `GradientMonitor` on one model; one column of panels each, one row
             per layer and direction.
 
@@ -232,7 +233,7 @@ def flows(path, networks: dict[str, dict[str, list[float]]]) -> None:
 
 
 def learning_curves(path, history, title: str = "") -> None:
-    """Writes loss and accuracy against the epoch as a PNG.
+    """Writes loss and accuracy against the epoch as a picture.
 
     Args:
         path: where to; folders are made.

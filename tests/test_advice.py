@@ -40,7 +40,7 @@ def orthogonal(module):
 
 
 def steep(module):
-    """Inputs that saturate tanh, under a W_hh that keeps lengths."""
+    """Inputs that saturate tanh, under a W_hh that does not shorten."""
     fastrnn.init.orthogonal_(module)
     with torch.no_grad():
         module.weight_ih_l0.mul_(20)

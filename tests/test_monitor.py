@@ -480,6 +480,10 @@ def test_plot_writes_a_picture(tmp_path):
     watch = watched(fastrnn.LSTM(I, H, bidirectional=True), torch.randn(T, B, I), lambda y: y[-1].sum())
     watch.plot(tmp_path / "new" / "norms.png")
     assert is_picture(tmp_path / "new" / "norms.png")
+    watch.plot(tmp_path / "norms.epoch3")
+    assert is_picture(tmp_path / "norms.epoch3")
+    watch.plot(tmp_path / "norms.pdf")
+    assert (tmp_path / "norms.pdf").read_bytes()[:5] == b"%PDF-"
     with pytest.raises(ValueError, match="no gradient to plot"):
         GradientMonitor(fastrnn.LSTM(I, H)).plot(tmp_path / "none.png")
 
