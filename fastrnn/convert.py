@@ -8,6 +8,7 @@ from . import dispatch, functional, modules
 from .dispatch import Explanation
 
 _KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity")
 
 
@@ -56,14 +57,17 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
 
     Returns:
         The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
-        same objects, and so are buffers, submodules and attributes that were added to such a module. Forward and
-        backward hooks are not carried over. Subclasses of torch.nn's modules (parametrized ones, say), modules whose
-        weights hooks or a wrapper compute (weight_norm, pruning, weight drop), and those with a method of their own in
-        place of the class's, are left alone, with a warning.
+        same objects, and so are buffers, submodules and attributes that were added to such a module. With a warning,
+        forward and backward hooks stay behind, and these are left alone: subclasses of torch.nn's modules
+        (parametrized ones, say), modules whose weights hooks or a wrapper compute (weight_norm, pruning, weight drop),
+        and those with a method of their own in place of the class's.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a module, got {model!r}")
     if to not in ("fastrnn", "torch"):
         raise ValueError(f"to should be 'fastrnn' or 'torch', got {to!r}")
     source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
@@ -83,6 +87,8 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
                 f"{type(module).__name__} has its own {', '.join(methods)} and was left as it is", stacklevel=3
             )
         elif type(module) in kinds:
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                warnings.warn(f"{type(module).__name__} has hooks, which its twin does not get", stacklevel=3)
             replaced[module] = _rebuilt(module, kinds[type(module)], target)
         elif isinstance(module, tuple(kinds)):
             warnings.warn(f"{type(module).__name__} is a subclass and was left as it is", stacklevel=3)

@@ -668,6 +668,28 @@ def test_convert_goes_into_what_was_added_to_a_module():
     assert type(fastrnn.convert(theirs).inner) is fastrnn.GRU
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m, hook: m.register_forward_hook(hook),
+        lambda m, hook: m.register_forward_pre_hook(hook),
+        lambda m, hook: m.register_full_backward_hook(hook),
+        lambda m, hook: m.register_full_backward_pre_hook(hook),
+    ],
+    ids=["forward", "forward_pre", "backward", "backward_pre"],
+)
+def test_convert_says_that_hooks_stay_behind(register):
+    model = nn.Sequential(nn.GRU(I, H))
+    register(model[0], lambda *_: None)
+    with pytest.warns(UserWarning, match="GRU has hooks, which its twin does not get"):
+        fastrnn.convert(model)
+
+
+def test_convert_takes_modules_only():
+    with pytest.raises(TypeError, match="convert takes a module, got"):
+        fastrnn.convert({"encoder": nn.GRU(I, H)})
+
+
 def test_convert_leaves_a_module_alone_whose_method_was_replaced():
     model = nn.Sequential(nn.LSTM(I, H))
     model[0].forward = lambda x: x
