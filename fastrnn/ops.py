@@ -9,13 +9,59 @@ dimension D, and direction d walks back where d is odd, or even if `reverse`. Ba
 (`dispatch.Backend.directions`) take them one after the other.
 """
 
+import sys
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import dispatch
 from .cells import CELLS
 from .directions import each_direction
 from .reference import accumulate_dtype
+
+_library = torch.library.Library("fastrnn", "DEF")
+
+
+class _Undifferentiated(Function):
+    """An op whose gradient may be asked for, which says then that it has none."""
+
+    @staticmethod
+    def forward(ctx, op, keys, *args):
+        ctx.op = op
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{ctx.op} has no gradient by itself: what torch.export or torch.jit.trace wrote, and vmap inside of "
+            "torch.compile, can be run and not trained; train the module"
+        )
+
+
+def _op(kernel):
+    """Registers `kernel` as the raw op of its name.
+
+    `torch.library.custom_op` does the same, but imports the compiler at the first call, which takes a second or two, to
+    keep it out of the kernel. Here it is kept out where it has been imported.
+    """
+    name, hidden = kernel.__name__, torch._disable_dynamo(kernel)
+    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    op = getattr(torch.ops.fastrnn, name).default
+
+    def run(*args):
+        return (hidden if "torch._dynamo" in sys.modules else kernel)(*args)
+
+    def run_and_refuse(keys, *args):
+        keys = keys & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return _Undifferentiated.apply(op, keys, *args)
+        return op.redispatch(keys, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, run_and_refuse, "Autograd", with_keyset=True)
+    return op
 
 
 def _run(scan: str, backend: str, w_hh: Tensor, tensors, *rest):
@@ -25,7 +71,7 @@ def _run(scan: str, backend: str, w_hh: Tensor, tensors, *rest):
     return getattr(launcher, scan)(*tensors, *rest)
 
 
-@torch.library.custom_op("fastrnn::scan_forward", mutates_args=())
+@_op
 def scan_forward(
     gx: Tensor,  # [T, B, G*H]: W_ih x + b_ih for all steps
     w_hh: Tensor,  # [G*H, P]
@@ -53,7 +99,7 @@ def scan_forward(
     return _run("scan_forward", backend, w_hh, tensors, cell, reverse, save)
 
 
-@scan_forward.register_fake
+@torch.library.register_fake("fastrnn::scan_forward", lib=_library)
 def _(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c,
       cell, reverse, save, backend):  # fmt: skip
     *D, T, B, _ = gx.shape
@@ -68,7 +114,7 @@ def _(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurr
     )
 
 
-@torch.library.custom_op("fastrnn::scan_backward", mutates_args=())
+@_op
 def scan_backward(
     dy: Tensor | None,  # [T, B, P]; None where no gradient arrives
     dc: Tensor | None,  # [T, B, H] acc
@@ -107,7 +153,7 @@ def scan_backward(
     return _run("scan_backward", backend, w_hh, tensors, cell, reverse, norms)
 
 
-@scan_backward.register_fake
+@torch.library.register_fake("fastrnn::scan_backward", lib=_library)
 def _(dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
       flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, backend):  # fmt: skip
     *D, T, B, P = y.shape

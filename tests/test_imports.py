@@ -185,6 +185,17 @@ print(sorted(heavy), torch.cuda.is_initialized(), "fastrnn.kernels" in sys.modul
     assert fresh(code) == "[] False False"
 
 
+def test_the_scan_runs_without_the_compiler():
+    """Whose import takes a second or two, in the first call of every process that only computes."""
+    code = """
+import sys, torch, fastrnn
+model = fastrnn.GRU(2, 3, layer_norm=True)
+model(torch.zeros(2, 2, 2))[0].sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert fresh(code) == "False"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="measures in forked processes")
 def test_import_is_light():
     """Under 0.1 s of processor time on top of `import torch`, the best of three.

@@ -330,6 +330,14 @@ def test_export(name):
         agree([program.module()(x)], [model(x)], **SINGLE)
 
 
+def test_an_exported_program_says_that_it_has_no_gradient():
+    model = make("GRU")
+    program = torch.export.export(model, (random(T, B, I, requires_grad=False),)).module()
+    y, _ = program(random(T, B, I))
+    with pytest.raises(RuntimeError, match="has no gradient by itself"):
+        y.sum().backward()
+
+
 # ----------------------------------------------------------------------------------------------------------- torch.func
 
 
