@@ -408,12 +408,16 @@ class _Cell(nn.Module):
         for k, state in enumerate(states):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        x, rows = torch.atleast_2d(input), tuple(torch.atleast_2d(state) for state in states)
+        # Not by torch.atleast_2d and getattr, which a small cell would feel.
+        x, *rows = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, *states))
+        expected = (len(x), self.hidden_size)
         for k, state in enumerate(rows):
-            if state.shape != (len(x), self.hidden_size):
+            if state.shape != expected:
                 expected = [*input.shape[:-1], self.hidden_size]
                 raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(states[k].shape)}")
-        return self._cell, x, rows, {f"{name}_l0": getattr(self, name) for name in self.all_names}
+        stored = self._parameters
+        params = {f"{n}_l0": stored[n] if n in stored else getattr(self, n) for n in self.all_names}
+        return self._cell, x, tuple(rows), params
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
