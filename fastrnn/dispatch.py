@@ -7,6 +7,7 @@ its reason instead of giving way to another.
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,8 +168,7 @@ def forced(argument: str | None) -> str | None:
     return None
 
 
-def choose(request: Request, argument: str | None = None) -> str:
-    """The name of the backend that runs `request`."""
+def _chosen(request: Request, argument: str | None) -> str:
     name = forced(argument)
     if name is not None:
         reason = BACKENDS[name].reason(request)
@@ -176,6 +176,36 @@ def choose(request: Request, argument: str | None = None) -> str:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
     return next(row.name for row in ranked(request) if row.takes(request.device) and row.reason(request) is None)
+
+
+def choose(request: Request, argument: str | None = None) -> str:
+    """The name of the backend that runs `request`.
+
+    Warns, once for each type of device, where nobody asked for the slow loop of `reference` and it is taken.
+    """
+    name = _chosen(request, argument)
+    if name == "reference" and request.steps > 1 and request.dtype != torch.float64 and forced(argument) is None:
+        _warn_of_loop(request)
+    return name
+
+
+_warned_of_loop: set[str] = set()  # device types
+
+
+def _warn_of_loop(request: Request) -> None:
+    if request.device in _warned_of_loop:
+        return
+    _warned_of_loop.add(request.device)
+    others = [
+        f"{row.name}: {row.reason(request) or row.measured}"
+        for row in BACKENDS.values()
+        if row.launcher and row.name != "reference" and (row.takes(request.device) or row.reason(request) is None)
+    ]
+    warnings.warn(
+        f"this call runs as a Python loop over its steps (backend 'reference'); {'; '.join(others) or 'no other can'}. "
+        "fastrnn.explain(module, input) says more; backend='reference' asks for the loop, and is silent",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +226,7 @@ class Explanation:
 
 
 def explanation(request: Request, argument: str | None = None) -> Explanation:
-    chosen = choose(request, argument)
+    chosen = _chosen(request, argument)
     rows = []
     for rank, row in enumerate(ranked(request), 1):
         place = f"{rank}: {row.measured}" if row.takes(request.device) else f"no: {row.measured}"

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
 from . import ops, reference
@@ -62,6 +64,9 @@ def scan(
     """
     if gx.dim() == 4 and weights.w_hr is not None:
         raise NotImplementedError("a scan with a projection takes one direction at a time")
+    if torch.compiler.is_compiling() and _gradients_of_gradients():
+        # Left uncompiled, unless fullgraph=True insists: a compiler takes the backward op for a constant.
+        raise NotImplementedError("a second derivative cannot be compiled; call it without torch.compile")
     tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap))
     # Under vmap a tensor does not say that what it is a part of requires grad; and vmap knows the function, not the op.
@@ -70,6 +75,16 @@ def scan(
     else:
         outputs = ops.scan_forward(*tensors, *masks, cell, reverse, keep_c, backend)
     return ScanOutput(*outputs[:4])
+
+
+def _gradients_of_gradients() -> bool:
+    """Whether torch.func is differentiating what it differentiates."""
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels) > 1
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second.
+_gradients_of_gradients._dynamo_marked_constant = True
 
 
 def _fold(tensor, in_dim, batch_dim, size):

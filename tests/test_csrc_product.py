@@ -21,32 +21,54 @@ EVERY_WIDTH = """
 #include <vector>
 using namespace fastrnn;
 
-// Rows [0, R) at once and one by one, by the given walk: the same bits, and right within float32's rounding.
-template <class Walk>
-int wrong(const Walk& walk, int64_t R, int64_t K, int64_t N) {
-  std::vector<float> x(R * K), w(K * N), together(R * padded<float>(N)), apart(together.size());
+// Rows [0, R) at once, one by one, of a matrix packed before or where it is, stored by rows or by columns, by the given
+// walk: the same bits, and right within the rounding of some 200 terms of order one.
+template <class S, class Walk>
+int wrong(const Walk& walk, double rounding) {
+  using A = typename Arithmetic<S>::type;
+  constexpr int64_t R = 13, K = 200, N = 70, width = N + 64;
+  std::vector<A> x(R * K), got[2][2][2];
+  std::vector<S> by_rows(K * N), by_columns(K * N);
   for (size_t j = 0; j < x.size(); ++j) x[j] = std::sin(j + 1.0);
-  for (size_t j = 0; j < w.size(); ++j) w[j] = std::cos(3.0 * j);
-  Packed<float> packed(w.data(), K, N, N, 1, nullptr);
-  Rows<const float> in{x.data(), K};
-  walk(Multiply<float>{packed, in, 1, {together.data(), padded<float>(N)}}, 0, R);
-  for (int64_t r = 0; r < R; ++r) walk(Multiply<float>{packed, in, 1, {apart.data(), padded<float>(N)}}, r, r + 1);
-  int count = 0;
-  for (int64_t r = 0; r < R; ++r)
+  for (int64_t k = 0; k < K; ++k)
     for (int64_t n = 0; n < N; ++n) {
-      double sum = 0;
-      for (int64_t k = 0; k < K; ++k) sum += double(x[r * K + k]) * w[k * N + n];
-      float got = together[r * padded<float>(N) + n];
-      count += got != apart[r * padded<float>(N) + n] || !(std::abs(got - sum) < 1e-4);
+      narrow(A(std::cos(3.0 * (k * N + n))), by_rows[k * N + n]);
+      by_columns[n * K + k] = by_rows[k * N + n];
     }
+  int count = padded<A>(N) > width;
+  for (int columns : {0, 1})
+    for (int once : {0, 1})
+      for (int apart : {0, 1}) {
+        Matrix<S> matrix = columns ? Matrix<S>{by_columns.data(), K, N, 1, K} : Matrix<S>{by_rows.data(), K, N, N, 1};
+        Packed<S> packed(matrix, once, nullptr);
+        auto& out = got[columns][once][apart];
+        out.resize(R * width);
+        Multiply<S> multiply{packed, {x.data(), K}, 1, {out.data(), width}};
+        for (int64_t r = 0; r < R; r += apart ? 1 : R) walk(multiply, r, apart ? r + 1 : R);
+        for (int64_t r = 0; r < R; ++r)
+          for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t k = 0; k < K; ++k) sum += double(x[r * K + k]) * widen(by_rows[k * N + n]);
+            A y = out[r * width + n];
+            count += y != got[0][0][0][r * width + n] || !(std::abs(y - sum) < rounding);
+          }
+      }
   return count;
+}
+
+template <class Walk>
+int wrong(const Walk& walk) {
+  return wrong<float>(walk, 1e-4) + wrong<BFloat16>(walk, 1e-4) + wrong<Float16>(walk, 1e-4) +
+         wrong<double>(walk, 1e-12);
 }
 
 int main() {
   Vectors widest = widest_vectors();
-  int count = wrong(walk_baseline<Multiply<float>>, 13, 200, 70);
-  if (widest >= Vectors::avx2) count += wrong(walk_avx2<Multiply<float>>, 13, 200, 70);
-  if (widest >= Vectors::avx512) count += wrong(walk_avx512<Multiply<float>>, 13, 200, 70);
+  int count = wrong([](const auto& body, int64_t begin, int64_t end) { walk_baseline(body, begin, end); });
+  if (widest >= Vectors::avx2)
+    count += wrong([](const auto& body, int64_t begin, int64_t end) { walk_avx2(body, begin, end); });
+  if (widest >= Vectors::avx512)
+    count += wrong([](const auto& body, int64_t begin, int64_t end) { walk_avx512(body, begin, end); });
   std::printf("%d", count);
 }
 """

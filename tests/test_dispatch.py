@@ -1,6 +1,8 @@
 """Which backend `auto` takes, and what it says of the others."""
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,33 @@ def test_explain_ranks_as_choose_does():
     names = [row.name for row in dispatch.ranked(request)]
     assert names[0] == "cpu" and sorted(names) == sorted(BACKENDS)
     assert [row[0] for row in dispatch.explanation(request).rows] == names
+
+
+NOT_BUILT = replace(BACKENDS["cpu"], why_not=lambda request: "it was not built")
+
+
+def test_the_slow_loop_is_announced_once_where_nobody_asked_for_it(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cpu", NOT_BUILT)
+    monkeypatch.setattr(dispatch, "_warned_of_loop", set())
+    module, x = fastrnn.LSTM(2, 3, layer_norm=True), torch.randn(5, 1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastrnn.explain(module, x)
+        fastrnn.LSTM(2, 3)(x)
+        module(x[:1])
+        module.double()(x.double())
+        with fastrnn.backend("reference"):
+            module.float()(x)
+    with pytest.warns(UserWarning, match="Python loop.*cpu: it was not built") as caught:
+        module(x)
+        module(x)
+    assert len(caught) == 1
+
+
+def test_on_a_gpu_the_announcement_names_the_kernels_that_have_to_be_asked_for(monkeypatch):
+    able = replace(BACKENDS["triton"], auto=(), measured="not yet", why_not=lambda request: None)
+    monkeypatch.setitem(BACKENDS, "triton", able)
+    monkeypatch.setattr(dispatch, "_warned_of_loop", set())
+    request = Request("lstm", "cuda", torch.bfloat16, 8, features=frozenset({"layer_norm"}), steps=5)
+    with pytest.warns(UserWarning, match="triton: not yet"):
+        assert dispatch.choose(request) == "reference"

@@ -285,6 +285,22 @@ def test_compile_under_no_grad():
     agree([got], [model(x).detach()], **SINGLE)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="torch 2.10 compiles no autograd.Function under torch.func; it says so"
+)
+@every_kind
+def test_a_second_derivative_in_a_compiled_function_is_right_or_refused(kind):
+    model, x = make(kind, backend="reference"), random(T, B, I, requires_grad=False)
+    first = grad(lambda x: model(x)[0].sum())
+    second = grad(lambda x: first(x).square().sum())
+    expected = second(x)
+    assert expected.abs().max() > 1e-4
+    agree([torch.compile(first, fullgraph=True, backend="aot_eager")(x)], [first(x)], **TOLERANCE)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="second derivative"):
+        torch.compile(second, fullgraph=True, backend="aot_eager")(x)
+    agree([torch.compile(second, backend="aot_eager")(x)], [expected], **TOLERANCE)
+
+
 def counting(model, **options):
     counter = CompileCounterWithBackend("aot_eager")
     return counter, torch.compile(model, fullgraph=True, backend=counter, **options)

@@ -54,32 +54,41 @@ struct Call {
     return found;
   }
 
+  // Whether each thread goes through the weights but once: one step, in one block of rows that all run.
+  bool once(const Steps<const uint8_t>& flags) const {
+    if (T > 1 || B > Scan::block) return false;
+    for (int64_t b = 0; T == 1 && b < B; ++b)
+      if (flags && (*flags.at(0, b).data & pad)) return false;
+    return true;
+  }
+
   // The matrix [rows, columns], or its transpose, to be multiplied from the left; null where it does not
   // exist.
-  std::unique_ptr<Packed<A>> packed(const char* name, const Optional& t, int64_t rows, int64_t columns,
-                                    bool transposed, const std::vector<A>& bias) const {
+  std::unique_ptr<Packed<S>> packed(const char* name, const Optional& t, int64_t rows, int64_t columns,
+                                    bool transposed, bool once, const std::vector<A>& bias) const {
     if (!t.has_value()) return nullptr;
     frame.expect<S>(name, *t, {rows, columns});
-    const S* data = static_cast<const S*>(t->const_data_ptr());
-    const A* start = bias.empty() ? nullptr : bias.data();
-    int64_t row = t->stride(0), column = t->stride(1);
-    if (transposed) return std::make_unique<Packed<A>>(data, columns, rows, column, row, start);
-    return std::make_unique<Packed<A>>(data, rows, columns, row, column, start);
+    Matrix<S> matrix{static_cast<const S*>(t->const_data_ptr()), rows, columns, t->stride(0), t->stride(1)};
+    if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
+    return std::make_unique<Packed<S>>(matrix, once, bias.empty() ? nullptr : bias.data());
   }
 
   // w_hh [width, P] and w_hr [P, H] stand transposed in the forward.
-  Weights<A> weights(bool forward, int64_t width, const Optional& w_hh, const Optional& b_hh,
+  Weights<S> weights(bool forward, bool once, int64_t width, const Optional& w_hh, const Optional& b_hh,
                      const Optional& w_hr, const Optional& ln_hh, const Optional& ln_c_weight,
                      const Optional& ln_c_bias) const {
     check(ln_c_weight.has_value() == ln_c_bias.has_value(),
           "ln_c_weight and ln_c_bias must be given together");
-    Weights<A> found;
+    Weights<S> found;
     found.b_hh = numbers("b_hh", b_hh, width);
     found.ln_hh = numbers("ln_hh", ln_hh, width);
     found.ln_c_weight = numbers("ln_c_weight", ln_c_weight, H);
     found.ln_c_bias = numbers("ln_c_bias", ln_c_bias, H);
-    found.w_hh = packed("w_hh", w_hh, width, P, forward, ln_hh.has_value() ? std::vector<A>{} : found.b_hh);
-    found.w_hr = packed("w_hr", w_hr, P, H, forward, {});
+    // behind a layer norm, the bias stands behind it, too
+    std::vector<A> bias = ln_hh.has_value() ? std::vector<A>{} : found.b_hh;
+    found.w_hh = packed("w_hh", w_hh, width, P, forward, once, bias);
+    if (!forward && ln_hh.has_value()) found.forward_w_hh = packed("w_hh", w_hh, width, P, true, once, {});
+    found.w_hr = packed("w_hr", w_hr, P, H, forward, once, {});
     return found;
   }
 
@@ -127,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward(
     auto [T, B, H, P] = std::tuple(call.T, call.B, call.H, call.P);
     int64_t width = Cell::gates * H;
     check(has_c == c0.has_value(), "c0 is for the cells with a c, and needed there");
-    Weights<A> weights = call.weights(true, width, w_hh, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias);
+    Weights<S> weights = call.weights(true, call.once(call.flags(flags)), width, w_hh, b_hh, w_hr, ln_hh,
+                                      ln_c_weight, ln_c_bias);
     Tensor y = call.template output<S>(true, {T, B, P}),
            c = call.template output<A>(has_c && save, {T, B, H});
     Tensor h_n = call.template output<S>(true, {B, P}), c_n = call.template output<A>(has_c, {B, H});
@@ -167,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     int64_t width = Cell::gates * H;
     check(has_c == c0.has_value() && has_c == c.has_value(),
           "c and c0 are for the cells with a c, and needed there");
-    Weights<A> weights = call.weights(false, width, w_hh, {}, w_hr, ln_hh, ln_c_weight, ln_c_bias);
-    if (ln_hh.has_value()) weights.forward_w_hh = call.packed("w_hh", w_hh, width, P, true, {});
+    Weights<S> weights = call.weights(false, call.once(call.flags(flags)), width, w_hh, {}, w_hr, ln_hh,
+                                      ln_c_weight, ln_c_bias);
     if (clip_norm.has_value()) call.frame.template expect<A>("clip_norm", *clip_norm, {});
     A bound = static_cast<A>(clip_value.value_or(0));
     Tensor dgx = call.template output<S>(true, {T, B, width}),

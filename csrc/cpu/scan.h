@@ -42,11 +42,13 @@ class Buffer {
   Aligned<A> memory_;
 };
 
-// What acts inside the recursion, in the arithmetic type; null or empty where it does not exist.
-template <class A>
+// What acts inside the recursion; null or empty where it does not exist.
+template <class S>
 struct Weights {
-  std::unique_ptr<Packed<A>> w_hh, w_hr;  // each as its direction of the scan multiplies with it
-  std::unique_ptr<Packed<A>>
+  using A = typename Arithmetic<S>::type;
+
+  std::unique_ptr<Packed<S>> w_hh, w_hr;  // each as its direction of the scan multiplies with it
+  std::unique_ptr<Packed<S>>
       forward_w_hh;                       // in the backward with a layer norm of W_hh h, which it needs again
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
@@ -78,9 +80,10 @@ void elementwise(const Runs& runs, int64_t width, const Op& op, const Buffer<A>&
   walk_runs(runs, Elementwise<Op, A>{width, op, out, {in...}});
 }
 
-template <class A>
-void multiply(const Runs& runs, const Packed<A>& matrix, Rows<const A> in, Rows<A> out) {
-  for (auto [begin, end] : runs) walk_widest(Multiply<A>{matrix, in, 1, out}, begin, end);
+template <class S>
+void multiply(const Runs& runs, const Packed<S>& matrix, Rows<const typename Packed<S>::A> in,
+              Rows<typename Packed<S>::A> out) {
+  for (auto [begin, end] : runs) walk_widest(Multiply<S>{matrix, in, 1, out}, begin, end);
 }
 
 struct Scan {

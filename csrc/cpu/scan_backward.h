@@ -21,7 +21,7 @@ struct BackwardScan : Scan {
   Steps<const A> c;         // [T, B, H]
   Steps<const S> h0;        // [1, B, P]
   Steps<const A> c0;        // [1, B, H]
-  const Weights<A>& weights;
+  const Weights<S>& weights;
   Steps<const S> recurrent, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, H]
   const A *clip_norm, *clip_value;           // null where nothing is clipped
   Steps<S> dgx, dgh;                         // [T, B, gates * H]; dgh only where it differs
@@ -166,7 +166,7 @@ struct BackwardScan : Scan {
   void through_outputs(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (zone_h) elementwise(runs, P, Rest{}, work.fresh_h, work.dh, work.share_h);
-    if (weights.w_hr) multiply<A>(runs, *weights.w_hr, fresh_h(work), work.cell_h);
+    if (weights.w_hr) multiply(runs, *weights.w_hr, fresh_h(work), work.cell_h);
     if (zone_c) elementwise(runs, H, Rest{}, work.fresh_c, work.dc, work.share_c);
     if constexpr (has_c) {
       Affine<A> ln_c = weights.ln_c();
@@ -242,7 +242,7 @@ struct BackwardScan : Scan {
   void through_layer_norm(Rows<const A> of_gates, Work& work) const {
     const Runs& runs = work.running;
     if (recurrent) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.mask);
-    multiply<A>(runs, *weights.forward_w_hh, work.h_prev, work.gates);
+    multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
     walk_runs(runs, NormalizeGatesBackward<A>{Cell::gates * H, weights.ln_hh.data(), of_gates, work.gates,
                                               work.draw, work.dln_hh, work.db_hh});
   }
@@ -260,7 +260,7 @@ struct BackwardScan : Scan {
       of_product = work.draw;
     }
     if (dgh) walk_runs(runs, Write<S, A>{width, of_product, dgh.at(t, b)});
-    multiply<A>(runs, *weights.w_hh, of_product, work.carry_h);
+    multiply(runs, *weights.w_hh, of_product, work.carry_h);
     if (recurrent) elementwise(runs, P, Product{}, work.carry_h, work.carry_h, work.mask);
     if constexpr (Cell::split) elementwise(runs, P, Sum{}, work.carry_h, work.carry_h, work.back_h);
     if (zone_h) elementwise(runs, P, AddProduct{}, work.carry_h, work.carry_h, work.dh, work.share_h);

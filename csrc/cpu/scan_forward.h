@@ -13,7 +13,7 @@ struct ForwardScan : Scan {
   Steps<const S> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, H]
   Steps<const S> h0, recurrent;       // [1, B, P]
   Steps<const A> c0;                  // [1, B, H]
-  const Weights<A>& weights;          // b_hh is the start of w_hh, unless it stands behind a layer norm
+  const Weights<S>& weights;          // b_hh is the start of w_hh, unless it stands behind a layer norm
   Steps<S> y, saved;                  // [T, B, P]; [T, B, saved * H], may not exist
   Steps<A> c;                         // [T, B, H], may not exist
   Steps<S> h_n;                       // [1, B, P]
@@ -66,7 +66,7 @@ struct ForwardScan : Scan {
       if (has_c) std::fill_n(work.c[r], H, A(0));
     });
     if (recurrent) elementwise(runs, P, Product{}, work.operand, work.h, work.mask);
-    multiply<A>(runs, *weights.w_hh, recurrent ? work.operand : work.h, work.gates);
+    multiply(runs, *weights.w_hh, recurrent ? work.operand : work.h, work.gates);
     if (!weights.ln_hh.empty()) {
       const A* bias = weights.b_hh.empty() ? nullptr : weights.b_hh.data();
       walk_runs(runs, NormalizeGates<A>{Cell::gates * H, weights.ln_hh.data(), bias, work.gates});
@@ -74,7 +74,7 @@ struct ForwardScan : Scan {
     if (zone_c) elementwise(runs, H, Copy{}, work.c_before, work.c);
     cell(t, b, work);
     const Buffer<A>& out = weights.w_hr ? work.out : work.fresh;
-    if (weights.w_hr) multiply<A>(runs, *weights.w_hr, work.fresh, out);
+    if (weights.w_hr) multiply(runs, *weights.w_hr, work.fresh, out);
     if (zone_h) {
       read(runs, P, zone_h, t, b, work.share_h);
       elementwise(runs, P, Lerp{}, out, out, work.h, work.share_h);

@@ -12,7 +12,7 @@
 #define FASTRNN_PRAGMA(text) _Pragma(#text)
 #define FASTRNN_SIMD FASTRNN_PRAGMA(omp simd)
 #define FASTRNN_SIMD_REDUCE(...) FASTRNN_PRAGMA(omp simd reduction(__VA_ARGS__))
-#define FASTRNN_UNROLL FASTRNN_PRAGMA(GCC unroll 8)
+#define FASTRNN_UNROLL FASTRNN_PRAGMA(GCC unroll 16)
 #else
 #define FASTRNN_SIMD
 #define FASTRNN_SIMD_REDUCE(...)
