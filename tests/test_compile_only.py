@@ -292,7 +292,8 @@ def check(case, found, arch):
 def test_nvidia(arch, kernel, tmp_path):
     norms = ("norms",) if kernel == "backward" else ()
     cases = [make_case(kernel, "cuda", arch, *size, extras=norms) for size in SIZES]
-    cases.append(make_case(kernel, "cuda", arch, "lstm", "float32", 1024, 64, norms, "ieee"))
+    for batch_size in (16, 64, 128):
+        cases.append(make_case(kernel, "cuda", arch, "lstm", "float32", 1024, batch_size, norms, "ieee"))
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         check(case, found, arch)
 
