@@ -126,9 +126,14 @@ def _grouped(
     return None
 
 
-def _stepwise(size: int, batch_size: int, tensor_cores: bool) -> Tile:
+def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared_memory: int) -> Tile:
     rows = STEPWISE[size, tensor_cores]
-    return next(tile for largest, tile in rows if largest is None or batch_size <= largest)
+    tile = next(tile for largest, tile in rows if largest is None or batch_size <= largest)
+    # Bytes of the backward, per unit. Triton keeps a stage less in shared memory (on sm_90, which has the room, all).
+    operands = (tile.stages - 1) * gates * (tile.block_b + tile.block_h) * size
+    while operands * tile.block_k > shared_memory and tile.block_k > 16:
+        tile = tile._replace(block_k=tile.block_k // 2)
+    return tile
 
 
 def choose(
@@ -158,7 +163,7 @@ def choose(
     if mode == "rows":
         tile = _rows(hidden_size)
     if mode == "stepwise" or (mode is None and tile is None):
-        tile = _stepwise(size, batch_size, tensor_cores)
+        tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
     if tile is None:
         raise ValueError(
             f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "

@@ -377,6 +377,7 @@ def test_whole_rows(arch, tmp_path):
 @pytest.mark.slow
 def test_amd(tmp_path):
     sizes = [("lstm", "bfloat16", 64, 16), ("gru", "bfloat16", 1024, 64)]
+    sizes += [("lstm", dtype, 1024, 128) for dtype in ("bfloat16", "float32")]
     cases = [
         make_case(kernel, "hip", "gfx942", *size, precision="ieee")
         for kernel in ("forward", "backward")
