@@ -67,17 +67,23 @@ GROUPED = {
     (1, 4): ((1024, 16, 32, 64, 4),),
 }
 
-# Bytes per element: rows of (largest B of the bucket, tile).
+# (bytes per element, whether tensor cores multiply): rows of (largest B of the bucket, tile). Without them a product
+# takes its operands from registers, all BLOCK_K units at once: twice as many spill, most under Triton 3.5.
 STEPWISE = {
-    2: (
+    (2, True): (
         (16, Tile("stepwise", 16, 32, 64, 4, 3)),
         (64, Tile("stepwise", 32, 64, 32, 8, 3)),
         (None, Tile("stepwise", 64, 32, 64, 8, 3)),
     ),
-    4: (
+    (4, True): (
         (16, Tile("stepwise", 16, 32, 64, 4, 3)),
         (64, Tile("stepwise", 32, 64, 32, 8, 3)),
         (None, Tile("stepwise", 64, 32, 32, 8, 3)),
+    ),
+    (4, False): (
+        (16, Tile("stepwise", 16, 32, 32, 8, 3)),
+        (64, Tile("stepwise", 32, 64, 16, 8, 3)),
+        (None, Tile("stepwise", 64, 32, 16, 8, 3)),
     ),
 }
 
@@ -94,20 +100,20 @@ def _rows(hidden_size: int) -> RowTile:
     return next(tile for largest, tile in ROWS if largest is None or hidden_size <= largest)
 
 
-def _local(gates: int, size: int, hidden_size: int, precision: str, shared_memory: int) -> Tile | None:
+def _local(gates: int, size: int, hidden_size: int, tensor_cores: bool, shared_memory: int) -> Tile | None:
     for largest, block, warps in LOCAL[gates, size]:
         padded = -(-hidden_size // block) * block
         fits = hidden_size <= largest and gates * padded * padded * size + WORKSPACE <= shared_memory
         # Without tensor cores, products of several tiles keep W_hh in registers, and spill.
-        if fits and (padded == block or size == 2 or precision == "tf32"):
+        if fits and (padded == block or tensor_cores):
             return Tile("local", 16, block, block, warps, 1)
     return None
 
 
 def _grouped(
-    gates: int, size: int, hidden_size: int, batch_size: int, precision: str, shared_memory: int, processors: int
+    gates: int, size: int, hidden_size: int, batch_size: int, tensor_cores: bool, shared_memory: int, processors: int
 ) -> Tile | None:
-    if size == 4 and precision != "tf32":
+    if not tensor_cores:
         return None  # without tensor cores, products of several tiles keep W_hh in registers, and spill
     for largest, block_b, block_h, block_k, warps in GROUPED[gates, size]:
         padded = -(-hidden_size // block_k) * block_k
@@ -120,8 +126,14 @@ def _grouped(
     return None
 
 
-def _stepwise(size: int, batch_size: int) -> Tile:
-    return next(tile for largest, tile in STEPWISE[size] if largest is None or batch_size <= largest)
+def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared_memory: int) -> Tile:
+    rows = STEPWISE[size, tensor_cores]
+    tile = next(tile for largest, tile in rows if largest is None or batch_size <= largest)
+    # Bytes of the backward, per unit. Triton keeps a stage less in shared memory (on sm_90, which has the room, all).
+    operands = (tile.stages - 1) * gates * (tile.block_b + tile.block_h) * size
+    while operands * tile.block_k > shared_memory and tile.block_k > 16:
+        tile = tile._replace(block_k=tile.block_k // 2)
+    return tile
 
 
 def choose(
@@ -140,17 +152,18 @@ def choose(
     Raises ValueError for a mode that there is not, or that cannot take this layer.
     """
     gates, size = len(CELLS[cell].gates), dtype.itemsize
+    tensor_cores = size == 2 or precision == "tf32"
     if mode not in (None, *MODES):
         raise ValueError(f"mode {mode!r} of the Triton scan; known are {', '.join(MODES)}")
     tile = None
     if mode in (None, "local"):
-        tile = _local(gates, size, hidden_size, precision, shared_memory)
+        tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
     if mode == "grouped":
-        tile = _grouped(gates, size, hidden_size, batch_size, precision, shared_memory, processors)
+        tile = _grouped(gates, size, hidden_size, batch_size, tensor_cores, shared_memory, processors)
     if mode == "rows":
         tile = _rows(hidden_size)
     if mode == "stepwise" or (mode is None and tile is None):
-        tile = _stepwise(size, batch_size)
+        tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
     if tile is None:
         raise ValueError(
             f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "

@@ -292,7 +292,8 @@ def check(case, found, arch):
 def test_nvidia(arch, kernel, tmp_path):
     norms = ("norms",) if kernel == "backward" else ()
     cases = [make_case(kernel, "cuda", arch, *size, extras=norms) for size in SIZES]
-    cases.append(make_case(kernel, "cuda", arch, "lstm", "float32", 1024, 64, norms, "ieee"))
+    for batch_size in (16, 64, 128):
+        cases.append(make_case(kernel, "cuda", arch, "lstm", "float32", 1024, batch_size, norms, "ieee"))
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         check(case, found, arch)
 
@@ -376,6 +377,7 @@ def test_whole_rows(arch, tmp_path):
 @pytest.mark.slow
 def test_amd(tmp_path):
     sizes = [("lstm", "bfloat16", 64, 16), ("gru", "bfloat16", 1024, 64)]
+    sizes += [("lstm", dtype, 1024, 128) for dtype in ("bfloat16", "float32")]
     cases = [
         make_case(kernel, "hip", "gfx942", *size, precision="ieee")
         for kernel in ("forward", "backward")
