@@ -140,8 +140,11 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
-        x, packed_lengths = pad_packed_sequence(PackedSequence(x, call.packed.batch_sizes))
-        lengths = packed_lengths.to(x.device)
+        x = PackedSequence(x, call.packed.batch_sizes)
+        packed_lengths = (x.batch_sizes.unsqueeze(1) > torch.arange(h0.shape[1])).sum(0)
+        lengths = packed_lengths.to(h0.device)
+        if backend != "cpu":
+            x, _ = pad_packed_sequence(x)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         h_dtype, c_dtype = _autocast_dtypes(call, dtype, step)

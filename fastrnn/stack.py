@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .cells import CELLS, PAD, RESET, START
 from .dispatch import BACKENDS
@@ -95,20 +96,18 @@ class Direction(NamedTuple):
     tap: Tensor | None
 
 
-def _direction(x, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap) -> Direction:
+def _direction(T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap) -> Direction:
     """The parameters of one direction, and its masks, drawn."""
     w_hh, w_hr = params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     spec = CELLS[options.cell]
     if b_hh is not None and not spec.split:
         b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
-    T, B, _ = x.shape
     recurrent = None
     if options.recurrent_dropout and options.training:
         recurrent = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
-    hidden = w_hh.shape[0] // len(spec.gates)
-    zone_h = _zoneout(options.zoneout[0], options.training, x, (T, B, h0.shape[-1]))
-    zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, x, (T, B, hidden))
+    zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
+    zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, h0, (T, *c0.shape))
     weights = Weights(
         w_hh, b_hh, w_hr, params.get(f"ln_hh_{name}"),
         params.get(f"ln_c_{name}"), params.get(f"ln_c_bias_{name}"),
@@ -117,11 +116,14 @@ def _direction(x, params: Mapping[str, Tensor], name: str, options: Options, h0,
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
 
 
-def _one(x: Tensor, own: Direction, options: Options, **scan_options) -> ScanOutput:
+def _one(x: Tensor | PackedSequence, own: Direction, options: Options, **scan_options) -> ScanOutput:
     """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
-    gx = linear(x, own.w_ih, own.b_ih if own.ln_ih is None else None)
+    rows = x.data if isinstance(x, PackedSequence) else x
+    gx = linear(rows, own.w_ih, own.b_ih if own.ln_ih is None else None)
     if own.ln_ih is not None:
         gx = F.layer_norm(gx, own.ln_ih.shape, own.ln_ih, own.b_ih, LN_EPS)
+    if isinstance(x, PackedSequence):
+        gx, _ = pad_packed_sequence(x._replace(data=gx))
     return scan(
         options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
         **scan_options,
@@ -158,7 +160,7 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def run(
-    x: Tensor,  # [T, B, I]
+    x: Tensor | PackedSequence,  # [T, B, I]; packed, no product is spent on padding where a step has one direction
     states: tuple[Tensor, ...],  # h [L*D, B, P], c [L*D, B, H]
     params: Mapping[str, Tensor],
     options: Options,
@@ -170,18 +172,19 @@ def run(
     backend: str,
 ):
     """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
-    T, B, _ = x.shape
-    acc = accumulate_dtype(x.dtype)
+    packed = isinstance(x, PackedSequence)
+    T, B, dtype = len(x.batch_sizes if packed else x), states[0].shape[1], states[0].dtype
+    acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
     flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
-    if lengths is not None:
+    if lengths is not None and not packed:
         # What stands in the padding, NaN included, must reach neither the weights' gradients nor the states.
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
     clip_norm = options.clip_norm
     if isinstance(clip_norm, Tensor):
-        clip_norm = clip_norm.to(x.device, acc)
+        clip_norm = clip_norm.to(states[0].device, acc)
     elif clip_norm is not None:  # filled there: a copy from the host waits for the GPU, and no CUDA graph holds it
-        clip_norm = torch.full((), clip_norm, dtype=acc, device=x.device)
+        clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
@@ -192,7 +195,7 @@ def run(
             k = layer * len(names) + d
             c0 = states[1][k].to(acc) if len(states) > 1 else None
             tap_k = None if tap is None else tap[k]
-            own.append(_direction(x, params, name, options, states[0][k], c0, flags[d], tap_k))
+            own.append(_direction(T, params, name, options, states[0][k], c0, flags[d], tap_k))
         if side_by_side:
             outputs = _together(x, own, options, **scan_options)
         else:
@@ -200,15 +203,15 @@ def run(
         final += outputs
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:
-            y = y + x
+            y = y + before
         if options.dropout and layer < options.num_layers - 1:
             drop = _locked_dropout if options.locked_dropout else F.dropout
             y = drop(y, options.dropout, options.training)
-        x = y
-    if x is outputs[0].y and x.device.type == "cpu" and torch.is_grad_enabled():
-        x = x.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
+        before, x = y, pack_padded_sequence(y, lengths) if packed and layer < options.num_layers - 1 else y
+    if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
+        y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     last = [torch.stack([out.h_n for out in final])]
     if len(states) > 1:
         last.append(torch.stack([out.c_n for out in final]))
     c = torch.cat([out.c for out in outputs], -1) if keep_c else None
-    return x, tuple(last), c
+    return y, tuple(last), c
