@@ -1,7 +1,8 @@
 """Where the C++ scan comes before torch's own kernels in `auto` on a CPU: both timed on calls of a grid of sizes.
 
 `python -m bench.auto bench/results/auto-cpu.json`; `tests/test_dispatch.py` holds `auto` to the result: wherever it
-takes the scan, the scan took less time. The calls are packed batches and projections; bench_scan.py has the others.
+takes the scan, the scan took less time. The calls are packed batches, projections, and plain calls of what torch runs
+step by step.
 """
 
 import argparse
@@ -18,8 +19,11 @@ import fastrnn
 
 from . import machine, timing
 
-SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))  # B, T, H
-SECONDS = 0.3  # of the timing of one call
+# B, T, H: of long calls, of short ones, and of wide batches
+SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))
+SHORT = ((16, 8, 64), (4, 16, 64), (16, 16, 256), (2, 32, 64), (16, 32, 64), (64, 32, 256))
+WIDE = ((64, 64, 256), (256, 64, 64), (512, 64, 64), (512, 64, 128), (256, 64, 256))
+SECONDS = 0.2  # of the timing of one call
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,22 @@ class Kind:
     filled: float | None = None
 
 
-KINDS = (
-    Kind("lstm", projected=True),
-    *(Kind("lstm", projected=True, filled=filled) for filled in (0.5, 1.0)),
-    *(Kind(cell, filled=filled) for cell in ("lstm", "gru", "rnn_tanh") for filled in (0.2, 0.5, 1.0)),
-)
+KINDS = {
+    Kind("lstm", projected=True): SIZES + WIDE[:3],
+    **{Kind("lstm", projected=True, filled=filled): SIZES for filled in (0.5, 1.0)},
+    **{Kind("lstm", filled=filled): SIZES for filled in (0.2, 0.5, 1.0)},
+    **{Kind(cell, filled=filled): SIZES for cell in ("gru", "rnn_tanh", "rnn_relu") for filled in (0.2, 0.5, 1.0)},
+    **{Kind(cell): SIZES + SHORT + WIDE for cell in ("gru", "rnn_tanh", "rnn_relu")},
+}
 
 
 def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
     """The record of one call; I = H, and where it projects, P = H / 2."""
     options = {"proj_size": H // 2} if kind.projected else {}
-    module = getattr(fastrnn, kind.cell.partition("_")[0].upper())(H, H, **options).train(mode == "train")
+    name, _, nonlinearity = kind.cell.partition("_")
+    if nonlinearity:
+        options["nonlinearity"] = nonlinearity
+    module = getattr(fastrnn, name.upper())(H, H, **options).train(mode == "train")
     x = torch.randn(T, B, H, requires_grad=mode == "train")
     lengths = torch.full((B,), max(1, int(T * (1.0 if kind.filled is None else kind.filled))))
     lengths[0] = T
@@ -82,8 +91,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
     torch.manual_seed(0)
     content = {"machine": machine.describe("cpu"), "commit": machine.commit(), "calls": []}
-    for kind in KINDS:
-        for B, T, H in SIZES:
+    for kind, sizes in KINDS.items():
+        for B, T, H in sizes:
             for mode in ("train", "infer"):
                 row = measure(kind, B, T, H, mode)
                 content["calls"].append(row)

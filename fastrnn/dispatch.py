@@ -22,8 +22,8 @@ from .backends import cpu, cuda, reference, triton
 class Request(NamedTuple):
     """What a call needs: enough to say which backend can run it, and which should.
 
-    `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`. `steps`: T; 0 where it is not known
-    (tracing). `packed`: of a PackedSequence, the share of T*B that is there; None of another input.
+    `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`. `steps`, `batch`: T and B; 0 where they
+    are not known (tracing). `packed`: of a PackedSequence, the share of T*B that is there; None of another input.
     """
 
     cell: str
@@ -33,6 +33,7 @@ class Request(NamedTuple):
     proj_size: int = 0
     features: frozenset[str] = frozenset()
     steps: int = 0
+    batch: int = 0
     packed: float | None = None
 
 
@@ -99,22 +100,29 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-CPU_FIRST = {"lstm": 64, "gru": 64, "rnn_tanh": 64}
+CPU_FIRST = {"lstm": 64, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32}
 """Where torch runs a cell step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
-(bench/results: bench-cpu.json for plain calls, auto-cpu.json for packed batches and projections; H 16 to 1024, B 1 to
-64). With fewer, what goes around a call decides, and torch has less of it."""
+(bench/results/auto-cpu.json; H 16 to 1024). With fewer, what goes around a call decides, and torch has less of it."""
+CPU_FIRST_PACKED = {"lstm": 64, "gru": 64, "rnn_tanh": 64}
+"""The same of packed batches. An RNN with ReLU is too little work beside their padding."""
+LEAST_ROWS = 64
+"""T*B below which it does not pay to pack W_hh for the scan."""
+MOST_ELEMENTS = 1 << 15
+"""B*H from which on the two are about even: torch's own threads have enough to share in a step."""
 LEAST_PACKED = 0.5
-"""The share of T*B that a packed batch must fill for that: the scan's products take the padding along."""
+"""The share of T*B that a packed batch must fill: the scan's products take the padding along."""
 
 
 def _cpu_first(request: Request) -> bool:
-    if request.device != "cpu" or request.dtype != torch.float32:
+    table, filled = (CPU_FIRST, 1.0) if request.packed is None else (CPU_FIRST_PACKED, request.packed)
+    fewest, rows = table.get(request.cell), request.steps * request.batch
+    if request.device != "cpu" or request.dtype != torch.float32 or fewest is None:
         return False
-    filled = 1.0 if request.packed is None else request.packed
+    if rows < LEAST_ROWS or request.batch * request.hidden_size >= MOST_ELEMENTS:
+        return False
     # oneDNN takes the steps of an LSTM at once, if it has no projection and all sequences are of one length.
     at_once = request.cell == "lstm" and not request.proj_size and filled == 1
-    fewest = CPU_FIRST.get(request.cell)
-    return fewest is not None and request.steps >= fewest and filled >= LEAST_PACKED and not at_once
+    return request.steps >= fewest and filled >= LEAST_PACKED and not at_once
 
 
 def ranked(request: Request) -> list[Backend]:

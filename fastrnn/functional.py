@@ -268,10 +268,10 @@ def check(
         features.append("eval_gradient")
     if tracing():
         features.append("tracing")
-    # A compiled graph shall not be tied to its T, and the scan has no forward mode, which torch's own kernels have.
-    steps = 0 if tracing() or torch.autograd.forward_ad._current_level >= 0 else T
-    filled = len(x) / (T * batch) if packed is not None and steps else None
-    request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), steps, filled)
+    # A compiled graph shall not be tied to its sizes, and the scan has no forward mode, which torch's own kernels have.
+    sizes = (0, 0) if tracing() or torch.autograd.forward_ad._current_level >= 0 else (T, batch)
+    filled = len(x) / (T * batch) if packed is not None and all(sizes) else None
+    request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled)
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
 
 

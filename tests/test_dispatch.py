@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import dispatch
-from fastrnn.dispatch import BACKENDS, CPU_FIRST, Request
+from fastrnn.dispatch import BACKENDS, CPU_FIRST, LEAST_ROWS, MOST_ELEMENTS, Request
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
 needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
@@ -33,10 +33,20 @@ def chosen(module, x, **call):
 @needs_cpu_backend
 def test_long_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind):
     module = getattr(fastrnn, kind)(2, 3)
-    fewest = CPU_FIRST[module._cell]
-    assert chosen(module, torch.randn(fewest, 1, 2)) == "cpu"
-    assert chosen(module, torch.randn(fewest - 1, 1, 2)) == "aten"
-    assert chosen(module.double(), torch.randn(fewest, 1, 2).double()) == "aten"
+    fewest, wide = CPU_FIRST[module._cell], LEAST_ROWS
+    assert chosen(module, torch.randn(fewest, wide, 2)) == "cpu"
+    assert chosen(module, torch.randn(fewest - 1, wide, 2)) == "aten"
+    assert chosen(module.double(), torch.randn(fewest, wide, 2).double()) == "aten"
+    assert chosen(module.float(), torch.randn(LEAST_ROWS, 1, 2)) == "cpu"
+    assert chosen(module, torch.randn(LEAST_ROWS - 1, 1, 2)) == "aten"
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu", "lstm"])
+def test_wide_batches_of_a_large_network_stay_with_torch(cell):
+    most = MOST_ELEMENTS // 128
+    for batch, first in ((most - 1, "cpu"), (most, "aten")):
+        request = Request(cell, "cpu", torch.float32, 128, proj_size=64 * (cell == "lstm"), steps=64, batch=batch)
+        assert dispatch.ranked(request)[0].name == first
 
 
 @needs_cpu_backend
@@ -76,7 +86,7 @@ def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
         B, T, H, filled = row["B"], row["T"], row["H"], row["filled"]
         share = None if filled is None else (T + (B - 1) * max(1, int(T * filled))) / (T * B)
         projection = H // 2 if row["projected"] else 0
-        request = Request(row["cell"], "cpu", torch.float32, H, projection, steps=T, packed=share)
+        request = Request(row["cell"], "cpu", torch.float32, H, projection, steps=T, batch=B, packed=share)
         if dispatch.ranked(request)[0].name == "cpu":
             taken += 1
             if row["interval"][1] >= 1:
@@ -135,7 +145,7 @@ def test_a_long_plain_call_is_torch_nns_within_rounding(kind):
 
 
 def test_explain_ranks_as_choose_does():
-    request = Request("gru", "cpu", torch.float32, 8, steps=100)
+    request = Request("gru", "cpu", torch.float32, 8, steps=100, batch=1)
     names = [row.name for row in dispatch.ranked(request)]
     assert names[0] == "cpu" and sorted(names) == sorted(BACKENDS)
     assert [row[0] for row in dispatch.explanation(request).rows] == names
