@@ -2,7 +2,7 @@
 
 `python -m bench.auto bench/results/auto-cpu.json`; `tests/test_dispatch.py` holds `auto` to the result: wherever it
 takes the scan, the scan took less time. The calls are packed batches, projections, and plain calls of what torch runs
-step by step.
+step by step; and single steps with a layer norm, beside the reference.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from . import machine, timing
 SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))
 SHORT = ((16, 8, 64), (4, 16, 64), (16, 16, 256), (2, 32, 64), (16, 32, 64), (64, 32, 256))
 WIDE = ((64, 64, 256), (256, 64, 64), (512, 64, 64), (512, 64, 128), (256, 64, 256))
+STEPS = tuple((B, 1, H) for B in (1, 16, 64) for H in (64, 256, 512, 1024))
 SECONDS = 0.2  # of the timing of one call
 
 
@@ -34,6 +35,11 @@ class Kind:
     cell: str
     projected: bool = False
     filled: float | None = None
+    layer_norm: bool = False
+
+    @property
+    def rival(self) -> str:
+        return "reference" if self.layer_norm else "aten"
 
 
 KINDS = {
@@ -42,12 +48,13 @@ KINDS = {
     **{Kind("lstm", filled=filled): SIZES for filled in (0.2, 0.5, 1.0)},
     **{Kind(cell, filled=filled): SIZES for cell in ("gru", "rnn_tanh", "rnn_relu") for filled in (0.2, 0.5, 1.0)},
     **{Kind(cell): SIZES + SHORT + WIDE for cell in ("gru", "rnn_tanh", "rnn_relu")},
+    **{Kind(cell, layer_norm=True): STEPS for cell in ("lstm", "gru", "rnn_tanh")},
 }
 
 
 def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
     """The record of one call; I = H, and where it projects, P = H / 2."""
-    options = {"proj_size": H // 2} if kind.projected else {}
+    options = {"layer_norm": kind.layer_norm} | ({"proj_size": H // 2} if kind.projected else {})
     name, _, nonlinearity = kind.cell.partition("_")
     if nonlinearity:
         options["nonlinearity"] = nonlinearity
@@ -74,8 +81,8 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
 
     dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
     dy = dy if kind.filled is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
-    samples = timing.interleave({name: call(name) for name in ("aten", "cpu")}, "cpu", SECONDS, set(), warmup=0.0)
-    found = timing.ratio(samples["cpu"], samples["aten"])
+    samples = timing.interleave({name: call(name) for name in (kind.rival, "cpu")}, "cpu", SECONDS, set(), warmup=0.0)
+    found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
         "auto takes": fastrnn.explain(module, given()).chosen,

@@ -86,8 +86,9 @@ def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
         B, T, H, filled = row["B"], row["T"], row["H"], row["filled"]
         share = None if filled is None else (T + (B - 1) * max(1, int(T * filled))) / (T * B)
         projection = H // 2 if row["projected"] else 0
-        request = Request(row["cell"], "cpu", torch.float32, H, projection, steps=T, batch=B, packed=share)
-        if dispatch.ranked(request)[0].name == "cpu":
+        features = {"layer_norm"} if row["layer_norm"] else set()
+        request = Request(row["cell"], "cpu", torch.float32, H, projection, frozenset(features), T, B, share)
+        if dispatch.choose(request) == "cpu":
             taken += 1
             if row["interval"][1] >= 1:
                 slower.append(row)
