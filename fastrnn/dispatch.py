@@ -100,29 +100,28 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-CPU_FIRST = {"lstm": 64, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32}
-"""Where torch runs a cell step by step on a CPU: from so many steps on, for float32 input, the C++ scan takes less time
-(bench/results/auto-cpu.json; H 16 to 1024). With fewer, what goes around a call decides, and torch has less of it."""
-CPU_FIRST_PACKED = {"lstm": 64, "gru": 64, "rnn_tanh": 64}
-"""The same of packed batches. An RNN with ReLU is too little work beside their padding."""
-LEAST_ROWS = 64
-"""T*B below which it does not pay to pack W_hh for the scan."""
+CPU_FIRST = {"lstm": 16, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32}
+"""Where torch runs a cell step by step on a CPU: from so many steps on, of a packed batch from twice as many, the C++
+scan takes less time for float32 input (bench/results/auto-cpu.json). With fewer, what goes around a call decides, and
+torch has less of it."""
 MOST_ELEMENTS = 1 << 15
-"""B*H from which on the two are about even: torch's own threads have enough to share in a step."""
-LEAST_PACKED = 0.5
-"""The share of T*B that a packed batch must fill: the scan's products take the padding along."""
+"""B*H up to which it does; times the share of a packed batch that is there, since the scan pads."""
+WIDE_STEP = 512
+"""H from which on a single step of one sequence, with what torch.nn does not have, is the reference's: its products
+share a row among all threads."""
 
 
 def _cpu_first(request: Request) -> bool:
-    table, filled = (CPU_FIRST, 1.0) if request.packed is None else (CPU_FIRST_PACKED, request.packed)
-    fewest, rows = table.get(request.cell), request.steps * request.batch
+    fewest = CPU_FIRST.get(request.cell)
     if request.device != "cpu" or request.dtype != torch.float32 or fewest is None:
         return False
-    if rows < LEAST_ROWS or request.batch * request.hidden_size >= MOST_ELEMENTS:
-        return False
+    filled = 1.0
+    if request.packed is not None:
+        fewest, filled = 2 * fewest, request.packed
     # oneDNN takes the steps of an LSTM at once, if it has no projection and all sequences are of one length.
     at_once = request.cell == "lstm" and not request.proj_size and filled == 1
-    return request.steps >= fewest and filled >= LEAST_PACKED and not at_once
+    few_elements = request.batch * request.hidden_size <= MOST_ELEMENTS * filled
+    return request.steps >= fewest and few_elements and not at_once
 
 
 def ranked(request: Request) -> list[Backend]:
@@ -130,6 +129,8 @@ def ranked(request: Request) -> list[Backend]:
     rows = list(BACKENDS.values())
     if _cpu_first(request):
         rows.sort(key=lambda row: row.name != "cpu")
+    elif request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP:
+        rows.sort(key=lambda row: row.name == "cpu")
     return rows
 
 

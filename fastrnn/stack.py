@@ -188,7 +188,7 @@ def run(
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
-    final, outputs = [], []
+    final, outputs, before = [], [], x
     for layer, names in enumerate(options.suffixes()):
         own = []
         for d, name in enumerate(names):

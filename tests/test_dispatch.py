@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import dispatch
-from fastrnn.dispatch import BACKENDS, CPU_FIRST, LEAST_ROWS, MOST_ELEMENTS, Request
+from fastrnn.dispatch import BACKENDS, CPU_FIRST, MOST_ELEMENTS, WIDE_STEP, Request
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
 needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
@@ -31,21 +31,21 @@ def chosen(module, x, **call):
 
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 @needs_cpu_backend
-def test_long_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind):
+def test_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind):
     module = getattr(fastrnn, kind)(2, 3)
-    fewest, wide = CPU_FIRST[module._cell], LEAST_ROWS
-    assert chosen(module, torch.randn(fewest, wide, 2)) == "cpu"
-    assert chosen(module, torch.randn(fewest - 1, wide, 2)) == "aten"
-    assert chosen(module.double(), torch.randn(fewest, wide, 2).double()) == "aten"
-    assert chosen(module.float(), torch.randn(LEAST_ROWS, 1, 2)) == "cpu"
-    assert chosen(module, torch.randn(LEAST_ROWS - 1, 1, 2)) == "aten"
+    fewest = CPU_FIRST[module._cell]
+    assert chosen(module, torch.randn(fewest, 1, 2)) == "cpu"
+    assert chosen(module, torch.randn(fewest - 1, 1, 2)) == "aten"
+    assert chosen(module.double(), torch.randn(fewest, 1, 2).double()) == "aten"
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu", "lstm"])
-def test_wide_batches_of_a_large_network_stay_with_torch(cell):
-    most = MOST_ELEMENTS // 128
-    for batch, first in ((most - 1, "cpu"), (most, "aten")):
-        request = Request(cell, "cpu", torch.float32, 128, proj_size=64 * (cell == "lstm"), steps=64, batch=batch)
+@pytest.mark.parametrize("cell", CPU_FIRST)
+@pytest.mark.parametrize("filled", [None, 0.25])
+def test_wide_batches_of_a_large_network_stay_with_torch(cell, filled):
+    most = int(MOST_ELEMENTS * (filled or 1)) // 128
+    for batch, first in ((most, "cpu"), (most + 1, "aten")):
+        projection = 64 * (cell == "lstm")
+        request = Request(cell, "cpu", torch.float32, 128, projection, steps=64, batch=batch, packed=filled)
         assert dispatch.ranked(request)[0].name == first
 
 
@@ -54,8 +54,16 @@ def test_the_rest_of_the_plain_calls_stay_with_torch():
     assert chosen(fastrnn.LSTM(2, 3), torch.randn(100, 1, 2)) == "aten"
     assert chosen(fastrnn.LSTM(2, 3), packed(100, 100)) == "aten"
     for module in (fastrnn.LSTM(2, 3), fastrnn.LSTM(2, 3, proj_size=1), fastrnn.GRU(2, 3)):
-        assert chosen(module, packed(100, 10, 10, 10)) == "aten"
-        assert chosen(module, packed(60, 50)) == "aten"
+        fewest = 2 * CPU_FIRST[module._cell]
+        assert chosen(module, packed(fewest, 1)) == "cpu"
+        assert chosen(module, packed(fewest - 1, 1)) == "aten"
+
+
+@needs_cpu_backend
+def test_a_single_wide_step_goes_to_the_reference():
+    for batch, hidden_size, name in ((1, WIDE_STEP, "reference"), (1, WIDE_STEP - 1, "cpu"), (2, WIDE_STEP, "cpu")):
+        module = fastrnn.RNN(1, hidden_size, layer_norm=True)
+        assert chosen(module, torch.randn(1, batch, 1)) == name
 
 
 @needs_cpu_backend
@@ -86,9 +94,9 @@ def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
         B, T, H, filled = row["B"], row["T"], row["H"], row["filled"]
         share = None if filled is None else (T + (B - 1) * max(1, int(T * filled))) / (T * B)
         projection = H // 2 if row["projected"] else 0
-        features = {"layer_norm"} if row["layer_norm"] else set()
+        features, rival = ({"layer_norm"}, "reference") if row["layer_norm"] else ((), "aten")
         request = Request(row["cell"], "cpu", torch.float32, H, projection, frozenset(features), T, B, share)
-        if dispatch.choose(request) == "cpu":
+        if next(r.name for r in dispatch.ranked(request) if r.name in (rival, "cpu")) == "cpu":
             taken += 1
             if row["interval"][1] >= 1:
                 slower.append(row)
