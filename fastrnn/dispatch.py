@@ -193,7 +193,8 @@ def choose(request: Request, argument: str | None = None) -> str:
     Warns, once for each type of device, where nobody asked for the slow loop of `reference` and it is taken.
     """
     name = _chosen(request, argument)
-    if name == "reference" and request.steps > 1 and request.dtype != torch.float64 and forced(argument) is None:
+    slow = request.steps > 1 and request.device != "meta" and request.dtype != torch.float64
+    if name == "reference" and slow and forced(argument) is None:
         _warn_of_loop(request)
     return name
 

@@ -173,7 +173,8 @@ def run(
 ):
     """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
     packed = isinstance(x, PackedSequence)
-    T, B, dtype = len(x.batch_sizes if packed else x), states[0].shape[1], states[0].dtype
+    # Not len(): torch.export before 2.13 makes a constant of it.
+    T, B, dtype = (x.batch_sizes if packed else x).shape[0], states[0].shape[1], states[0].dtype
     acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
     flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
