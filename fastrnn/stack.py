@@ -123,7 +123,7 @@ def _one(x: Tensor | PackedSequence, own: Direction, options: Options, **scan_op
     if own.ln_ih is not None:
         gx = F.layer_norm(gx, own.ln_ih.shape, own.ln_ih, own.b_ih, LN_EPS)
     if isinstance(x, PackedSequence):
-        gx, _ = pad_packed_sequence(x._replace(data=gx))
+        gx, _ = pad_packed_sequence(PackedSequence(gx, x.batch_sizes))  # torch.compile loses fields in x._replace
     return scan(
         options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
         **scan_options,
@@ -160,7 +160,7 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def run(
-    x: Tensor | PackedSequence,  # [T, B, I]; packed, no product is spent on padding where a step has one direction
+    x: Tensor | PackedSequence,  # [T, B, I]; packed only on backend cpu, whose products then leave out the padding
     states: tuple[Tensor, ...],  # h [L*D, B, P], c [L*D, B, H]
     params: Mapping[str, Tensor],
     options: Options,

@@ -285,6 +285,20 @@ def test_compile_under_no_grad():
     agree([got], [model(x).detach()], **SINGLE)
 
 
+@every_backend
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_compiled_call_of_a_packed_batch(backend, num_layers):
+    """In more than one graph: PyTorch does not compile packing."""
+    model = make("GRU", backend, num_layers=num_layers)
+    packed = pack_padded_sequence(random(T, B, I), torch.tensor([4, 2, 1]))
+    torch._dynamo.reset()
+    results = []
+    for call in (model, torch.compile(model, backend="aot_eager")):
+        y, h_n = call(packed)
+        results.append((y.data, h_n, *torch.autograd.grad(y.data.square().sum(), tuple(model.parameters()))))
+    agree(*results)
+
+
 @pytest.mark.skipif(
     torch.__version__ < (2, 11), reason="torch 2.10 compiles no autograd.Function under torch.func; it says so"
 )
