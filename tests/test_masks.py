@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn import stack
 from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.dispatch import BACKENDS, Request
 from fastrnn.reference import Masks
@@ -112,6 +113,32 @@ def test_lengths_equal_a_packed_sequence(kind, lengths, bidirectional, backend):
         gradients((y, *flat(state)), (x, *flat(hx), *ours.parameters())),
         gradients((expected, *final), (x, *flat(hx), *theirs.parameters())),
     )
+
+
+@every_backend
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bi"])
+@every_kind
+def test_a_packed_sequence_with_everything_else(kind, bidirectional, backend, monkeypatch):
+    """Equals the padded call with lengths; on backend cpu its input products leave out the padding."""
+    extras = {"layer_norm": True, "residual": True, "zoneout": 0.2, "clip_state_grad_norm": 0.5}
+    ours = make(kind, backend, num_layers=3, bidirectional=bidirectional, **extras).eval()
+    directions, states = (2 if bidirectional else 1), (2 if kind.startswith("LSTM") else 1)
+    lengths, resets, rows, linear = torch.tensor([3, 7, 1, 7]), torch.zeros(T, B, dtype=torch.bool), [], stack.linear
+    resets[2, :2] = True
+    monkeypatch.setattr(stack, "linear", lambda x, *rest: rows.append(x[..., 0].numel()) or linear(x, *rest))
+    results, x = [], random(T, B, I)
+    for packed in (False, True):
+        rows.clear()
+        tap = torch.zeros(3 * directions, 2, states, T, B, dtype=torch.float64, requires_grad=True)
+        call = {"reset_mask": resets, "tap": tap}
+        if packed:
+            y, state = ours(pack_padded_sequence(x, lengths, enforce_sorted=False), **call)
+            y = pad_packed_sequence(y)[0]
+        else:
+            y, state = ours(x, lengths=lengths, **call)
+        results.append((y, *flat(state), *gradients((y, *flat(state)), (x, tap, *ours.parameters()))))
+        assert rows == [lengths.sum() if packed and backend == "cpu" else T * B] * 3 * directions
+    agree(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
