@@ -70,7 +70,9 @@ def scan(
     tensors = (gx, weights.w_hh, weights.b_hh, h0, c0, *weights[2:])
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, tap))
     # Under vmap a tensor does not say that what it is a part of requires grad; and vmap knows the function, not the op.
-    if differentiated or (not torch.compiler.is_compiling() and transformed()):
+    # Nor does a dual number, of which the op would drop the tangent; the function refuses it.
+    in_eager = not torch.compiler.is_compiling()
+    if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
         outputs = Scan.apply(*tensors, *masks, tap, clip_norm, clip_value, cell, reverse, backend, keep_c)
     else:
         outputs = ops.scan_forward(*tensors, *masks, cell, reverse, keep_c, backend)

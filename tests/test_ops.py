@@ -469,6 +469,17 @@ def test_vmap_without_gradients_folds_the_batch():
     agree(got, [model(each)[0] for each in x])
 
 
+@every_backend
+def test_forward_mode_is_refused(backend):
+    """The raw op would drop the tangent without a word."""
+    model, x = make("GRU", backend).requires_grad_(False), random(T, B, I, requires_grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            model(dual)
+        assert torch.equal(model(x)[0], make("GRU", backend)(x)[0])
+
+
 @every_kind
 def test_jacobian_and_hessian(kind):
     ours, theirs_at = make(kind), random(T, I, requires_grad=False)
