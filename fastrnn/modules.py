@@ -410,7 +410,7 @@ class _Cell(nn.Module):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
         # Not by torch.atleast_2d and getattr, which a small cell would feel.
         x, *rows = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, *states))
-        expected = (len(x), self.hidden_size)
+        expected = (x.shape[0], self.hidden_size)
         for k, state in enumerate(rows):
             if state.shape != expected:
                 expected = [*input.shape[:-1], self.hidden_size]

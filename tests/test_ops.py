@@ -360,6 +360,16 @@ def test_export(name):
         agree([program.module()(x)], [model(x)], **SINGLE)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_traced_cell_takes_another_batch(kind):
+    """As torch.nn's does; the zeros of a state that was not given are of the input's batch."""
+    cell = getattr(fastrnn, kind)(I, H).requires_grad_(False)
+    traced = torch.jit.trace(cell, (torch.randn(B, I),), check_trace=False)
+    x = torch.randn(B + 2, I)
+    agree(flat(traced(x)), flat(cell(x)))
+
+
 def test_an_exported_program_says_that_it_has_no_gradient():
     model = make("GRU")
     program = torch.export.export(model, (random(T, B, I, requires_grad=False),)).module()
