@@ -88,14 +88,11 @@ def _shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool)
 def has_computed_weights(module: nn.Module) -> bool:
     """Whether somebody makes weights anew at every call, so that they are attributes and no parameters: torch.nn.utils'
     weight_norm, spectral_norm and prune; a wrapper that drops weights, whose attributes are not there before a call."""
-    kinds, stored = ("weight_", "bias_"), module._parameters
+    kinds = ("weight_", "bias_")
     if any(name.startswith(kinds) and isinstance(value, Tensor) for name, value in vars(module).items()):
         return True
-    ends = [""]
-    if hasattr(module, "num_layers"):
-        directions = ("", "_reverse") if module.bidirectional else ("",)
-        ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
-    return not all(f"{kind}{end}" in stored for kind in ("weight_ih", "weight_hh") for end in ends)
+    layers = getattr(module, "_all_weights", [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]])  # or a cell
+    return not all(name in module._parameters for names in layers for name in names)
 
 
 class _Recurrent(nn.Module):

@@ -662,6 +662,15 @@ def test_convert_keeps_what_was_added_to_a_module(kind):
     assert type(back.inner) is nn.GRU and back.inner.weight_hh_l0 is theirs.inner.weight_hh_l0
 
 
+@pytest.mark.parametrize("name", ["bias_ih_l0", "weight_hr_l1_reverse"])
+def test_convert_misses_no_weight_that_is_not_there_before_the_call(name):
+    model = nn.Sequential(nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2))
+    drop_weight(model[0], name)
+    with pytest.warns(UserWarning, match="hooks or a wrapper compute"):
+        fastrnn.convert(model)
+    assert type(model[0]) is nn.LSTM
+
+
 def test_convert_goes_into_what_was_added_to_a_module():
     theirs = nn.LSTM(I, H)
     theirs.inner = nn.GRU(I, H)
