@@ -107,8 +107,9 @@ torch has less of it."""
 MOST_ELEMENTS = 1 << 15
 """B*H up to which it does; times the share of a packed batch that is there, since the scan pads."""
 WIDE_STEP = 512
-"""H from which on a single step of one sequence, with what torch.nn does not have, is the reference's: its products
-share a row among all threads."""
+"""H from which on a single step of one float32 sequence, with what torch.nn does not have, is the reference's: its
+products share a row among all threads. In the half types they are slower than the scan's, and a projection leaves less
+to share."""
 
 
 def _cpu_first(request: Request) -> bool:
@@ -124,12 +125,17 @@ def _cpu_first(request: Request) -> bool:
     return request.steps >= fewest and few_elements and not at_once
 
 
+def _wide_step(request: Request) -> bool:
+    measured = request.dtype == torch.float32 and not request.proj_size
+    return measured and request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP
+
+
 def ranked(request: Request) -> list[Backend]:
     """The table in the order in which `choose` takes its rows for this call."""
     rows = list(BACKENDS.values())
     if _cpu_first(request):
         rows.sort(key=lambda row: row.name != "cpu")
-    elif request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP:
+    elif _wide_step(request):
         rows.sort(key=lambda row: row.name == "cpu")
     return rows
 

@@ -67,6 +67,15 @@ def test_a_single_wide_step_goes_to_the_reference():
 
 
 @needs_cpu_backend
+def test_a_single_wide_step_whose_products_are_no_plain_float32_ones_does_not():
+    """In bfloat16 the reference took twice the time; with a projection W_hh is narrow."""
+    x = torch.randn(1, 1, 1)
+    assert chosen(fastrnn.LSTM(1, WIDE_STEP, layer_norm=True, proj_size=8), x) == "cpu"
+    for dtype in (torch.bfloat16, torch.float16):
+        assert chosen(fastrnn.GRU(1, WIDE_STEP, layer_norm=True, dtype=dtype), x.to(dtype)) == "cpu"
+
+
+@needs_cpu_backend
 @pytest.mark.parametrize("kind, settings", BY_STEPS, ids=str)
 def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings):
     torch.manual_seed(0)
