@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, stack
 from .cells import CELLS, NONLINEARITIES
@@ -144,7 +144,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
         packed_lengths = (x.batch_sizes.unsqueeze(1) > torch.arange(h0.shape[1])).sum(0)
         lengths = packed_lengths.to(h0.device)
         if backend != "cpu":
-            x, _ = pad_packed_sequence(x)
+            x = stack.padded(x)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         h_dtype, c_dtype = _autocast_dtypes(call, dtype, step)
@@ -158,7 +158,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     y, states = y.to(h_dtype), (states[0].to(h_dtype), *(c_n.to(c_dtype) for c_n in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else pack_padded_sequence(v, packed_lengths).data for v in (y, c))
+        y, c = (v if v is None else stack.packed(v, packed_lengths).data for v in (y, c))
     return y, states, c
 
 

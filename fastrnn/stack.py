@@ -116,6 +116,20 @@ def _direction(T: int, params: Mapping[str, Tensor], name: str, options: Options
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
 
 
+def padded(rows: PackedSequence) -> Tensor:
+    """`[T, B, N]`, zeros behind the ends."""
+    return pad_packed_sequence(rows)[0]
+
+
+def packed(x: Tensor, lengths: Tensor) -> PackedSequence:
+    """The real rows of `x [T, B, N]`; `lengths [B]` on the CPU, the longest first."""
+    return pack_padded_sequence(x, lengths)
+
+
+# What torch.compiler.disable does, without importing the compiler: PyTorch before 2.13 fails to trace them.
+padded._torchdynamo_disable = packed._torchdynamo_disable = True
+
+
 def _one(x: Tensor | PackedSequence, own: Direction, options: Options, **scan_options) -> ScanOutput:
     """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
     rows = x.data if isinstance(x, PackedSequence) else x
@@ -123,7 +137,7 @@ def _one(x: Tensor | PackedSequence, own: Direction, options: Options, **scan_op
     if own.ln_ih is not None:
         gx = F.layer_norm(gx, own.ln_ih.shape, own.ln_ih, own.b_ih, LN_EPS)
     if isinstance(x, PackedSequence):
-        gx, _ = pad_packed_sequence(PackedSequence(gx, x.batch_sizes))  # torch.compile loses fields in x._replace
+        gx = padded(PackedSequence(gx, x.batch_sizes))  # torch.compile loses fields in x._replace
     return scan(
         options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
         **scan_options,
@@ -172,13 +186,13 @@ def run(
     backend: str,
 ):
     """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
-    packed = isinstance(x, PackedSequence)
+    by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
-    T, B, dtype = (x.batch_sizes if packed else x).shape[0], states[0].shape[1], states[0].dtype
+    T, B, dtype = (x.batch_sizes if by_rows else x).shape[0], states[0].shape[1], states[0].dtype
     acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
     flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
-    if lengths is not None and not packed:
+    if lengths is not None and not by_rows:
         # What stands in the padding, NaN included, must reach neither the weights' gradients nor the states.
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
     clip_norm = options.clip_norm
@@ -208,7 +222,7 @@ def run(
         if options.dropout and layer < options.num_layers - 1:
             drop = _locked_dropout if options.locked_dropout else F.dropout
             y = drop(y, options.dropout, options.training)
-        before, x = y, pack_padded_sequence(y, lengths) if packed and layer < options.num_layers - 1 else y
+        before, x = y, packed(y, lengths) if by_rows and layer < options.num_layers - 1 else y
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     last = [torch.stack([out.h_n for out in final])]
