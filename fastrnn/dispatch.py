@@ -108,8 +108,8 @@ MOST_ELEMENTS = 1 << 15
 """B*H up to which it does; times the share of a packed batch that is there, since the scan pads."""
 WIDE_STEP = 512
 """H from which on a single step of one float32 sequence, with what torch.nn does not have, is the reference's: its
-products share a row among all threads. In the half types they are slower than the scan's, and a projection leaves less
-to share."""
+products share a row among all threads (bench/results/auto-cpu.json,
+which has neither another dtype nor a projection there)."""
 
 
 def _cpu_first(request: Request) -> bool:
