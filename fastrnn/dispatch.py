@@ -130,6 +130,12 @@ def _wide_step(request: Request) -> bool:
     return measured and request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP
 
 
+def is_torchs(cell: str, steps: int, proj_size: int) -> bool:
+    """Whether `choose` leaves a plain call to torch, going by these alone, because nobody asks for another backend."""
+    at_once = cell == "lstm" and not proj_size
+    return (at_once or steps < CPU_FIRST.get(cell, 0)) and steps > 0 and forced(None) is None
+
+
 def ranked(request: Request) -> list[Backend]:
     """The table in the order in which `choose` takes its rows for this call."""
     rows = list(BACKENDS.values())
@@ -173,14 +179,11 @@ def backend(name: str):
 
 def forced(argument: str | None) -> str | None:
     """The name of the backend that argument, context or environment ask for, in this order, or None."""
-    for name, source in (
-        (argument, "backend"),
-        (_forced.name, "fastrnn.backend"),
-        (os.environ.get("FASTRNN_BACKEND"), "FASTRNN_BACKEND"),
-    ):
-        if name:
-            return None if name == "auto" else check_name(name, source)
-    return None
+    name = argument or _forced.name or os.environ.get("FASTRNN_BACKEND")
+    if not name or name == "auto":
+        return None
+    source = "backend" if argument else "fastrnn.backend" if _forced.name else "FASTRNN_BACKEND"
+    return check_name(name, source)
 
 
 def _chosen(request: Request, argument: str | None) -> str:

@@ -98,8 +98,7 @@ def _step(cell: str, x: Tensor, states: tuple[Tensor, ...], params, backend) -> 
         # A few operations, which can be traced and transformed. A whole call would prepare the weights for many steps.
         if not states:
             states = (x.new_zeros(x.shape[0], params["weight_hh_l0"].shape[1]),) * len(CELLS[cell].states)
-        weights = (params.get(f"{kind}_l0") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        new = getattr(torch._VF, f"{cell}_cell")(x, states if cell == "lstm" else states[0], *weights)
+        new = getattr(torch._VF, f"{cell}_cell")(x, states if cell == "lstm" else states[0], *params.values())
         return new if cell == "lstm" else (new,)
     call = check_step(cell, x, states, params)
     _, states, _ = _scanned(call, params, False, dispatch.choose(call.request, backend), step=True)

@@ -6,13 +6,15 @@ Parameter names, order, shapes and default initialisation are torch.nn's, so sta
 
 import math
 import warnings
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import functional
+from . import dispatch, functional
 from .cells import CELLS
+from .linear import tracing
 
 # Constructor arguments and their defaults: torch.nn's, and ours.
 PLAIN = {
@@ -34,6 +36,7 @@ EXTRAS = {
     "clip_state_grad_value": None,
     "backend": None,
 }
+_extras, _NO_EXTRAS = attrgetter(*EXTRAS), tuple(EXTRAS.values())
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
     *(name for name in EXTRAS if name not in ("layer_norm", "backend")),
@@ -223,6 +226,47 @@ class _Recurrent(nn.Module):
         names = (name for row in self.all_names for name in row)
         return {name: stored[name] if name in stored else getattr(self, name) for name in names}
 
+    def _directly(self, input, hx):
+        """A plain call that is correct, and that `dispatch.choose` would leave to torch, by torch's kernels at once.
+
+        None of any other call. `functional` would come to the same, but what it checks and prepares for all kinds of
+        calls takes as long as a short one itself.
+        """
+        cell, stored = self._cell, self._parameters
+        if tracing() or _extras(self) != _NO_EXTRAS or not isinstance(input, Tensor) or input.dim() not in (2, 3):
+            return None
+        states = () if hx is None else hx if cell == "lstm" else (hx,)
+        lstm, batched, batch_dim = cell == "lstm", input.dim() == 3, 0 if self.batch_first else 1
+        if lstm and not isinstance(states, (tuple, list)):
+            return None
+        if not batched:
+            input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
+        steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
+        if not dispatch.is_torchs(cell, steps, self.proj_size) or (input.is_cuda and not self.training):
+            return None
+        try:
+            weights = [stored[name] for row in self.all_names for name in row]
+        except KeyError:  # computed at every call, and no parameters
+            return None
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shapes = [(rows, batch, self.proj_size or self.hidden_size), (rows, batch, self.hidden_size)]
+        shapes = shapes if lstm else shapes[:1]
+        if hx is None:
+            states = [input.new_zeros(shape) for shape in shapes]
+        if len(states) != len(shapes):
+            return None
+        first = weights[0]
+        for tensor, shape in zip((input, *states), ((*input.shape[:2], first.shape[1]), *shapes), strict=True):
+            if tensor.shape != shape or tensor.dtype != first.dtype or tensor.device != first.device:
+                return None
+        y, *states = getattr(torch._VF, cell)(
+            input, states if lstm else states[0], weights, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, self.batch_first,
+        )  # fmt: skip
+        if not batched:
+            y, states = y.squeeze(batch_dim), [state.squeeze(1) for state in states]
+        return y, tuple(states) if lstm else states[0]
+
     def forward(self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False):
         """Runs the network.
 
@@ -244,6 +288,10 @@ class _Recurrent(nn.Module):
         Raises:
             ValueError, RuntimeError: as torch.nn for its arguments, and for the others naming what was expected.
         """
+        if lengths is None and reset_mask is None and tap is None and not return_cells:
+            result = self._directly(input, hx)
+            if result is not None:
+                return result
         return functional._recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
             tap=tap, return_cells=return_cells, **self._arguments(),
@@ -395,25 +443,24 @@ class _Cell(nn.Module):
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        lstm = self._cell == "lstm"
+        lstm, stored = self._cell == "lstm", self._parameters
+        params = {f"{n}_l0": stored[n] if n in stored else getattr(self, n) for n in self.all_names}
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
         if lstm and hx is not None and (states is not hx or len(hx) != 2):
             came = f"{len(hx)} states" if states is hx else type(hx).__name__
             raise RuntimeError(f"{name}: hx should be a pair (h, c), got {came}")
-        if input.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {self.weight_ih.dtype}")
+        dtype = params["weight_ih_l0"].dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {dtype}")
+        x = input if input.dim() == 2 else input.unsqueeze(0)  # not by torch.atleast_2d, which a small cell would feel
+        shape, rows = (x.shape[0], self.hidden_size), []
         for k, state in enumerate(states):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        # Not by torch.atleast_2d and getattr, which a small cell would feel.
-        x, *rows = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, *states))
-        expected = (x.shape[0], self.hidden_size)
-        for k, state in enumerate(rows):
-            if state.shape != expected:
+            rows.append(state if state.dim() == 2 else state.unsqueeze(0))
+            if rows[k].shape != shape:
                 expected = [*input.shape[:-1], self.hidden_size]
-                raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(states[k].shape)}")
-        stored = self._parameters
-        params = {f"{n}_l0": stored[n] if n in stored else getattr(self, n) for n in self.all_names}
+                raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(state.shape)}")
         return self._cell, x, tuple(rows), params
 
     def extra_repr(self) -> str:

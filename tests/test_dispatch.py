@@ -3,14 +3,16 @@
 import json
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import dispatch
+from fastrnn import dispatch, functional
 from fastrnn.dispatch import BACKENDS, CPU_FIRST, MOST_ELEMENTS, WIDE_STEP, Request
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
@@ -57,6 +59,76 @@ def test_the_rest_of_the_plain_calls_and_short_packed_ones_stay_with_torch():
         fewest = 2 * CPU_FIRST[module._cell]
         assert chosen(module, packed(fewest, 1)) == "cpu"
         assert chosen(module, packed(fewest - 1, 1)) == "aten"
+
+
+@pytest.mark.parametrize("cell", fastrnn.cells.CELLS)
+@pytest.mark.parametrize("projection", [0, 4])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_goes_to_torch_directly_is_what_choose_leaves_to_torch(cell, projection, device):
+    for steps in (1, 15, 16, 31, 32, 1000):
+        if dispatch.is_torchs(cell, steps, projection):
+            for batch, dtype in product((1, 1000), (torch.float32, torch.float64, torch.bfloat16)):
+                request = Request(cell, device, dtype, 8, projection, steps=steps, batch=batch)
+                assert dispatch.choose(request) == "aten"
+
+
+SMALL = {"input_size": 3, "hidden_size": 4}
+PLAIN = [
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 2}),
+    ("LSTM", {"bias": False}),
+    ("GRU", {}),
+    ("RNN", {"nonlinearity": "relu"}),
+]
+LAYOUTS = [
+    {}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "dropout": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings"), PLAIN, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3), (5, 3)], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+def test_short_plain_calls_go_to_torch_directly_and_come_to_the_same(kind, settings, layout, shape, given):
+    module, x = getattr(fastrnn, kind)(**SMALL, **settings, **layout), torch.randn(shape)
+    hx = None
+    if given:
+        hx = module(x)[1]
+    torch.manual_seed(0)
+    direct = module._directly(x, hx)
+    assert direct is not None
+    torch.manual_seed(0)
+    general = functional._recurrent(module._cell, x, hx, module._parameters_by_name(), None, **module._arguments())
+    for got, want in zip(tree_leaves(direct), tree_leaves(general), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("settings", [
+    {"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"weight_dropout": 0.1}, {"backend": "aten"},
+    {"clip_state_grad_norm": torch.ones(())}, {"clip_state_grad_value": 1.0}, {"num_layers": 2, "residual": True},
+    {"num_layers": 2, "dropout": 0.1, "locked_dropout": True},
+], ids=str)  # fmt: skip
+def test_a_call_with_anything_else_does_not_go_there(settings, monkeypatch):
+    plain, other, x = fastrnn.GRU(**SMALL), fastrnn.GRU(**SMALL, **settings), torch.randn(2, 5, 3)
+    assert plain._directly(x, None) is not None
+    assert other._directly(x, None) is None
+    with fastrnn.backend("reference"):
+        assert plain._directly(x, None) is None
+    monkeypatch.setenv("FASTRNN_BACKEND", "aten")
+    assert plain._directly(x, None) is None
+
+
+@pytest.mark.parametrize("hx", [
+    torch.zeros(2, 1, 4),  # of an LSTM: one tensor with two rows
+    (torch.zeros(1, 4),), (torch.zeros(1, 1, 4),) * 2, (torch.zeros(1, 4), torch.zeros(1, 5)),
+    (torch.zeros(1, 4), torch.zeros(1, 4).double()),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit_does_not_go_there_either(hx):
+    module, x = fastrnn.LSTM(**SMALL), torch.randn(5, 3)
+    assert module._directly(x, hx) is None
+    with pytest.raises(RuntimeError):
+        module(x, hx)
 
 
 @needs_cpu_backend
