@@ -1,4 +1,4 @@
-"""Where the C++ scan comes before torch's own kernels in `auto` on a CPU: both timed on calls of a grid of sizes.
+"""Where the C++ scan comes before torch's own kernels in `auto` on a CPU: it and torch.nn timed on a grid of calls.
 
 `python -m bench.auto bench/results/auto-cpu.json`; `tests/test_dispatch.py` holds `auto` to the result: wherever it
 takes the scan, the scan took less time. The calls are packed batches, projections, and plain calls of what torch runs
@@ -39,7 +39,7 @@ class Kind:
 
     @property
     def rival(self) -> str:
-        return "reference" if self.layer_norm else "aten"
+        return "reference" if self.layer_norm else "torch.nn"
 
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -54,11 +54,11 @@ KINDS = {
 
 def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
     """The record of one call; I = H, and where it projects, P = H / 2."""
-    options = {"layer_norm": kind.layer_norm} | ({"proj_size": H // 2} if kind.projected else {})
+    options = {"proj_size": H // 2} if kind.projected else {}
     name, _, nonlinearity = kind.cell.partition("_")
     if nonlinearity:
         options["nonlinearity"] = nonlinearity
-    module = getattr(fastrnn, name.upper())(H, H, **options).train(mode == "train")
+    module = getattr(fastrnn, name.upper())(H, H, layer_norm=kind.layer_norm, **options).train(mode == "train")
     x = torch.randn(T, B, H, requires_grad=mode == "train")
     lengths = torch.full((B,), max(1, int(T * (1.0 if kind.filled is None else kind.filled))))
     lengths[0] = T
@@ -66,10 +66,19 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
     def given():
         return x if kind.filled is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
 
-    def call(backend):
+    def rival():
+        if kind.layer_norm:
+            return on("reference")
+        torchs = getattr(torch.nn, name.upper())(H, H, **options).train(mode == "train")
+        torchs.load_state_dict(module.state_dict())
+        return torchs
+
+    def on(backend):
         own = copy.copy(module)
         own.backend = backend
+        return own
 
+    def call(own):
         def timed(_):
             with torch.set_grad_enabled(mode == "train"):
                 y = own(given())[0]
@@ -81,7 +90,8 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
 
     dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
     dy = dy if kind.filled is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
-    samples = timing.interleave({name: call(name) for name in (kind.rival, "cpu")}, "cpu", SECONDS, set(), warmup=0.0)
+    calls = {kind.rival: call(rival()), "cpu": call(on("cpu"))}
+    samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0)
     found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,

@@ -75,6 +75,8 @@ def _cpu_cases() -> list[Case]:
         Case("rnn_tanh", B=8, T=64, I=16, H=16, mode="infer", bounds=PLAIN),
         Case("lstm", **small, features=features[2], bounds=FEATURED[:1]),
         Case("lstm", **size, mode="infer", bounds=PLAIN),
+        # A call of one step is as long as what stands around its arithmetic.
+        *(Case(cell, B=1, T=1, I=64, H=64, mode="infer", bounds=PLAIN) for cell in ("lstm", "gru", "rnn_tanh")),
         Case("lstm", **small, num_layers=2, bidirectional=True, bounds=PLAIN),
         Case("lstm", **small, num_layers=2, bidirectional=True, features=features[2], bounds=FEATURED[:1]),
         Case("gru", **small, num_layers=2, bidirectional=True, bounds=PLAIN),

@@ -248,17 +248,20 @@ class _Recurrent(nn.Module):
             weights = [stored[name] for row in self.all_names for name in row]
         except KeyError:  # computed at every call, and no parameters
             return None
+        dtype, device = weights[0].dtype, weights[0].device
+        if input.shape[2] != weights[0].shape[1] or input.dtype != dtype or input.device != device:
+            return None
         rows = self.num_layers * (2 if self.bidirectional else 1)
         shapes = [(rows, batch, self.proj_size or self.hidden_size), (rows, batch, self.hidden_size)]
         shapes = shapes if lstm else shapes[:1]
         if hx is None:
             states = [input.new_zeros(shape) for shape in shapes]
-        if len(states) != len(shapes):
+        elif len(states) != len(shapes):
             return None
-        first = weights[0]
-        for tensor, shape in zip((input, *states), ((*input.shape[:2], first.shape[1]), *shapes), strict=True):
-            if tensor.shape != shape or tensor.dtype != first.dtype or tensor.device != first.device:
-                return None
+        else:
+            for state, shape in zip(states, shapes, strict=True):
+                if state.shape != shape or state.dtype != dtype or state.device != device:
+                    return None
         y, *states = getattr(torch._VF, cell)(
             input, states if lstm else states[0], weights, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, self.batch_first,
