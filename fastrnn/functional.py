@@ -263,7 +263,7 @@ def check(
     projection = size if "weight_hr_l0" in params else 0
     if projection:
         features.append("projection")
-    if x.is_cuda and not training and torch.is_grad_enabled() and x.requires_grad:
+    if refused_by_cudnn(x, training):
         features.append("eval_gradient")
     if tracing():
         features.append("tracing")
@@ -272,6 +272,11 @@ def check(
     filled = len(x) / (T * batch) if packed is not None and all(sizes) else None
     request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled)
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
+
+
+def refused_by_cudnn(x: Tensor, training: bool) -> bool:
+    """Whether a gradient will be asked for in eval mode, which cuDNN does not compute."""
+    return x.is_cuda and not training and x.requires_grad and torch.is_grad_enabled()
 
 
 def _check_options(
