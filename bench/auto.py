@@ -30,11 +30,11 @@ SECONDS = 0.4  # of the timing of one call
 @dataclass(frozen=True)
 class Kind:
     """`filled`: of a packed batch, the share of T that all sequences but the longest have, which is the worst for a
-    scan that pads; None for a batch that is not packed."""
+    scan that pads; or "ragged": their lengths fall evenly from T to 1. None for a batch that is not packed."""
 
     cell: str
     projected: bool = False
-    filled: float | None = None
+    filled: float | str | None = None
     layer_norm: bool = False
 
     @property
@@ -43,13 +43,25 @@ class Kind:
 
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+FILLED = (0.2, 0.5, 1.0, "ragged")
 KINDS = {
     **{Kind(cell): SIZES + SHORT + WIDE for cell in CELLS[1:]},
     Kind("lstm", projected=True): SIZES + SHORT + WIDE,
-    **{Kind(cell, filled=filled): SIZES + SHORT for cell in CELLS for filled in (0.2, 0.5, 1.0)},
-    **{Kind("lstm", projected=True, filled=filled): SIZES + SHORT for filled in (0.2, 0.5, 1.0)},
+    **{Kind(cell, filled=filled): SIZES + SHORT for cell in CELLS for filled in FILLED},
+    **{Kind("lstm", projected=True, filled=filled): SIZES + SHORT for filled in FILLED},
     **{Kind(cell, layer_norm=True): STEPS for cell in CELLS[:3]},
 }
+
+
+def sequence_lengths(kind: Kind, B: int, T: int) -> torch.Tensor | None:
+    """`[B]`, the longest first."""
+    if kind.filled is None:
+        return None
+    if kind.filled == "ragged":
+        return torch.linspace(T, 1, B).long()
+    lengths = torch.full((B,), max(1, int(T * kind.filled)))
+    lengths[0] = T
+    return lengths
 
 
 def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
@@ -60,11 +72,10 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
         options["nonlinearity"] = nonlinearity
     module = getattr(fastrnn, name.upper())(H, H, layer_norm=kind.layer_norm, **options).train(mode == "train")
     x = torch.randn(T, B, H, requires_grad=mode == "train")
-    lengths = torch.full((B,), max(1, int(T * (1.0 if kind.filled is None else kind.filled))))
-    lengths[0] = T
+    lengths = sequence_lengths(kind, B, T)
 
     def given():
-        return x if kind.filled is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
 
     def rival():
         if kind.layer_norm:
@@ -82,19 +93,20 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
         def timed(_):
             with torch.set_grad_enabled(mode == "train"):
                 y = own(given())[0]
-                y = y if kind.filled is None else y.data
+                y = y if lengths is None else y.data
             if mode == "train":
                 torch.autograd.grad(y, [x, *own.parameters()], dy)
 
         return timed
 
     dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
-    dy = dy if kind.filled is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
+    dy = dy if lengths is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
     calls = {kind.rival: call(rival()), "cpu": call(on("cpu"))}
     samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0)
     found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
+        "packed": None if lengths is None else lengths.sum().item() / (T * B),
         "auto takes": fastrnn.explain(module, given()).chosen,
         "ratio": found.median, "interval": [found.low, found.high],
         "seconds": {name: [float(f"{s:.4g}") for s in own.seconds] for name, own in samples.items()},

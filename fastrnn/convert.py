@@ -1,5 +1,6 @@
 """Whole models: torch.nn's recurrent modules in place of fastrnn's and back, and which backend a module would take."""
 
+import sys
 import warnings
 
 from torch import nn
@@ -8,8 +9,20 @@ from . import dispatch, functional, modules
 from .dispatch import Explanation
 
 _KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 _SETTINGS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity")
+
+
+_COMPILED = "_compiled_call_impl"  # module.compile() puts it there
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile returned this module, which holds on to the call of the one inside."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _is_on(setting) -> bool:
@@ -58,9 +71,9 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     Returns:
         The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
         same objects, and so are buffers, submodules and attributes that were added to such a module. With a warning,
-        forward and backward hooks stay behind, and these are left alone: subclasses of torch.nn's modules
-        (parametrized ones, say), modules whose weights hooks or a wrapper compute (weight_norm, pruning, weight drop),
-        and those with a method of their own in place of the class's.
+        hooks stay behind, and these are left alone: subclasses of torch.nn's modules (parametrized ones, say), modules
+        whose weights hooks or a wrapper compute (weight_norm, pruning, weight drop), those with a method of their own
+        in place of the class's, and those that are compiled by themselves, to be converted before.
 
     Raises:
         TypeError: `model` is no module.
@@ -73,25 +86,30 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
     kinds = {getattr(source, kind): kind for kind in _KINDS}
     replaced: dict[nn.Module, nn.Module] = {}
+    compiled: set[nn.Module] = set()  # what torch.compile(module) was called on
+
+    def why_left(module: nn.Module) -> str | None:
+        """Why a module of these kinds cannot be replaced."""
+        if type(module) not in kinds:
+            return "is a subclass" if isinstance(module, tuple(kinds)) else None
+        if modules.has_computed_weights(module):
+            return "has weights that hooks or a wrapper compute"
+        if methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]:
+            return f"has its own {', '.join(methods)}"
+        return "is compiled" if getattr(module, _COMPILED) is not None or module in compiled else None
 
     def twin(module: nn.Module) -> nn.Module:
         if module in replaced:
             return replaced[module]
-        if type(module) in kinds and modules.has_computed_weights(module):
-            weights = "weights that hooks or a wrapper compute"
-            warnings.warn(f"{type(module).__name__} has {weights} and was left as it is", stacklevel=3)
-        elif type(module) in kinds and (
-            methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]
-        ):
-            warnings.warn(
-                f"{type(module).__name__} has its own {', '.join(methods)} and was left as it is", stacklevel=3
-            )
+        if _is_compiled(module):
+            compiled.add(module._orig_mod)
+        reason = why_left(module)
+        if reason is not None:
+            warnings.warn(f"{type(module).__name__} {reason} and was left as it is", stacklevel=3)
         elif type(module) in kinds:
             if any(getattr(module, hooks) for hooks in _HOOKS):
                 warnings.warn(f"{type(module).__name__} has hooks, which its twin does not get", stacklevel=3)
             replaced[module] = _rebuilt(module, kinds[type(module)], target)
-        elif isinstance(module, tuple(kinds)):
-            warnings.warn(f"{type(module).__name__} is a subclass and was left as it is", stacklevel=3)
         result = replaced.setdefault(module, module)
         for name, child in result._modules.items():
             if child is not None:

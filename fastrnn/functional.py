@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch, stack
 from .cells import CELLS, NONLINEARITIES
 from .dispatch import Request
-from .linear import tracing
+from .linear import in_forward_mode, tracing
 from .reference import accumulate_dtype
 from .scan import AUTOCAST, without_autocast
 from .stack import Options
@@ -136,12 +136,16 @@ def _aten(call: Call, params):
 
 def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = False):
     x, (h0, *cells), lengths = call.x, call.states, call.lengths
+    for name, parameter in params.items():
+        if parameter is None:
+            raise TypeError(f"{name} should be a tensor, got None")
+        if parameter.device != x.device:
+            raise RuntimeError(f"{name} is on device {parameter.device}, but input on {x.device}")
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
         x = PackedSequence(x, call.packed.batch_sizes)
-        packed_lengths = (x.batch_sizes.unsqueeze(1) > torch.arange(h0.shape[1])).sum(0)
-        lengths = packed_lengths.to(h0.device)
+        lengths = (x.batch_sizes.unsqueeze(1) > torch.arange(h0.shape[1])).sum(0).to(h0.device)
         if backend != "cpu":
             x = stack.padded(x)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
@@ -157,7 +161,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     y, states = y.to(h_dtype), (states[0].to(h_dtype), *(c_n.to(c_dtype) for c_n in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else stack.packed(v, packed_lengths).data for v in (y, c))
+        y, c = (v if v is None else stack.packed(v, call.packed.batch_sizes).data for v in (y, c))
     return y, states, c
 
 
@@ -265,10 +269,12 @@ def check(
         features.append("projection")
     if refused_by_cudnn(x, training):
         features.append("eval_gradient")
-    if tracing():
+    # The scan has no forward mode, which torch's own kernels have.
+    forward_mode = in_forward_mode()
+    if tracing() and not forward_mode:
         features.append("tracing")
-    # A compiled graph shall not be tied to its sizes, and the scan has no forward mode, which torch's own kernels have.
-    sizes = (0, 0) if tracing() or torch.autograd.forward_ad._current_level >= 0 else (T, batch)
+    # A compiled graph shall not be tied to its sizes.
+    sizes = (0, 0) if tracing() or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and all(sizes) else None
     request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled)
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)

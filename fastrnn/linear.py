@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
 LEAST_WORK = 1 << 22  # multiplications; with fewer, what goes around oneDNN's product takes longer than it saves
@@ -22,6 +24,15 @@ def transformed() -> bool:
 def tracing() -> bool:
     """Under torch.compile, torch.export or a torch.func transform, where values cannot be looked at."""
     return torch.compiler.is_compiling() or transformed()
+
+
+def in_forward_mode() -> bool:
+    """Within a dual level of autograd, or under torch.func.jvp or what is made of it."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or not transformed():
+        return False
+    return any(level.key() == TransformType.Jvp for level in retrieve_all_functorch_interpreters())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

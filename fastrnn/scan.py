@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
 from . import ops, reference
-from .cells import CELLS
+from .cells import CELLS, PAD
 from .directions import each_direction, walks_back
 from .linear import linear, tracing, transformed
 from .reference import LayerNorm, Masks, lstm_cell_state, lstm_output, previous_state
@@ -187,7 +187,7 @@ class Scan(Function):
         h_prev = _previous_states(y, h0, masks.flags, reverse)
         if masks.recurrent is not None:
             h_prev = h_prev * masks.recurrent.unsqueeze(-3)
-        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype))
+        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), masks.flags)
         if b_hh is None:
             db_hh = None
         else:
@@ -221,11 +221,24 @@ def _previous_states(y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool)
     return torch.stack([previous_state(*states, walks_back(d, reverse)) for d, states in enumerate(own)])
 
 
-def _over_steps(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`."""
+LEAST_PADDED_WORK = 1 << 24
+"""Multiplications of a weight's gradient from which on it pays to leave out the padding, which has to be found."""
+
+
+def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
+    """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`.
+
+    `flags [T, B]`: dy is zero at the padding, which is left out where one can look without waiting.
+    """
     if dy.dim() == 4:
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
-    return linear(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
+    rows, terms = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    look = flags is not None and flags.device.type == "cpu" and not tracing()
+    if look and rows.numel() * terms.shape[1] >= LEAST_PADDED_WORK:
+        real = (flags.flatten() & PAD == 0).nonzero().squeeze(1)
+        if len(real) < len(rows):
+            rows, terms = rows.index_select(0, real), terms.index_select(0, real)
+    return linear(rows.t(), terms.t())
 
 
 def _unprojected(saved, c, ln_c_weight, ln_c_bias):

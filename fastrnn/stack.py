@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS, PAD, RESET, START
 from .dispatch import BACKENDS
@@ -116,14 +116,24 @@ def _direction(T: int, params: Mapping[str, Tensor], name: str, options: Options
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
 
 
+def _places(batch_sizes: Tensor) -> Tensor:
+    """Where the rows of a packed batch stand among the T*B of a padded one."""
+    sequences = torch.arange(int(batch_sizes[0]))
+    return (sequences < batch_sizes.unsqueeze(1)).flatten().nonzero().squeeze(1)
+
+
+# As torch's pad_packed_sequence and pack_padded_sequence; but the gradient of the former takes time in proportion to
+# T*T*B where all lengths differ, more than the whole network.
 def padded(rows: PackedSequence) -> Tensor:
     """`[T, B, N]`, zeros behind the ends."""
-    return pad_packed_sequence(rows)[0]
+    data, sizes = rows.data, rows.batch_sizes
+    T, B, N = len(sizes), int(sizes[0]), data.shape[-1]
+    return data.new_zeros(T * B, N).index_copy_(0, _places(sizes).to(data.device), data).view(T, B, N)
 
 
-def packed(x: Tensor, lengths: Tensor) -> PackedSequence:
-    """The real rows of `x [T, B, N]`; `lengths [B]` on the CPU, the longest first."""
-    return pack_padded_sequence(x, lengths)
+def packed(x: Tensor, batch_sizes: Tensor) -> PackedSequence:
+    """The real rows of `x [T, B, N]`."""
+    return PackedSequence(x.flatten(0, 1).index_select(0, _places(batch_sizes).to(x.device)), batch_sizes)
 
 
 # What torch.compiler.disable does, without importing the compiler: PyTorch before 2.13 fails to trace them.
@@ -173,6 +183,20 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
     return y * F.dropout(torch.ones_like(y[:1]), probability, training)
 
 
+def _to_next_layer(y: Tensor, sizes: Tensor | None, options: Options) -> Tensor | PackedSequence:
+    """y `[T, B, N]` behind the dropout between layers; packed where there are batch sizes."""
+    drop = (options.dropout, options.training)
+    if options.dropout and options.locked_dropout:
+        y = _locked_dropout(y, *drop)
+    x = y if sizes is None else packed(y, sizes)
+    if not options.dropout or options.locked_dropout:
+        return x
+    if sizes is None:
+        return F.dropout(x, *drop)
+    # For the rows that are there, as torch.nn draws: the same from the same seed.
+    return PackedSequence(F.dropout(x.data, *drop), sizes)
+
+
 def run(
     x: Tensor | PackedSequence,  # [T, B, I]; packed only on backend cpu, whose products then leave out the padding
     states: tuple[Tensor, ...],  # h [L*D, B, P], c [L*D, B, H]
@@ -188,7 +212,8 @@ def run(
     """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
     by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
-    T, B, dtype = (x.batch_sizes if by_rows else x).shape[0], states[0].shape[1], states[0].dtype
+    sizes = x.batch_sizes if by_rows else None
+    T, B, dtype = (sizes if by_rows else x).shape[0], states[0].shape[1], states[0].dtype
     acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
     flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
@@ -203,7 +228,7 @@ def run(
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
-    final, outputs, before = [], [], x
+    final, outputs, before = [], [], None
     for layer, names in enumerate(options.suffixes()):
         own = []
         for d, name in enumerate(names):
@@ -219,10 +244,9 @@ def run(
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:
             y = y + before
-        if options.dropout and layer < options.num_layers - 1:
-            drop = _locked_dropout if options.locked_dropout else F.dropout
-            y = drop(y, options.dropout, options.training)
-        before, x = y, packed(y, lengths) if by_rows and layer < options.num_layers - 1 else y
+        if layer < options.num_layers - 1:
+            x = _to_next_layer(y, sizes, options)
+            before = padded(x) if by_rows and options.residual else x
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     last = [torch.stack([out.h_n for out in final])]

@@ -529,3 +529,19 @@ def test_values_are_not_read_back_while_compiling_or_under_vmap():
     got = torch.func.vmap(function, in_dims=(1, 0), out_dims=1)(inputs.unsqueeze(2), wild)
     # float32: the same sums in another batch shape
     torch.testing.assert_close(got.squeeze(2), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("steps", [4, 40])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0", "weight_ih_l1"])
+def test_weights_that_were_left_on_another_device_or_taken_away(kind, steps, name):
+    """As after a load_state_dict(assign=True) that lacks some: no memory is read that nobody wrote."""
+    module, x = getattr(fastrnn, kind)(I, H, 2), torch.zeros(steps, B, I)
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).to("meta")))
+    for call in ({}, {"lengths": torch.full((B,), steps)}):
+        with pytest.raises(RuntimeError, match="device"):
+            module(x, **call)
+    setattr(module, name, None)
+    for call in ({}, {"lengths": torch.full((B,), steps)}):
+        with pytest.raises((TypeError, AttributeError)):
+            module(x, **call)

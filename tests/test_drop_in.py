@@ -140,6 +140,22 @@ def test_packed_sequence(kind, lengths, enforce_sorted, bidirectional, with_hx, 
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
+@pytest.mark.parametrize("steps", [10, 70])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH"])
+def test_dropout_of_a_packed_batch_draws_what_torch_nn_draws(kind, steps):
+    """The same masks from the same seed, and as many random numbers, also where the C++ scan runs."""
+    theirs = getattr(nn, kind.split("_")[0])(I, H, 3, dropout=0.5, bidirectional=True)
+    ours = fastrnn.convert(copy.deepcopy(theirs))
+    packed = pack_padded_sequence(torch.randn(steps, 3, I), torch.tensor([steps, 7, 3]))
+    found = []
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        found.append((module(packed)[0].data, torch.rand(3)))
+    # Three layers of up to 70 float32 steps, contracting, in another order of sums.
+    torch.testing.assert_close(*(y for y, _ in found), rtol=0, atol=1e-5)
+    assert torch.equal(*(after for _, after in found))
+
+
 @every_backend
 @every_kind
 def test_empty_batch(kind, backend):
@@ -684,14 +700,44 @@ def test_convert_goes_into_what_was_added_to_a_module():
         lambda m, hook: m.register_forward_pre_hook(hook),
         lambda m, hook: m.register_full_backward_hook(hook),
         lambda m, hook: m.register_full_backward_pre_hook(hook),
+        lambda m, hook: m.register_state_dict_pre_hook(hook),
+        lambda m, hook: m.register_state_dict_post_hook(hook),
+        lambda m, hook: m.register_load_state_dict_pre_hook(hook),
+        lambda m, hook: m.register_load_state_dict_post_hook(hook),
     ],
-    ids=["forward", "forward_pre", "backward", "backward_pre"],
+    ids=["forward", "forward_pre", "backward", "backward_pre", "state_pre", "state_post", "load_pre", "load_post"],
 )
 def test_convert_says_that_hooks_stay_behind(register):
     model = nn.Sequential(nn.GRU(I, H))
     register(model[0], lambda *_: None)
     with pytest.warns(UserWarning, match="GRU has hooks, which its twin does not get"):
         fastrnn.convert(model)
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize(
+    "compiled", [compiled_in_place, lambda m: torch.compile(m, backend="eager")], ids=["in place", "wrapped"]
+)
+def test_convert_leaves_a_module_alone_that_is_compiled_by_itself(compiled):
+    """Its compiled call would go on running the old module."""
+    model = nn.Sequential(compiled(nn.LSTM(I, H)))
+    with pytest.warns(UserWarning, match="LSTM is compiled and was left as it is"):
+        fastrnn.convert(model)
+    assert not any(isinstance(module, fastrnn.LSTM) for module in model.modules())
+
+
+def test_convert_goes_into_a_compiled_model():
+    model, x = nn.Sequential(nn.LSTM(I, H)), torch.randn(T, B, I)
+    expected = torch.compile(model, backend="eager")(x)[0]
+    ours = fastrnn.convert(torch.compile(model, backend="eager"))
+    assert type(model[0]) is fastrnn.LSTM
+    torch.testing.assert_close(ours(x)[0], expected)
+    model[0].zoneout = 0.9
+    assert not torch.allclose(ours(x)[0], expected)
 
 
 def test_convert_takes_modules_only():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import stack
@@ -139,6 +139,30 @@ def test_a_packed_sequence_with_everything_else(kind, bidirectional, backend, mo
         results.append((y, *flat(state), *gradients((y, *flat(state)), (x, tap, *ours.parameters()))))
         assert rows == [lengths.sum() if packed and backend == "cpu" else T * B] * 3 * directions
     agree(*results)
+
+
+def nodes(node, seen):
+    """The functions that the gradient goes through behind this one."""
+    if node is not None and node not in seen:
+        seen.add(node)
+        for behind, _ in node.next_functions:
+            nodes(behind, seen)
+    return seen
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 7), (7, 5, 1)], ids=str)
+def test_padding_and_packing_are_torchs(lengths):
+    x, lengths = random(7, len(lengths), I), torch.tensor(lengths)
+    rows = pack_padded_sequence(x, lengths)
+    assert torch.equal(stack.padded(rows), pad_packed_sequence(rows)[0])
+    assert torch.equal(stack.packed(x, rows.batch_sizes).data, rows.data)
+
+
+def test_the_gradient_through_padding_takes_no_step_per_length():
+    """As does that of torch's, each over the whole padded tensor: T*T*B for as many lengths as steps."""
+    batch_sizes = torch.arange(50, 0, -1)
+    padded = stack.padded(PackedSequence(random(int(batch_sizes.sum()), I), batch_sizes))
+    assert len(nodes(padded.grad_fn, set())) < 10
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])

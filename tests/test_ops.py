@@ -1,5 +1,7 @@
 """The raw ops under torch.library's own checks, and the modules under everything that transforms programs."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -744,7 +746,24 @@ def test_swapped_and_tied_weights():
     agree([ours(x)[0]], [F.linear(x, ours.weight_ih_l0, ours.bias_ih_l0 + ours.bias_hh_l0).tanh()])
 
 
-def test_forward_mode_is_refused_with_a_reason():
+@every_kind
+@pytest.mark.parametrize("steps", [4, 40])
+def test_forward_mode_of_a_plain_call_is_torchs(kind, steps):
+    ours = make(kind)
+    theirs = fastrnn.convert(copy.deepcopy(ours), to="torch")
+    x = random(steps, B, I, requires_grad=False)
+    found = []
+    for module in (ours, theirs):
+
+        def total(x, module=module):
+            return module(x)[0].square().sum()
+
+        value, tangent = torch.func.jvp(total, (x,), (torch.ones_like(x),))
+        found.append([value, tangent, torch.func.jacfwd(total)(x), hessian(total)(x[:2])])
+    agree(*found)
+
+
+def test_forward_mode_of_the_scan_is_refused_with_a_reason():
     """There is no jvp: torch's own error, not a wrong number."""
     ours = make("GRU", "reference")
     x = random(T, B, I, requires_grad=False)
@@ -752,7 +771,7 @@ def test_forward_mode_is_refused_with_a_reason():
         torch.func.jvp(lambda x: ours(x)[0], (x,), (torch.ones_like(x),))
 
 
-def test_hessian_by_forward_over_reverse_is_refused_too():
+def test_hessian_of_the_scan_by_forward_over_reverse_is_refused_too():
     ours = make("GRU", "reference")
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.?(mode)?|jvp"):
         hessian(lambda x: ours(x)[0].sum())(random(T, I, requires_grad=False))

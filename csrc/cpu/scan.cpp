@@ -98,12 +98,31 @@ struct Call {
     return wanted ? frame.empty<X>(sizes) : frame.empty<X>({0});
   }
 
-  // f(begin, end) over the batch. A thread gets at least some 15 us of work: waking one costs a few.
+  // The steps that run of the sequences before each, and last of all of them.
+  std::vector<int64_t> steps_before(const Steps<const uint8_t>& flags) const {
+    std::vector<int64_t> before(B + 1);
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t own = T;
+      for (int64_t t = 0; flags && t < T; ++t) own -= *flags.at(t, b).data & pad ? 1 : 0;
+      before[b + 1] = before[b] + std::max<int64_t>(own, 1);  // an empty one is somebody's, too
+    }
+    return before;
+  }
+
+  // f(begin, end) over the batch: each thread walks about as many steps as the others, however long the
+  // sequences, and gets at least some 15 us of work: waking one costs a few.
   template <class F>
-  void share(int64_t gates, const F& f) const {
+  void share(int64_t gates, const Steps<const uint8_t>& flags, const F& f) const {
     constexpr int64_t grain = 1 << 21;  // multiplications
-    int64_t row_work = std::max<int64_t>(T * gates * H * (P + 16), 1);
-    torch::stable::parallel_for(0, B, (grain + row_work - 1) / row_work, f);
+    int64_t step_work = std::max<int64_t>(gates * H * (P + 16), 1);
+    std::vector<int64_t> before = steps_before(flags);
+    torch::stable::parallel_for(
+        0, before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {
+          auto first = [&](int64_t steps) {
+            return std::lower_bound(before.begin(), before.end(), steps) - before.begin();
+          };
+          if (first(from) < first(to)) f(first(from), first(to));
+        });
   }
 };
 
@@ -157,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward(
         written<S>(h_n),
         written<A>(c_n),
     };
-    call.share(Cell::gates, scan);
+    call.share(Cell::gates, scan.flags, scan);
     return std::make_tuple(y, c, h_n, c_n, saved);
   });
 }
@@ -219,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         norms ? static_cast<A*>(report.mutable_data_ptr()) : nullptr,
         B,
     };
-    call.share(Cell::gates, scan);
+    call.share(Cell::gates, scan.flags, scan);
     return std::make_tuple(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, report);
   });
 }
