@@ -22,9 +22,10 @@ from . import machine, timing
 # B, T, H: of long calls, of short ones, and of wide batches; of single steps
 SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))
 SHORT = ((1, 8, 64), (16, 8, 64), (64, 8, 512), (4, 16, 64), (16, 16, 256), (2, 32, 64), (16, 32, 64), (64, 32, 256))
+LONG = ((1, 128, 16), (32, 128, 32), (256, 64, 64), (512, 64, 128))  # of packed batches
 WIDE = ((64, 64, 256), (256, 64, 64), (512, 64, 64), (512, 64, 128), (256, 64, 256))
 STEPS = tuple((B, 1, H) for B in (1, 16, 64) for H in (64, 256, 512, 1024))
-SECONDS = 0.4  # of the timing of one call
+SECONDS, ROUNDS = 0.4, 12  # of the timing of one call; of 12 rounds the interval leaves out two on either side
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ FILLED = (0.2, 0.5, 1.0, "ragged")
 KINDS = {
     **{Kind(cell): SIZES + SHORT + WIDE for cell in CELLS[1:]},
     Kind("lstm", projected=True): SIZES + SHORT + WIDE,
-    **{Kind(cell, filled=filled): SIZES + SHORT for cell in CELLS for filled in FILLED},
-    **{Kind("lstm", projected=True, filled=filled): SIZES + SHORT for filled in FILLED},
+    **{Kind(cell, filled=filled): SIZES + SHORT + LONG for cell in CELLS for filled in FILLED},
+    **{Kind("lstm", projected=True, filled=filled): SIZES + SHORT + LONG for filled in FILLED},
     **{Kind(cell, layer_norm=True): STEPS for cell in CELLS[:3]},
 }
 
@@ -101,16 +102,25 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
 
     dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
     dy = dy if lengths is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
+    with torch.set_grad_enabled(mode == "train"):
+        takes = fastrnn.explain(module, given()).chosen
     calls = {kind.rival: call(rival()), "cpu": call(on("cpu"))}
-    samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0)
+    samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0, rounds=ROUNDS)
     found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
         "packed": None if lengths is None else lengths.sum().item() / (T * B),
-        "auto takes": fastrnn.explain(module, given()).chosen,
+        "auto takes": takes,
         "ratio": found.median, "interval": [found.low, found.high],
         "seconds": {name: [float(f"{s:.4g}") for s in own.seconds] for name, own in samples.items()},
     }  # fmt: skip
+
+
+def write(out: Path, content: dict) -> None:
+    """One line per call."""
+    head = json.dumps({name: value for name, value in content.items() if name != "calls"})[:-1]
+    lines = ",\n".join(json.dumps(row) for row in content["calls"])
+    out.write_text(f'{head}, "calls": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -126,7 +136,7 @@ def main() -> None:
                 row = measure(kind, B, T, H, mode)
                 content["calls"].append(row)
                 print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']:.2f} {row['auto takes']}", flush=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write(out, content)
 
 
 if __name__ == "__main__":

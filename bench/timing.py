@@ -130,10 +130,12 @@ def interleave(
     seconds: float,
     brief: set[str],
     warmup: float = WARMUP_SECONDS,
+    rounds: int = MIN_ROUNDS,
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
-    The order rotates from round to round. Those in `brief` drop out after MIN_ROUNDS, to leave the time to the others.
+    The order rotates from round to round. There are at least `rounds`, after which those in `brief` drop out, to leave
+    the time to the others.
     """
     watch = stopwatch(device)
     samples = {}
@@ -142,10 +144,10 @@ def interleave(
         samples[name] = Samples(inner=min(MAX_INNER, max(1, math.ceil(SAMPLE_SECONDS[device] / least))))
     names, spent, number = list(calls), 0.0, 0
     for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and spent > seconds:
+        if turn >= rounds and spent > seconds:
             break
         shift = turn % len(names)
-        running = [n for n in names[shift:] + names[:shift] if turn < MIN_ROUNDS or n not in brief]
+        running = [n for n in names[shift:] + names[:shift] if turn < rounds or n not in brief]
         for name in running:
             inner, call = samples[name].inner, calls[name]
             first, number = number, number + inner

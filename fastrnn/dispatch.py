@@ -24,6 +24,7 @@ class Request(NamedTuple):
 
     `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`. `steps`, `batch`: T and B; 0 where they
     are not known (tracing). `packed`: of a PackedSequence, the share of T*B that is there; None of another input.
+    `gradients`: whether a backward may follow.
     """
 
     cell: str
@@ -35,6 +36,7 @@ class Request(NamedTuple):
     steps: int = 0
     batch: int = 0
     packed: float | None = None
+    gradients: bool = False
 
 
 FEATURES = (
@@ -100,12 +102,16 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-CPU_FIRST = {"lstm": 16, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32}
-"""Where torch runs a cell step by step on a CPU: from so many steps on, of a packed batch from twice as many, the C++
-scan takes less time for float32 input (bench/results/auto-cpu.json). With fewer, what goes around a call decides, and
-torch has less of it."""
-MOST_ELEMENTS = 1 << 15
-"""B*H up to which it does; times the share of a packed batch that is there, since the scan pads."""
+CPU_FIRST = {  # (packed, gradients)
+    (False, False): {"lstm": 16, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32},
+    (False, True): {"lstm": 8, "gru": 8, "rnn_tanh": 16, "rnn_relu": 16},
+    (True, False): {"lstm": 32, "gru": 32, "rnn_tanh": 128, "rnn_relu": 128},
+    (True, True): {"lstm": 16, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32},
+}
+"""Where torch runs a cell step by step on a CPU: from so many steps on, the C++ scan takes less time for float32 input
+(bench/results/auto-cpu.json). With fewer, what goes around a call decides, and torch has less of it."""
+MOST_ELEMENTS = {(False, False): 1 << 15, (False, True): 1 << 14, (True, False): 1 << 13, (True, True): 1 << 14}
+"""B*H up to which it does."""
 WIDE_STEP = 512
 """H from which on a single step of one float32 sequence, with what torch.nn does not have, is the reference's: its
 products share a row among all threads (bench/results/auto-cpu.json,
@@ -113,15 +119,13 @@ which has neither another dtype nor a projection there)."""
 
 
 def _cpu_first(request: Request) -> bool:
-    fewest = CPU_FIRST.get(request.cell)
+    kind = (request.packed is not None, request.gradients)
+    fewest = CPU_FIRST[kind].get(request.cell)
     if request.device != "cpu" or request.dtype != torch.float32 or fewest is None:
         return False
-    filled = 1.0
-    if request.packed is not None:
-        fewest, filled = 2 * fewest, request.packed
     # oneDNN takes the steps of an LSTM at once, if it has no projection and all sequences are of one length.
-    at_once = request.cell == "lstm" and not request.proj_size and filled == 1
-    few_elements = request.batch * request.hidden_size <= MOST_ELEMENTS * filled
+    at_once = request.cell == "lstm" and not request.proj_size and request.packed in (None, 1)
+    few_elements = request.batch * request.hidden_size <= MOST_ELEMENTS[kind]
     return request.steps >= fewest and few_elements and not at_once
 
 
@@ -130,10 +134,10 @@ def _wide_step(request: Request) -> bool:
     return measured and request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP
 
 
-def is_torchs(cell: str, steps: int, proj_size: int) -> bool:
+def is_torchs(cell: str, steps: int, proj_size: int, gradients: bool) -> bool:
     """Whether `choose` leaves a plain call to torch, going by these alone, because nobody asks for another backend."""
     at_once = cell == "lstm" and not proj_size
-    return (at_once or steps < CPU_FIRST.get(cell, 0)) and steps > 0 and forced(None) is None
+    return (at_once or steps < CPU_FIRST[False, gradients].get(cell, 0)) and steps > 0 and forced(None) is None
 
 
 def ranked(request: Request) -> list[Backend]:

@@ -276,7 +276,12 @@ def check(
     # A compiled graph shall not be tied to its sizes.
     sizes = (0, 0) if tracing() or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and all(sizes) else None
-    request = Request(cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled)
+    gradients = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, *states, *params.values()) if t is not None
+    )
+    request = Request(
+        cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled, gradients
+    )
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
 
 

@@ -242,7 +242,9 @@ class _Recurrent(nn.Module):
         if not batched:
             input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
-        if not dispatch.is_torchs(cell, steps, self.proj_size) or functional.refused_by_cudnn(input, self.training):
+        if not dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
+            return None
+        if functional.refused_by_cudnn(input, self.training):
             return None
         try:
             weights = [stored[name] for row in self.all_names for name in row]
