@@ -102,15 +102,12 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
 
     dy = torch.randn_like(x[..., : H // 2] if kind.projected else x)
     dy = dy if lengths is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
-    with torch.set_grad_enabled(mode == "train"):
-        takes = fastrnn.explain(module, given()).chosen
     calls = {kind.rival: call(rival()), "cpu": call(on("cpu"))}
     samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0, rounds=ROUNDS)
     found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
         "packed": None if lengths is None else lengths.sum().item() / (T * B),
-        "auto takes": takes,
         "ratio": found.median, "interval": [found.low, found.high],
         "seconds": {name: [float(f"{s:.4g}") for s in own.seconds] for name, own in samples.items()},
     }  # fmt: skip
@@ -135,7 +132,7 @@ def main() -> None:
             for mode in ("train", "infer"):
                 row = measure(kind, B, T, H, mode)
                 content["calls"].append(row)
-                print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']:.2f} {row['auto takes']}", flush=True)
+                print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']:.2f}", flush=True)
     write(out, content)
 
 

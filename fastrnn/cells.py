@@ -5,6 +5,7 @@ themselves stand in `reference.py`, `kernels/cells.py` and `csrc/cells/`, under 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,44 @@ CELLS: dict[str, CellSpec] = {
         *map(_rnn, NONLINEARITIES),
     )
 }
+
+
+def layer_shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras'.
+
+    P = 0 stands for no projection.
+    """
+    spec = CELLS[cell]
+    rows = len(spec.gates) * H
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width), "weight_hh": (rows, P or H)}
+    if bias:
+        shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+    if P:
+        shapes["weight_hr"] = (P, H)
+    if layer_norm:
+        shapes |= {"ln_ih": (rows,), "ln_hh": (rows,)}
+        if "c" in spec.states:
+            shapes |= {"ln_c": (H,), "ln_c_bias": (H,)}
+    return shapes
+
+
+def suffixes(num_layers: int, bidirectional: bool) -> list[list[str]]:
+    """The endings of the parameters' names, per layer and direction: `l0`, `l0_reverse`, `l1`, ..."""
+    ends = ("", "_reverse") if bidirectional else ("",)
+    return [[f"l{layer}{end}" for end in ends] for layer in range(num_layers)]
+
+
+@lru_cache
+def network_shapes(
+    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool, num_layers: int, bidirectional: bool
+) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]:
+    """Per layer and direction the names of the parameters and their shapes, in the order of `layer_shapes`."""
+    found = []
+    for layer, names in enumerate(suffixes(num_layers, bidirectional)):
+        shapes = layer_shapes(cell, width if layer == 0 else (P or H) * len(names), H, P, bias, layer_norm)
+        found += [tuple((f"{kind}_{name}", shape) for kind, shape in shapes.items()) for name in names]
+    return tuple(found)
+
 
 # Bits of `flags: uint8[T, B]`, one byte per step and sequence, for the direction in which the scan walks.
 PAD = 1  # the step does not exist: the state is carried unchanged, the output is zero

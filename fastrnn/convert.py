@@ -86,7 +86,7 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
     kinds = {getattr(source, kind): kind for kind in _KINDS}
     replaced: dict[nn.Module, nn.Module] = {}
-    compiled: set[nn.Module] = set()  # what torch.compile(module) was called on
+    compiled = {module._orig_mod for module in model.modules() if _is_compiled(module)}
 
     def why_left(module: nn.Module) -> str | None:
         """Why a module of these kinds cannot be replaced."""
@@ -101,8 +101,6 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
     def twin(module: nn.Module) -> nn.Module:
         if module in replaced:
             return replaced[module]
-        if _is_compiled(module):
-            compiled.add(module._orig_mod)
         reason = why_left(module)
         if reason is not None:
             warnings.warn(f"{type(module).__name__} {reason} and was left as it is", stacklevel=3)

@@ -1,6 +1,6 @@
 """`lstm`, `gru`, `rnn`: a recurrent network as a function of its input and its parameters, by name.
 
-The only place where user input is checked. Exceptions are of the type that torch.nn raises for the same mistake.
+The only place where user input is refused. Exceptions are of the type that torch.nn raises for the same mistake.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, stack
-from .cells import CELLS, NONLINEARITIES
+from .cells import CELLS, NONLINEARITIES, network_shapes, suffixes
 from .dispatch import Request
 from .linear import in_forward_mode, tracing
 from .reference import accumulate_dtype
@@ -122,7 +122,7 @@ def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatc
 def _aten(call: Call, params):
     """The whole call on torch's own kernels."""
     options = call.options
-    names = [name for row in options.suffixes() for name in row]
+    names = [name for row in suffixes(options.num_layers, options.bidirectional) for name in row]
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     weights = [params[f"{kind}_{name}"] for name in names for kind in kinds if f"{kind}_{name}" in params]
     bias = "bias_ih_l0" in params
@@ -136,18 +136,15 @@ def _aten(call: Call, params):
 
 def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = False):
     x, (h0, *cells), lengths = call.x, call.states, call.lengths
-    for name, parameter in params.items():
-        if parameter is None:
-            raise TypeError(f"{name} should be a tensor, got None")
-        if parameter.device != x.device:
-            raise RuntimeError(f"{name} is on device {parameter.device}, but input on {x.device}")
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
         x = PackedSequence(x, call.packed.batch_sizes)
-        lengths = (x.batch_sizes.unsqueeze(1) > torch.arange(h0.shape[1])).sum(0).to(h0.device)
+        where = stack.places(x.batch_sizes)
+        sequences = torch.arange(h0.shape[1], device=x.batch_sizes.device)
+        lengths = (x.batch_sizes.unsqueeze(1) > sequences).sum(0).to(h0.device)
         if backend != "cpu":
-            x = stack.padded(x)
+            x = stack.padded(x, where)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         h_dtype, c_dtype = _autocast_dtypes(call, dtype, step)
@@ -161,7 +158,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     y, states = y.to(h_dtype), (states[0].to(h_dtype), *(c_n.to(c_dtype) for c_n in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else stack.packed(v, call.packed.batch_sizes).data for v in (y, c))
+        y, c = (v if v is None else stack.packed(v, call.packed.batch_sizes, where).data for v in (y, c))
     return y, states, c
 
 
@@ -237,6 +234,21 @@ def check(
     hidden_size = rows // len(spec.gates)
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
+    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_hh_l0" in params
+    _check_parameters(
+        params,
+        x.device,
+        (
+            cell,
+            weight_ih.shape[1],
+            hidden_size,
+            projection,
+            "bias_ih_l0" in params,
+            layer_norm,
+            num_layers,
+            bidirectional,
+        ),
+    )
     batched = packed is not None or input.dim() == 3
     stacked = num_layers * (2 if bidirectional else 1)
     expected = [(stacked, batch, size), (stacked, batch, hidden_size)][: len(spec.states)]
@@ -262,9 +274,8 @@ def check(
         features.append("resets")
     if return_cells:
         features.append("return_cells")
-    if "ln_hh_l0" in params:
+    if layer_norm:
         features.append("layer_norm")
-    projection = size if "weight_hr_l0" in params else 0
     if projection:
         features.append("projection")
     if refused_by_cudnn(x, training):
@@ -368,6 +379,21 @@ def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool)
     return x, x.shape[1]
 
 
+def _check_parameters(params: Mapping[str, Tensor], device: torch.device, network: tuple) -> None:
+    """That all parameters of a network (the arguments of `network_shapes`) are there, fit, and are on the device."""
+    # A compiler would warn of the cache.
+    shapes = network_shapes.__wrapped__ if torch.compiler.is_compiling() else network_shapes
+    for row in shapes(*network):
+        for name, shape in row:
+            parameter = params.get(name)
+            if parameter is None:
+                raise TypeError(f"{name} should be a tensor of shape {list(shape)}, got None")
+            if parameter.shape != shape:
+                raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(parameter.shape)}")
+            if parameter.device != device:
+                raise RuntimeError(f"{name} is on device {parameter.device}, but input on {device}")
+
+
 def _check_states(x: Tensor, hx, expected, batched: bool):
     """The initial states, batched: `hx` checked, or zeros."""
     if hx is None:
@@ -397,7 +423,8 @@ def _check_lengths(lengths, T: int, batch: int, x: Tensor, packed) -> Tensor:
     """`lengths [B]` on x's device and within [0, T]."""
     if packed is not None:
         raise ValueError("lengths: a PackedSequence already has its own; pass one or the other")
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths should be of an integer dtype, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import dispatch, functional
-from .cells import CELLS
+from .cells import layer_shapes, network_shapes
 from .linear import tracing
 
 # Constructor arguments and their defaults: torch.nn's, and ours.
@@ -67,25 +67,6 @@ def _uniform(module: nn.Module, hidden_size: int) -> None:
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)
-
-
-def _shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool) -> dict[str, tuple[int, ...]]:
-    """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras'.
-
-    P = 0 stands for no projection.
-    """
-    spec = CELLS[cell]
-    rows = len(spec.gates) * H
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width), "weight_hh": (rows, P or H)}
-    if bias:
-        shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
-    if P:
-        shapes["weight_hr"] = (P, H)
-    if layer_norm:
-        shapes |= {"ln_ih": (rows,), "ln_hh": (rows,)}
-        if "c" in spec.states:
-            shapes |= {"ln_c": (H,), "ln_c_bias": (H,)}
-    return shapes
 
 
 def has_computed_weights(module: nn.Module) -> bool:
@@ -158,14 +139,10 @@ class _Recurrent(nn.Module):
         self.clip_state_grad_norm, self.clip_state_grad_value = clip_state_grad_norm, clip_state_grad_value
         self.backend = backend
         self.all_names: list[list[str]] = []
-        ends = ("", "_reverse") if bidirectional else ("",)
-        for layer in range(num_layers):
-            width = input_size if layer == 0 else (proj_size or hidden_size) * len(ends)
-            shapes = _shapes(self._cell, width, hidden_size, proj_size, bias, layer_norm)
-            for end in ends:
-                self.all_names.append([f"{kind}_l{layer}{end}" for kind in shapes])
-                for name, shape in zip(self.all_names[-1], shapes.values(), strict=True):
-                    self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        for shapes in self._shapes():
+            self.all_names.append([name for name, _ in shapes])
+            for name, shape in shapes:
+                self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
         self.flatten_parameters()
 
@@ -173,6 +150,12 @@ class _Recurrent(nn.Module):
     def _cell(self) -> str:
         """The row of the cell table."""
         raise TypeError("instantiate LSTM, GRU or RNN")
+
+    def _shapes(self):
+        return network_shapes(
+            self._cell, self.input_size, self.hidden_size, self.proj_size, self.bias, self.layer_norm,
+            self.num_layers, self.bidirectional,
+        )  # fmt: skip
 
     @property
     def mode(self) -> str:
@@ -240,21 +223,25 @@ class _Recurrent(nn.Module):
         if lstm and not isinstance(states, (tuple, list)):
             return None
         if not batched:
+            if any(state.dim() != 2 for state in states):
+                return None
             input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
         if not dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
             return None
-        if functional.refused_by_cudnn(input, self.training):
+        if functional.refused_by_cudnn(input, self.training) or input.shape[2] != self.input_size:
             return None
-        try:
-            weights = [stored[name] for row in self.all_names for name in row]
-        except KeyError:  # computed at every call, and no parameters
+        weights, rows = [], self._shapes()
+        for names in rows:
+            for name, shape in names:
+                weight = stored.get(name)  # none where it is computed at every call, and no parameter
+                if weight is None or weight.shape != shape:
+                    return None
+                weights.append(weight)
+        dtype, device, stacked = weights[0].dtype, weights[0].device, len(rows)
+        if input.dtype != dtype or input.device != device:  # torch's kernels ask for one device themselves
             return None
-        dtype, device = weights[0].dtype, weights[0].device
-        if input.shape[2] != weights[0].shape[1] or input.dtype != dtype or input.device != device:
-            return None
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        shapes = [(rows, batch, self.proj_size or self.hidden_size), (rows, batch, self.hidden_size)]
+        shapes = [(stacked, batch, self.proj_size or self.hidden_size), (stacked, batch, self.hidden_size)]
         shapes = shapes if lstm else shapes[:1]
         if hx is None:
             states = [input.new_zeros(shape) for shape in shapes]
@@ -424,7 +411,7 @@ class _Cell(nn.Module):
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         self.layer_norm, self.backend = layer_norm, backend
         functional.dispatch.forced(backend)
-        shapes = _shapes(self._cell, input_size, hidden_size, 0, self.bias, layer_norm)
+        shapes = layer_shapes(self._cell, input_size, hidden_size, 0, self.bias, layer_norm)
         self.all_names = list(shapes)
         for name, shape in shapes.items():
             self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))

@@ -233,7 +233,7 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     if dy.dim() == 4:
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
     rows, terms = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    look = flags is not None and flags.device.type == "cpu" and not tracing()
+    look = type(flags) is Tensor and flags.device.type == "cpu" and not tracing()  # a fake one has no values
     if look and rows.numel() * terms.shape[1] >= LEAST_PADDED_WORK:
         real = (flags.flatten() & PAD == 0).nonzero().squeeze(1)
         if len(real) < len(rows):
@@ -300,3 +300,4 @@ class ScanBackward(Function):
 # Autograd asks for it in every call, and Python would find it out anew each time, which a short call feels.
 for _forward in (Scan.forward, ScanBackward.forward):
     _forward.__signature__ = inspect.signature(_forward)
+del _forward

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import CELLS, PAD, RESET, START
+from .cells import CELLS, PAD, RESET, START, suffixes
 from .dispatch import BACKENDS
 from .linear import linear
 from .reference import LN_EPS, Masks, accumulate_dtype
@@ -46,11 +46,6 @@ class Options(NamedTuple):
             ("locked_dropout", self.locked_dropout and self.dropout > 0 and between),
             ("residual", self.residual and between),
         )
-
-    def suffixes(self) -> list[list[str]]:
-        """The endings of the parameters' names, per layer and direction: `l0`, `l0_reverse`, `l1`, ..."""
-        ends = ("", "_reverse") if self.bidirectional else ("",)
-        return [[f"l{layer}{end}" for end in ends] for layer in range(self.num_layers)]
 
 
 def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> Tensor | None:
@@ -116,38 +111,49 @@ def _direction(T: int, params: Mapping[str, Tensor], name: str, options: Options
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
 
 
-def _places(batch_sizes: Tensor) -> Tensor:
+def places(batch_sizes: Tensor) -> Tensor:
     """Where the rows of a packed batch stand among the T*B of a padded one."""
-    sequences = torch.arange(int(batch_sizes[0]))
+    sequences = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
     return (sequences < batch_sizes.unsqueeze(1)).flatten().nonzero().squeeze(1)
 
 
 # As torch's pad_packed_sequence and pack_padded_sequence; but the gradient of the former takes time in proportion to
 # T*T*B where all lengths differ, more than the whole network.
-def padded(rows: PackedSequence) -> Tensor:
-    """`[T, B, N]`, zeros behind the ends."""
+def padded(rows: PackedSequence, where: Tensor) -> Tensor:
+    """`[T, B, N]`, zeros behind the ends; `where` are the `places` of the rows."""
     data, sizes = rows.data, rows.batch_sizes
     T, B, N = len(sizes), int(sizes[0]), data.shape[-1]
-    return data.new_zeros(T * B, N).index_copy_(0, _places(sizes).to(data.device), data).view(T, B, N)
+    return data.new_zeros(T * B, N).index_copy_(0, where.to(data.device), data).view(T, B, N)
 
 
-def packed(x: Tensor, batch_sizes: Tensor) -> PackedSequence:
+def packed(x: Tensor, batch_sizes: Tensor, where: Tensor) -> PackedSequence:
     """The real rows of `x [T, B, N]`."""
-    return PackedSequence(x.flatten(0, 1).index_select(0, _places(batch_sizes).to(x.device)), batch_sizes)
+    return PackedSequence(x.flatten(0, 1).index_select(0, where.to(x.device)), batch_sizes)
 
 
 # What torch.compiler.disable does, without importing the compiler: PyTorch before 2.13 fails to trace them.
-padded._torchdynamo_disable = packed._torchdynamo_disable = True
+places._torchdynamo_disable = padded._torchdynamo_disable = packed._torchdynamo_disable = True
 
 
-def _one(x: Tensor | PackedSequence, own: Direction, options: Options, **scan_options) -> ScanOutput:
-    """One layer in one direction: `x [T, B, I]` -> ScanOutput."""
+def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Over the last dimension. A CPU's own sums up the weights' gradients of a half type in that type."""
+    if gx.device.type != "cpu":
+        return F.layer_norm(gx, weight.shape, weight, bias, LN_EPS)
+    acc = accumulate_dtype(gx.dtype)
+    bias = None if bias is None else bias.to(acc)
+    return F.layer_norm(gx.to(acc), weight.shape, weight.to(acc), bias, LN_EPS).to(gx.dtype)
+
+
+def _one(
+    x: Tensor | PackedSequence, own: Direction, options: Options, where: Tensor | None = None, **scan_options
+) -> ScanOutput:
+    """One layer in one direction: `x [T, B, I]` -> ScanOutput. `where`: the `places` of packed rows."""
     rows = x.data if isinstance(x, PackedSequence) else x
     gx = linear(rows, own.w_ih, own.b_ih if own.ln_ih is None else None)
     if own.ln_ih is not None:
-        gx = F.layer_norm(gx, own.ln_ih.shape, own.ln_ih, own.b_ih, LN_EPS)
+        gx = _layer_norm(gx, own.ln_ih, own.b_ih)
     if isinstance(x, PackedSequence):
-        gx = padded(PackedSequence(gx, x.batch_sizes))  # torch.compile loses fields in x._replace
+        gx = padded(PackedSequence(gx, x.batch_sizes), where)  # torch.compile loses fields in x._replace
     return scan(
         options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
         **scan_options,
@@ -183,18 +189,21 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
     return y * F.dropout(torch.ones_like(y[:1]), probability, training)
 
 
-def _to_next_layer(y: Tensor, sizes: Tensor | None, options: Options) -> Tensor | PackedSequence:
-    """y `[T, B, N]` behind the dropout between layers; packed where there are batch sizes."""
+def _to_next_layer(y: Tensor, sizes: Tensor | None, where: Tensor | None, options: Options):
+    """y `[T, B, N]` behind the dropout between layers, as the next layer takes it and as it is added to its output."""
     drop = (options.dropout, options.training)
     if options.dropout and options.locked_dropout:
         y = _locked_dropout(y, *drop)
-    x = y if sizes is None else packed(y, sizes)
-    if not options.dropout or options.locked_dropout:
-        return x
+    elif options.dropout and sizes is None:
+        y = F.dropout(y, *drop)
     if sizes is None:
-        return F.dropout(x, *drop)
-    # For the rows that are there, as torch.nn draws: the same from the same seed.
-    return PackedSequence(F.dropout(x.data, *drop), sizes)
+        return y, y
+    x = packed(y, sizes, where)
+    if options.dropout and not options.locked_dropout:
+        # For the rows that are there, as torch.nn draws: the same from the same seed.
+        x = PackedSequence(F.dropout(x.data, *drop), sizes)
+        y = padded(x, where) if options.residual else y
+    return x, y
 
 
 def run(
@@ -213,6 +222,7 @@ def run(
     by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
     sizes = x.batch_sizes if by_rows else None
+    where = places(sizes) if by_rows else None
     T, B, dtype = (sizes if by_rows else x).shape[0], states[0].shape[1], states[0].dtype
     acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
@@ -229,7 +239,7 @@ def run(
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
     final, outputs, before = [], [], None
-    for layer, names in enumerate(options.suffixes()):
+    for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):
         own = []
         for d, name in enumerate(names):
             k = layer * len(names) + d
@@ -239,14 +249,13 @@ def run(
         if side_by_side:
             outputs = _together(x, own, options, **scan_options)
         else:
-            outputs = [_one(x, each, options, reverse=bool(d), **scan_options) for d, each in enumerate(own)]
+            outputs = [_one(x, each, options, where, reverse=bool(d), **scan_options) for d, each in enumerate(own)]
         final += outputs
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:
             y = y + before
         if layer < options.num_layers - 1:
-            x = _to_next_layer(y, sizes, options)
-            before = padded(x) if by_rows and options.residual else x
+            x, before = _to_next_layer(y, sizes, where, options)
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     last = [torch.stack([out.h_n for out in final])]

@@ -545,3 +545,29 @@ def test_weights_that_were_left_on_another_device_or_taken_away(kind, steps, nam
     for call in ({}, {"lengths": torch.full((B,), steps)}):
         with pytest.raises((TypeError, AttributeError)):
             module(x, **call)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("steps", [4, 40])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_hh_l1", "weight_ih_l1", "bias_ih_l0"])
+def test_weights_of_a_wrong_shape(kind, steps, name):
+    """torch's kernels would read beyond them."""
+    module = getattr(fastrnn, kind)(I, H, 2)
+    setattr(module, name, torch.nn.Parameter(getattr(module, name)[:-1].detach().clone()))
+    with pytest.raises(RuntimeError, match="should have shape"):
+        module(torch.zeros(steps, B, I))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_module_whose_weights_were_all_made_wider(kind):
+    """As pruning makes them narrower: the weights say how large the network is."""
+    wide, module = getattr(torch.nn, kind)(I, 2 * H), getattr(fastrnn, kind)(I, H)
+    for name, parameter in wide.named_parameters():
+        setattr(module, name, torch.nn.Parameter(parameter.detach()))
+    x = torch.randn(4, B, I)
+    torch.testing.assert_close(module(x)[0], wide(x)[0])
+
+
+def test_a_scalar_as_the_state_of_an_unbatched_call():
+    with pytest.raises(RuntimeError, match="hx should also be 2-D but got 0-D"):
+        fastrnn.GRU(I, H)(torch.zeros(4, I), torch.zeros(()))

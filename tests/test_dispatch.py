@@ -91,6 +91,7 @@ def test_what_goes_to_torch_directly_is_what_choose_leaves_to_torch(cell, projec
             for batch, dtype in product((1, 1000), (torch.float32, torch.float64, torch.bfloat16)):
                 request = Request(cell, device, dtype, 8, projection, steps=steps, batch=batch)
                 assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
+    assert dispatch.is_torchs(cell, 1, projection, gradients) == (cell in dispatch.ATEN_CELLS)
 
 
 SMALL = {"input_size": 3, "hidden_size": 4}

@@ -730,6 +730,15 @@ def test_convert_leaves_a_module_alone_that_is_compiled_by_itself(compiled):
     assert not any(isinstance(module, fastrnn.LSTM) for module in model.modules())
 
 
+def test_convert_leaves_a_module_alone_that_is_compiled_beside_itself():
+    model = nn.Module()
+    model.rnn = nn.GRU(I, H)
+    model.fast = torch.compile(model.rnn, backend="eager")
+    with pytest.warns(UserWarning, match="GRU is compiled and was left as it is"):
+        fastrnn.convert(model)
+    assert type(model.rnn) is nn.GRU and model.fast._orig_mod is model.rnn
+
+
 def test_convert_goes_into_a_compiled_model():
     model, x = nn.Sequential(nn.LSTM(I, H)), torch.randn(T, B, I)
     expected = torch.compile(model, backend="eager")(x)[0]

@@ -154,14 +154,16 @@ def nodes(node, seen):
 def test_padding_and_packing_are_torchs(lengths):
     x, lengths = random(7, len(lengths), I), torch.tensor(lengths)
     rows = pack_padded_sequence(x, lengths)
-    assert torch.equal(stack.padded(rows), pad_packed_sequence(rows)[0])
-    assert torch.equal(stack.packed(x, rows.batch_sizes).data, rows.data)
+    where = stack.places(rows.batch_sizes)
+    assert torch.equal(stack.padded(rows, where), pad_packed_sequence(rows)[0])
+    assert torch.equal(stack.packed(x, rows.batch_sizes, where).data, rows.data)
 
 
 def test_the_gradient_through_padding_takes_no_step_per_length():
     """As does that of torch's, each over the whole padded tensor: T*T*B for as many lengths as steps."""
     batch_sizes = torch.arange(50, 0, -1)
-    padded = stack.padded(PackedSequence(random(int(batch_sizes.sum()), I), batch_sizes))
+    rows = PackedSequence(random(int(batch_sizes.sum()), I), batch_sizes)
+    padded = stack.padded(rows, stack.places(batch_sizes))
     assert len(nodes(padded.grad_fn, set())) < 10
 
 
@@ -845,3 +847,20 @@ def test_dropout_acts_on_the_residual_sum(backend):
     ours = relu_network(8, num_layers=3, residual=True, dropout=1.0, backend=backend)
     y = ours(torch.ones(T, B, 8))[0]
     assert not y.any(), "dropout(h + input): the last layer's input is all gone"
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_a_layer_norm_are_summed_up_in_float32(dtype, backend):
+    """A CPU's own layer norm adds the gradients of its weights up in their half type: a bias was off by two thirds."""
+    torch.manual_seed(0)
+    half = fastrnn.RNN(16, 128, layer_norm=True, dtype=dtype, backend=backend)
+    double = fastrnn.RNN(16, 128, layer_norm=True, dtype=torch.float64, backend="reference")
+    double.load_state_dict(half.state_dict())
+    x, found = torch.randn(17, 300, 16).to(dtype), []
+    for module in (half, double):
+        module(x.to(module.bias_ih_l0.dtype))[0].sum().backward()
+        found.append([parameter.grad.double() for parameter in module.parameters()])
+    for got, want in zip(*found, strict=True):
+        # The states round to the half type at each of 17 steps, and the gates once more.
+        assert (got - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()

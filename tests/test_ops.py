@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -783,3 +784,24 @@ def test_meta_tensors_give_shapes(extra):
     model = fastrnn.LSTM(3, 5, 2, bidirectional=True, device="meta")
     y, (h, c) = model(torch.empty(4, 2, 3, device="meta"), **extra)
     assert (y.shape, h.shape, c.shape) == ((4, 2, 10), (4, 2, 5), (4, 2, 5))
+
+
+@pytest.mark.parametrize("extra", [{}, {"reset_mask": torch.zeros(70, 32, dtype=torch.bool)}], ids=["plain", "resets"])
+def test_fake_tensors_go_forward_and_back(extra):
+    """As memory estimators send them, outside of any compiler."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fastrnn.GRU(256, 256)
+        model(torch.randn(70, 32, 256), **extra)[0].sum().backward()
+    assert model.weight_hh_l0.grad.shape == (768, 256)
+
+
+@pytest.mark.parametrize("call", ["packed", "lengths"])
+def test_the_default_device_is_for_new_tensors_only(call):
+    model, x, lengths = fastrnn.GRU(3, 4), torch.randn(70, 3, 3), torch.tensor([70, 5, 2])
+    packed = pack_padded_sequence(x, lengths)
+    expected = model(packed)[0].data
+    with torch.device("meta"):
+        got = model(packed)[0].data if call == "packed" else model(x, lengths=lengths)[0]
+    if call == "lengths":
+        got = pack_padded_sequence(got, lengths).data
+    torch.testing.assert_close(got, expected)
