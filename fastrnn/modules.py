@@ -229,7 +229,7 @@ class _Recurrent(nn.Module):
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
         if not dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
             return None
-        if functional.refused_by_cudnn(input, self.training) or input.shape[2] != self.input_size:
+        if input.is_cuda and functional.refused_by_cudnn(input, self.training):
             return None
         weights, rows = [], self._shapes()
         for names in rows:
@@ -239,7 +239,8 @@ class _Recurrent(nn.Module):
                     return None
                 weights.append(weight)
         dtype, device, stacked = weights[0].dtype, weights[0].device, len(rows)
-        if input.dtype != dtype or input.device != device:  # torch's kernels ask for one device themselves
+        # That all weights are on one device, torch's kernels ask themselves.
+        if input.shape[2] != self.input_size or input.dtype != dtype or input.device != device:
             return None
         shapes = [(stacked, batch, self.proj_size or self.hidden_size), (stacked, batch, self.hidden_size)]
         shapes = shapes if lstm else shapes[:1]
@@ -251,7 +252,7 @@ class _Recurrent(nn.Module):
             for state, shape in zip(states, shapes, strict=True):
                 if state.shape != shape or state.dtype != dtype or state.device != device:
                     return None
-        y, *states = getattr(torch._VF, cell)(
+        y, *states = getattr(torch, cell)(
             input, states if lstm else states[0], weights, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, self.batch_first,
         )  # fmt: skip
