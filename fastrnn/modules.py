@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import dispatch, functional
+from . import functional
 from .cells import layer_shapes, network_shapes
-from .linear import tracing
 
 # Constructor arguments and their defaults: torch.nn's, and ours.
 PLAIN = {
@@ -216,7 +215,12 @@ class _Recurrent(nn.Module):
         calls takes as long as a short one itself.
         """
         cell, stored = self._cell, self._parameters
-        if tracing() or _extras(self) != _NO_EXTRAS or not isinstance(input, Tensor) or input.dim() not in (2, 3):
+        if (
+            functional.tracing()
+            or _extras(self) != _NO_EXTRAS
+            or not isinstance(input, Tensor)
+            or input.dim() not in (2, 3)
+        ):
             return None
         states = () if hx is None else hx if cell == "lstm" else (hx,)
         lstm, batched, batch_dim = cell == "lstm", input.dim() == 3, 0 if self.batch_first else 1
@@ -227,7 +231,7 @@ class _Recurrent(nn.Module):
                 return None
             input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
-        if not dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
+        if not functional.dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
             return None
         if input.is_cuda and functional.refused_by_cudnn(input, self.training):
             return None
