@@ -235,20 +235,10 @@ def check(
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
     projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_hh_l0" in params
-    _check_parameters(
-        params,
-        x.device,
-        (
-            cell,
-            weight_ih.shape[1],
-            hidden_size,
-            projection,
-            "bias_ih_l0" in params,
-            layer_norm,
-            num_layers,
-            bidirectional,
-        ),
-    )
+    parameters = _check_parameters(
+        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params, layer_norm,
+        num_layers, bidirectional,
+    )  # fmt: skip
     batched = packed is not None or input.dim() == 3
     stacked = num_layers * (2 if bidirectional else 1)
     expected = [(stacked, batch, size), (stacked, batch, hidden_size)][: len(spec.states)]
@@ -287,9 +277,7 @@ def check(
     # A compiled graph shall not be tied to its sizes.
     sizes = (0, 0) if tracing() or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and all(sizes) else None
-    gradients = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, *states, *params.values()) if t is not None
-    )
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters))
     request = Request(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset(features), *sizes, filled, gradients
     )
@@ -379,10 +367,11 @@ def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool)
     return x, x.shape[1]
 
 
-def _check_parameters(params: Mapping[str, Tensor], device: torch.device, network: tuple) -> None:
-    """That all parameters of a network (the arguments of `network_shapes`) are there, fit, and are on the device."""
+def _check_parameters(params: Mapping[str, Tensor], device: torch.device, *network) -> list[Tensor]:
+    """The parameters of a network (the arguments of `network_shapes`): all there, of their shape, on the device."""
     # A compiler would warn of the cache.
     shapes = network_shapes.__wrapped__ if torch.compiler.is_compiling() else network_shapes
+    found = []
     for row in shapes(*network):
         for name, shape in row:
             parameter = params.get(name)
@@ -392,6 +381,8 @@ def _check_parameters(params: Mapping[str, Tensor], device: torch.device, networ
                 raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(parameter.shape)}")
             if parameter.device != device:
                 raise RuntimeError(f"{name} is on device {parameter.device}, but input on {device}")
+            found.append(parameter)
+    return found
 
 
 def _check_states(x: Tensor, hx, expected, batched: bool):
