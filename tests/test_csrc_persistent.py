@@ -2,7 +2,7 @@
 
 `emulate_scan.cpp` compiles csrc/cuda with a C++ compiler: a fiber stands for a CUDA thread; tensor-core products,
 shared memory, clusters and barriers are emulated (csrc/cuda/emulated.h). The launcher is fastrnn/backends/cuda.py, with
-the emulated ops in place of csrc's. Not covered: the memory model (fences, caches), and the C++ code that launches.
+the emulated ops in place of csrc's. Races: test_csrc_races.py. Not covered: caches, and the C++ code that launches.
 """
 
 import ctypes

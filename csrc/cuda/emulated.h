@@ -1,7 +1,7 @@
 // The primitives of the sequence kernels on the host: one fiber per CUDA thread, all in one host thread,
 // switched only where a thread waits for others. For tests: it proves index arithmetic, exchange and order of
-// steps; what it cannot show is the memory model (fences, caches), since a host thread sees its own writes at
-// once.
+// steps; and, built with ThreadSanitizer, that no access races another. What it cannot show is caches and the
+// proxies of asynchronous copies, since a host thread sees its own writes at once.
 #pragma once
 
 #include <ucontext.h>
@@ -13,19 +13,23 @@
 #include <memory>
 #include <vector>
 
+#include "order.h"
+
 #define FASTRNN_DEVICE inline
 
 namespace fastrnn {
 namespace emulated {
 
 // `size` threads meet; each meeting starts a new round.
-struct Meeting {
+struct alignas(16) Meeting {
   int size, arrived = 0;
   unsigned round = 0;
 
-  void arrive() {
+  FASTRNN_UNSEEN void arrive() {
     if (++arrived == size) arrived = 0, ++round;
   }
+  // Of the order that a round makes. Who has not left one may find the next begun, never the one after it.
+  FASTRNN_UNSEEN void* place(unsigned of_round) const { return (char*)this + of_round % 2 * 8; }
 };
 
 struct Warp {
@@ -53,6 +57,7 @@ struct Fiber {
   const Meeting* waits_for = nullptr;  // until its round is no longer `round`
   unsigned round = 0;
   bool done = false;
+  Thread as_thread;
 };
 
 struct Machine {
@@ -68,37 +73,50 @@ struct Machine {
 
 inline Machine machine;
 
-inline Fiber& self() { return *machine.running; }
-inline Warp& warp() { return self().block->warps[self().thread / 32]; }
-inline void yield() { swapcontext(&self().context, &machine.scheduler); }
+FASTRNN_UNSEEN Fiber& self() { return *machine.running; }
+FASTRNN_UNSEEN Warp& warp() { return self().block->warps[self().thread / 32]; }
 
-inline void wait(const Meeting& meeting, unsigned round) {
-  if (meeting.round != round) return;
-  self().waits_for = &meeting, self().round = round;
-  yield();
+FASTRNN_UNSEEN void yield() {
+  Thread::leave();
+  swapcontext(&self().context, &machine.scheduler);
 }
 
-inline void meet(Meeting& meeting) {
+FASTRNN_UNSEEN void wait(Order by, const Meeting& meeting, unsigned round) {
+  if (meeting.round == round) {
+    self().waits_for = &meeting, self().round = round;
+    yield();
+  }
+  acquire(by, meeting.place(round));
+}
+
+FASTRNN_UNSEEN void meet(Order by, Meeting& meeting) {
   unsigned round = meeting.round;
+  release(by, meeting.place(round));
   meeting.arrive();
-  wait(meeting, round);
+  wait(by, meeting, round);
 }
 
-inline void start() {
-  (*machine.body)(self().block->memory.data() +
-                  (-reinterpret_cast<uintptr_t>(self().block->memory.data()) & 15));
+FASTRNN_UNSEEN char* aligned(Block& block) {
+  char* start = block.memory.data();
+  return start + (-reinterpret_cast<uintptr_t>(start) & 15);
+}
+
+FASTRNN_UNSEEN void start() {
+  (*machine.body)(aligned(*self().block));
+  release(Order::launch, &machine);
   self().done = true;
   yield();
 }
 
 // Every fiber of [first, first + count) that can go on does, up to its next wait; how many there were.
-inline size_t turn(size_t first, size_t count) {
+FASTRNN_UNSEEN size_t turn(size_t first, size_t count) {
   size_t moved = 0;
   for (size_t k = first; k < first + count; ++k) {
     Fiber& fiber = machine.fibers[k];
     if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
     fiber.waits_for = nullptr;
     machine.running = &fiber;
+    fiber.as_thread.enter();
     swapcontext(&machine.scheduler, &fiber.context);
     machine.left -= fiber.done, ++moved;
   }
@@ -109,8 +127,8 @@ inline size_t turn(size_t first, size_t count) {
 // starts as NaN.
 // With a `seed`, turns are unfair: again and again one block or one warp, drawn by lot, runs ahead as far as
 // it can, so that whoever does not wait where it should reads too early or writes too early.
-inline void launch(int directions, int groups, int size, int threads, size_t shared_bytes, unsigned seed,
-                   const std::function<void(char*)>& body) {
+FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, size_t shared_bytes,
+                           unsigned seed, const std::function<void(char*)>& body) {
   constexpr size_t stack_bytes = 64 * 1024;
   Machine& m = machine;
   const int blocks = directions * groups * size;
@@ -142,6 +160,7 @@ inline void launch(int directions, int groups, int size, int threads, size_t sha
     if ((!seed || rand() % 8 == 0) && m.left > 0 && turn(0, m.fibers.size()) == 0)
       abort();  // every thread waits for another
   }
+  acquire(Order::launch, &machine);
   m.fibers.clear();
 }
 
@@ -153,21 +172,22 @@ float element(uint32_t word, int half, S) {
 
 }  // namespace emulated
 
-inline int thread_index() { return emulated::self().thread; }
-inline int block_rank() { return emulated::self().block->rank; }
+FASTRNN_UNSEEN int thread_index() { return emulated::self().thread; }
+FASTRNN_UNSEEN int block_rank() { return emulated::self().block->rank; }
 inline int group_size() { return emulated::machine.group_size; }
 inline int group_count() { return emulated::machine.groups; }
 inline int block_group() { return emulated::self().block->index / group_size() % group_count(); }
 inline int block_direction() { return emulated::self().block->index / group_size() / group_count(); }
 inline void forget(int&) {}
-inline void sync_warp() { emulated::meet(emulated::warp().meeting); }
-inline void sync_block() { emulated::meet(emulated::self().block->meeting); }
+inline void sync_warp() { emulated::meet(emulated::Order::warp, emulated::warp().meeting); }
+inline void sync_block() { emulated::meet(emulated::Order::block, emulated::self().block->meeting); }
 
-inline double shuffled(double value, int lane) {
+// What the lanes of a warp do together orders none of their accesses to memory.
+FASTRNN_UNSEEN double shuffled(double value, int lane) {
   emulated::Warp& warp = emulated::warp();
   double (&slot)[32] = warp.value[++emulated::self().turn & 1];
   slot[thread_index() % 32] = value;
-  emulated::meet(warp.meeting);
+  emulated::meet(emulated::Order::nothing, warp.meeting);
   return slot[lane];
 }
 inline uint32_t shuffle(uint32_t value, int lane) { return static_cast<uint32_t>(shuffled(value, lane)); }
@@ -179,13 +199,14 @@ inline float operand(float x) {
 }
 
 template <class S>
-void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+FASTRNN_UNSEEN void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                        uint32_t b1) {
   emulated::Warp& warp = emulated::warp();
   uint32_t (&given)[32][6] = warp.operands[++emulated::self().turn & 1];
   int lane = thread_index() % 32;
   uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(given[lane], own, sizeof own);
-  emulated::meet(warp.meeting);
+  emulated::meet(emulated::Order::nothing, warp.meeting);
   constexpr int halves = sizeof(S) == 4 ? 1 : 2;
   for (int part = 0; part < 2; ++part)  // k < 4 * halves, and the rest
     for (int q = 0; q < 4; ++q)         // the four lanes that share a row of a, or a column of b
@@ -200,48 +221,57 @@ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
 
 inline Quad load_shared_by_grid(const Quad* p) { return *p; }
 inline float load_shared_by_grid(const float* p) { return *p; }
-inline void add_release(uint32_t* p, uint32_t value) { *p += value; }
-inline uint32_t load_acquire(const uint32_t* p) {
+FASTRNN_UNSEEN void add_release(uint32_t* p, uint32_t value) {
+  emulated::release(emulated::Order::grid, p);
+  *p += value;
+}
+FASTRNN_UNSEEN uint32_t load_acquire(const uint32_t* p) {
   emulated::yield();
+  emulated::acquire(emulated::Order::grid, const_cast<uint32_t*>(p));
   return *p;
 }
-inline void tell_host(uint32_t* p) { *p = 1; }
+FASTRNN_UNSEEN void tell_host(uint32_t* p) { *p = 1; }
 
 // meeting.size: whether its owner has announced a delivery that is not complete; meeting.arrived: how many of
 // the announced bytes are missing.
 struct alignas(16) Delivery {
   emulated::Meeting meeting;
 
-  void count(int announced, int bytes) {
+  FASTRNN_UNSEEN void count(int announced, int bytes) {
     meeting.size += announced, meeting.arrived += bytes;
     if (meeting.size == 1 && meeting.arrived == 0) meeting.size = 0, ++meeting.round;
   }
+  FASTRNN_UNSEEN void receive(int bytes) {
+    emulated::release(emulated::Order::delivery, meeting.place(meeting.round));
+    count(0, -bytes);
+  }
 };
 template <class T>
-T* at_peer(T* p, int rank) {
+FASTRNN_UNSEEN T* at_peer(T* p, int rank) {
   emulated::Block& own = *emulated::self().block;
   emulated::Block& peer = (*own.all)[own.index - own.rank + rank];
-  auto aligned = [](emulated::Block& b) {
-    char* start = b.memory.data();
-    return start + (-reinterpret_cast<uintptr_t>(start) & 15);
-  };
-  return reinterpret_cast<T*>(aligned(peer) + (reinterpret_cast<char*>(p) - aligned(own)));
+  return reinterpret_cast<T*>(emulated::aligned(peer) +
+                              (reinterpret_cast<char*>(p) - emulated::aligned(own)));
 }
 template <class T>
 void send(T* p, int rank, T x, Delivery* delivery) {
-  std::memcpy(at_peer(p, rank), &x, sizeof x);
-  at_peer(delivery, rank)->count(0, -static_cast<int>(sizeof x));
+  *at_peer(p, rank) = x;
+  at_peer(delivery, rank)->receive(sizeof x);
 }
-inline void begin(Delivery* delivery) { delivery->meeting = {0}; }
-inline void announce(Delivery* delivery, int bytes) { delivery->count(1, bytes); }
-inline void await(Delivery* delivery, uint32_t count) { emulated::wait(delivery->meeting, count); }
-inline void arrive_at_cluster() {
+FASTRNN_UNSEEN void begin(Delivery* delivery) { delivery->meeting = {0}; }
+FASTRNN_UNSEEN void announce(Delivery* delivery, int bytes) { delivery->count(1, bytes); }
+FASTRNN_UNSEEN void await(Delivery* delivery, uint32_t count) {
+  emulated::wait(emulated::Order::delivery, delivery->meeting, count);
+}
+FASTRNN_UNSEEN void arrive_at_cluster() {
   emulated::Fiber& fiber = emulated::self();
-  fiber.cluster_round = fiber.block->cluster->round;
-  fiber.block->cluster->arrive();
+  emulated::Meeting& cluster = *fiber.block->cluster;
+  fiber.cluster_round = cluster.round;
+  emulated::release(emulated::Order::cluster, cluster.place(cluster.round));
+  cluster.arrive();
 }
-inline void wait_for_cluster() {
-  emulated::wait(*emulated::self().block->cluster, emulated::self().cluster_round);
+FASTRNN_UNSEEN void wait_for_cluster() {
+  emulated::wait(emulated::Order::cluster, *emulated::self().block->cluster, emulated::self().cluster_round);
 }
 
 }  // namespace fastrnn

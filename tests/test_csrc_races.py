@@ -1,0 +1,59 @@
+"""csrc's persistent CUDA kernels, emulated on the host, under ThreadSanitizer: no access races another.
+
+Two accesses to one place race where one of them writes and nothing that a GPU knows orders them: a barrier of warp,
+block or cluster, a release that is acquired, a delivery (`send`, `await`). A schedule need not go wrong to be reported.
+Shuffles and products of a warp order nothing here, as they promise nothing there.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX", "g++")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", f"-I{ROOT / 'csrc'}")
+RACE = 66  # ThreadSanitizer's exit code where it has reported one
+PROBE = """
+#ifndef __SANITIZE_THREAD__
+#error "the macro is not defined"
+#endif
+int main() {}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """`program(order="")` runs the kernels as if that one ordered nothing."""
+    made = tmp_path_factory.mktemp("races")
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler {CXX}")
+    (made / "probe.cpp").write_text(PROBE)
+    probe = [CXX, *FLAGS, str(made / "probe.cpp"), "-o", str(made / "probe")]
+    done = subprocess.run(probe, capture_output=True, text=True)
+    if done.returncode == 0:
+        done = subprocess.run([made / "probe"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/race_scan.cpp"), "-o", str(made / "race_scan")], check=True)
+
+    def run(*order):
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        return subprocess.run([made / "race_scan", *order], env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_nothing_races(program):
+    done = program()
+    assert done.returncode == 0, done.stdout + done.stderr[:5000]
+
+
+@pytest.mark.parametrize("order", ["warp", "block", "grid", "cluster", "delivery"])
+def test_without_any_one_order_something_races(program, order):
+    """None of them is superfluous, and its lack is found."""
+    done = program(order)
+    assert done.returncode == RACE and "data race" in done.stderr
