@@ -1,7 +1,8 @@
 """Builds what pyproject.toml cannot describe: the package list, and csrc as libraries that PyTorch loads.
 
 The libraries hold operators on PyTorch's stable ABI and no Python code: `torch.ops.load_library` loads them, so one
-build serves every Python and every torch >= 2.10. The install works without them; what is missing is printed.
+build serves every Python and every torch >= 2.10. The install works without them; what is missing is printed. An
+editable install keeps a library that is newer than its sources: remove it to have it built with another compiler.
 
 Environment: FASTRNN_BUILD_CUDA = 1 builds csrc/cuda or fails, 0 leaves it out, unset builds it where torch is a CUDA
 build and nvcc is there. CXX: the C++ compiler.
@@ -100,13 +101,17 @@ class BuildLibraries(build_ext):
         from setuptools.modified import newer_group  # here, so that an old setuptools is told so above
 
         out = self.get_ext_fullpath(ext.name)
-        if not (self.force or newer_group([*ext.sources, *ext.depends, __file__], out)):
-            return
+        # An editable install asks for a new one each time, and then puts it here.
+        known = ROOT / self.get_ext_filename(ext.name) if self.editable_mode else Path(out)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
+        if not (self.force or newer_group([*ext.sources, *ext.depends, __file__], known)):
+            if known != Path(out):
+                shutil.copy(known, out)
+            return
         home = Path(find_torch().__file__).parent
         links = ["-ltorch_cpu", "-ltorch", "-lc10"]
-        if ext.name == CUDA and (home / "lib/libtorch_cuda.so").exists():
-            links.append("-ltorch_cuda")
+        if ext.name == CUDA:  # needs libtorch at run time, and by it libtorch_cuda, whichever torch it is built with
+            links = ["-Xlinker", "--no-as-needed", *links]
         line = [*compiler(ext.name), TARGET, f"-I{home / 'include'}", *ext.sources, "-o", out]
         line += [f"-L{home / 'lib'}", *links]
         print(shlex.join(line), flush=True)

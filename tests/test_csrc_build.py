@@ -103,6 +103,13 @@ def test_cuda_library_builds_without_spills(cuda_library):
     assert_no_spills(cuda_library[1], kernels=2 * (4 * 16 + 2) + 2 * 2 * 84)
 
 
+@pytest.mark.slow
+@needs_nvcc
+def test_cuda_library_brings_torchs(cuda_library):
+    """It names libtorch, which needs libtorch_cuda where there is one, even if it was built beside a torch without."""
+    assert b"\0libtorch.so\0" in cuda_library[0].read_bytes()
+
+
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
 
 
@@ -167,3 +174,35 @@ def test_setup_refuses_cuda_without_nvcc(tmp_path):
 def test_setup_says_what_it_leaves_out(tmp_path):
     done = build(tmp_path, FASTRNN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
     assert "leaving out fastrnn._C_cuda: there is no nvcc" in done.stderr
+
+
+EDITABLE = """
+import setuptools
+from distutils.core import run_setup
+
+build = run_setup("setup.py", stop_after="commandline").get_command_obj("build_ext")
+build.editable_mode, build.build_lib = True, "out"
+build.ensure_finalized()
+build.run()
+"""
+
+
+def test_an_editable_install_builds_only_what_is_older_than_its_sources(tmp_path):
+    for folder in ("csrc", "fastrnn", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    there = tmp_path / "fastrnn/_C.abi3.so"
+    there.write_text("built before")
+    environment = os.environ | {"FASTRNN_BUILD_CUDA": "0", "CXX": "false"}  # a compiler that fails
+
+    def install():
+        command = [sys.executable, "-c", EDITABLE]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = install()
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/fastrnn/_C.abi3.so").read_text() == "built before"
+    os.utime(tmp_path / "csrc/cpu/scan.h", (there.stat().st_mtime + 1,) * 2)
+    done = install()
+    assert done.returncode != 0 and "'false'" in done.stderr
