@@ -122,6 +122,7 @@ setup(
     packages=["fastrnn", "fastrnn.backends", "fastrnn.kernels"],
     # A top-level `kernels` would shadow the package of that name on PyPI.
     package_dir={"fastrnn.kernels": "kernels"},
+    package_data={"fastrnn": ["py.typed"]},
     ext_modules=libraries(),
     cmdclass={"build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

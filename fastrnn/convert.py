@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -61,7 +62,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     return new
 
 
-def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
+def convert(model: nn.Module, to: str = "fastrnn") -> Any:
     """Replaces every recurrent module inside `model` by its twin of the other library, parameters shared.
 
     Args:

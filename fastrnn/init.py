@@ -23,7 +23,7 @@ function is not for, one without the biases it sets, or one whose weights are pa
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .cells import CELLS
 from .modules import _Cell, _Recurrent, has_computed_weights
+
+Module = TypeVar("Module", bound=nn.Module)
 
 RNNS = tuple(name for name in CELLS if name.startswith("rnn_"))
 ACTIVATION = {"g": "tanh", "n": "tanh"} | {CELLS[name].gates[0]: CELLS[name].gates[0] for name in RNNS}
@@ -110,7 +112,7 @@ def _set_bias(layer: _Layer, gate: str, value: Tensor | float) -> None:
 
 
 @torch.no_grad()
-def xavier_(module: nn.Module, gain: float = 1.0) -> nn.Module:
+def xavier_(module: Module, gain: float = 1.0) -> Module:
     """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(6 / (fan_in + fan_out)).
 
     Keeps the variance level in both directions while the activations are near linear. A projection's W_hr likewise.
@@ -125,7 +127,7 @@ def xavier_(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def kaiming_(module: nn.Module) -> nn.Module:
+def kaiming_(module: Module) -> Module:
     """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(3 / fan_in).
 
     The gain is that of the activation behind the gate: logistic 1, tanh 5/3, ReLU sqrt(2), leaky ReLU
@@ -143,7 +145,7 @@ def kaiming_(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
+def orthogonal_(module: Module, gain: float = 1.0) -> Module:
     """Each gate's block of W_hh: gain times a random orthogonal `[H, H]` matrix; with a projection, `[H, P]`,
     orthonormal columns.
 
@@ -160,7 +162,7 @@ def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
+def identity_(module: Module, scale: float = 1.0) -> Module:
     """RNN: W_hh = scale I and all biases 0, so that without input a ReLU keeps its state, h_t = scale h_{t-1}.
 
     With ReLU this is the IRNN: Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize recurrent networks of rectified
@@ -176,7 +178,7 @@ def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def forget_bias_(module: nn.Module, value: float = 1.0) -> nn.Module:
+def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """LSTM: the bias of the forget gate, b_ih + b_hh, is `value` (in b_ih; b_hh is 0 there).
 
     At the start the cell then keeps sigmoid(value) of itself per step instead of a half.
@@ -189,7 +191,7 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def chrono_(module: nn.Module, t_max: float) -> nn.Module:
+def chrono_(module: Module, t_max: float) -> Module:
     """LSTM, GRU: biases for memories of 2 to `t_max` steps, one draw per unit.
 
         LSTM   b_f = log U(1, t_max - 1),  b_i = -b_f

@@ -4,9 +4,11 @@ Parameter names, order, shapes and default initialisation are torch.nn's, so sta
 `strict=True` as long as the extras that own parameters (layer norm) are off.
 """
 
+import inspect
 import math
 import warnings
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -348,7 +350,7 @@ class GRU(_Recurrent):
     )
     _cell = "gru"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_projection("proj_size" in kwargs)
         super().__init__(*_skip_projection(args), **kwargs)
 
@@ -365,7 +367,7 @@ class RNN(_Recurrent):
         + _ARGUMENTS
     )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_projection("proj_size" in kwargs)
         if len(args) > 3:
             self.nonlinearity, args = args[3], args[:3] + args[4:]
@@ -379,6 +381,19 @@ class RNN(_Recurrent):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
+
+
+def _show_arguments() -> None:
+    """GRU and RNN take what torch.nn's take, in two orders; who asks for their signature sees the documented one."""
+    arguments = list(inspect.signature(_Recurrent.__init__).parameters.values())
+    arguments = [one for one in arguments if one.name != "proj_size"]
+    GRU.__init__.__signature__ = inspect.Signature(arguments)
+    fourth = inspect.Parameter("nonlinearity", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="tanh", annotation=str)
+    arguments.insert([one.name for one in arguments].index("bias"), fourth)
+    RNN.__init__.__signature__ = inspect.Signature(arguments)
+
+
+_show_arguments()
 
 
 def _refuse_projection(asked: bool) -> None:
@@ -491,8 +506,8 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device=None,
         dtype=None,
-        **extras,
-    ):
+        **extras: Any,
+    ) -> None:
         self.nonlinearity = nonlinearity
         super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
 

@@ -4,6 +4,7 @@ torch.nn is the oracle throughout, in float64 so that a tolerance can be tight.
 """
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -370,6 +371,19 @@ def test_device_and_dtype_stand_where_torch_nns_signature_shows_them(name):
     """torch.nn's documented signature of GRU and RNN has no proj_size: device comes eighth (RNN: ninth)."""
     args = (I, H, 1, True, False, 0.0, False) if name == "GRU" else (I, H, 1, "tanh", True, False, 0.0, False)
     assert getattr(fastrnn, name)(*args, "cpu", torch.float64).weight_ih_l0.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_signature_shows_every_argument_in_torch_nns_order(name):
+    shown, of_lstm = (list(inspect.signature(module).parameters) for module in (getattr(fastrnn, name), fastrnn.LSTM))
+    beyond = {"nonlinearity"} if name == "RNN" else set()
+    assert set(shown) == set(of_lstm) - {"proj_size"} | beyond
+    args = (I, H, 2, *("relu" for _ in beyond), False, True, 0.5, True, "cpu", torch.float64)
+    inspect.signature(getattr(fastrnn, name)).bind(*args)
+    module = getattr(fastrnn, name)(*args)
+    given = dict(zip(shown, args, strict=False))
+    assert given.pop("device") == "cpu" and given.pop("dtype") == module.weight_hh_l1.dtype
+    assert {argument: getattr(module, argument) for argument in given} == given
 
 
 def test_dropout_on_one_layer_warns_as_torch_nn_does():
