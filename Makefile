@@ -88,7 +88,7 @@ gpu:
 	printf '== summary\n%s' "$$summary"; exit $$failed
 
 GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --durations=20 --tb=short \
-    --max-worker-restart=100 --continue-on-collection-errors $(PYTEST_ARGS)
+    --max-worker-restart=100 $(PYTEST_ARGS)
 GPU_BENCH = $(PYTHON) -m pytest --benchmark-json='$(OUT)/$(1).json' --records='$(OUT)/$(1).jsonl' $(PYTEST_ARGS)
 WARM      = timeout -k 5 120 $(PYTHON) -m bench.warm
 # A small case of each kind of kernel, for compute-sanitizer.

@@ -106,7 +106,8 @@ class BuildLibraries(build_ext):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         if not (self.force or newer_group([*ext.sources, *ext.depends, __file__], known)):
             if known != Path(out):
-                shutil.copy(known, out)
+                print(f"fastrnn: keeping {known}: newer than its sources", file=sys.stderr)
+                shutil.copy2(known, out)
             return
         home = Path(find_torch().__file__).parent
         links = ["-ltorch_cpu", "-ltorch", "-lc10"]

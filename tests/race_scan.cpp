@@ -24,13 +24,14 @@ struct Zeros {
   }
 };
 
-// A group of two CTAs. Plain: two groups, a batch tile each. Else one group per direction, which walks both
+// Plain: two groups of `members` CTAs, a batch tile each. Else one group per direction, which walks both
 // tiles, with all extras.
 template <class Instance>
-void race(bool plain) {
+void race(bool plain, unsigned seed = 0, int members = 2) {
   using S = typename Instance::S;
   using Cell = typename Instance::Cell;
-  constexpr int T = 3, B = Instance::Tile::rows + 3, H = Instance::Tile::units + 9;
+  constexpr int T = 3, B = Instance::Tile::rows + 3;
+  const int H = (members - 1) * Instance::Tile::units + 9;
   const int D = plain ? 1 : 2;
   auto zeros = [&] { return Zeros{std::vector<char>(sizeof(float) * D * 4 * H * (T * B > H ? T * B : H))}; };
   Zeros gx = zeros(), w = zeros(), b = zeros(), h0 = zeros(), c0 = zeros(), y = zeros(), h_n = zeros(),
@@ -40,7 +41,7 @@ void race(bool plain) {
   for (size_t k = 0; k < flags.size(); ++k) flags[k] = k % 5 == 0 ? pad : k % 7 == 0 ? reset : 0;
   const float bound = 1;
   Cell cell{};
-  Layout layout{plain ? 2 : 1, 0, 1 << 30, -1, 0};
+  Layout layout{plain ? 2 : 1, seed, 1 << 30, -1, 0};
   ForwardParams<S> forward{T, D,   B,   H, true,  gx, w, b, h0, c0, plain ? nullptr : flags.data(),
                            y, h_n, c_n, c, saved, {}};
   launch<typename Instance::Forward, Instance>(forward, cell, layout, Instance::Tile::Forward::K);
@@ -74,6 +75,9 @@ int main(int count, char** arguments) {
   if (count > 1) return 0;
   races<ByCluster<GRU, float, 256>>("cluster, GRU, float32");
   races<ByGrid<GRU, float, 256>>("grid, GRU, float32");
+  std::puts("the same in another order, with more CTAs than lanes that send for each other");
+  race<ByCluster<GRU, float, 256>>(false, 1, 5);
+  race<ByGrid<GRU, float, 256>>(false, 1, 5);
   races<ByCluster<AnyRNN, BFloat16, 256>>("cluster, RNN, bfloat16");
   races<ByGrid<AnyRNN, float, 256>>("grid, RNN, float32");
   races<ByCluster<LSTM, BFloat16, 640>>(

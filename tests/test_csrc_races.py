@@ -1,8 +1,9 @@
 """csrc's persistent CUDA kernels, emulated on the host, under ThreadSanitizer: no access races another.
 
 Two accesses to one place race where one of them writes and nothing that a GPU knows orders them: a barrier of warp,
-block or cluster, a release that is acquired, a delivery (`send`, `await`). A schedule need not go wrong to be reported.
-Shuffles and products of a warp order nothing here, as they promise nothing there.
+block or cluster, a release that is acquired, a delivery (`send`, `await`). A result need not be wrong for a race to be
+reported. Shuffles and products of a warp order nothing here, as they promise nothing there. Runtimes newer than g++ 12's let
+more than 255 threads share clocks, and may miss a race.
 """
 
 import os
@@ -33,8 +34,12 @@ def program(tmp_path_factory):
     (made / "probe.cpp").write_text(PROBE)
     probe = [CXX, *FLAGS, str(made / "probe.cpp"), "-o", str(made / "probe")]
     done = subprocess.run(probe, capture_output=True, text=True)
+    # Addresses that are too random for ThreadSanitizer end it, now and then.
+    fixed = ["setarch", "-R"]
+    if shutil.which("setarch") is None or subprocess.run([*fixed, "true"], capture_output=True).returncode != 0:
+        fixed = []
     if done.returncode == 0:
-        done = subprocess.run([made / "probe"], capture_output=True, text=True)
+        done = subprocess.run([*fixed, made / "probe"], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -42,7 +47,7 @@ def program(tmp_path_factory):
 
     def run(*order):
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([made / "race_scan", *order], env=environment, capture_output=True, text=True)
+        return subprocess.run([*fixed, made / "race_scan", *order], env=environment, capture_output=True, text=True)
 
     return run
 

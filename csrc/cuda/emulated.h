@@ -28,7 +28,8 @@ struct alignas(16) Meeting {
   FASTRNN_UNSEEN void arrive() {
     if (++arrived == size) arrived = 0, ++round;
   }
-  // Of the order that a round makes. Who has not left one may find the next begun, never the one after it.
+  // What a round releases and acquires: two addresses inside this object, in turn, since a thread that has
+  // not yet left a round may find the next one begun, never the one after it.
   FASTRNN_UNSEEN void* place(unsigned of_round) const { return (char*)this + of_round % 2 * 8; }
 };
 
@@ -47,9 +48,11 @@ struct Block {
   std::vector<Block>* all;  // blocks of the cluster are neighbours, the first of them at index - rank
 };
 
+constexpr size_t stack_bytes = 64 * 1024;
+
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  std::unique_ptr<char[]> stack{new char[stack_bytes]};
   Block* block;
   int thread;
   unsigned turn = 0;                   // which half of the warp's buffers is next
@@ -101,8 +104,14 @@ FASTRNN_UNSEEN char* aligned(Block& block) {
   return start + (-reinterpret_cast<uintptr_t>(start) & 15);
 }
 
+// Of a CTA that is gone.
+inline void lose(std::vector<char>& memory) { std::memset(memory.data(), 0xFF, memory.size()); }
+
 FASTRNN_UNSEEN void start() {
-  (*machine.body)(aligned(*self().block));
+  Block& block = *self().block;
+  (*machine.body)(aligned(block));
+  meet(Order::block, block.meeting);
+  if (self().thread == 0) lose(block.memory);
   release(Order::launch, &machine);
   self().done = true;
   yield();
@@ -129,7 +138,6 @@ FASTRNN_UNSEEN size_t turn(size_t first, size_t count) {
 // it can, so that whoever does not wait where it should reads too early or writes too early.
 FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, size_t shared_bytes,
                            unsigned seed, const std::function<void(char*)>& body) {
-  constexpr size_t stack_bytes = 64 * 1024;
   Machine& m = machine;
   const int blocks = directions * groups * size;
   m.body = &body;
@@ -142,7 +150,6 @@ FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, si
   m.fibers = std::vector<Fiber>(static_cast<size_t>(blocks) * threads);
   for (size_t k = 0; k < m.fibers.size(); ++k) {
     Fiber& fiber = m.fibers[k];
-    fiber.stack.reset(new char[stack_bytes]);
     fiber.block = &m.blocks[k / threads], fiber.thread = static_cast<int>(k % threads);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -241,6 +248,7 @@ struct alignas(16) Delivery {
     meeting.size += announced, meeting.arrived += bytes;
     if (meeting.size == 1 && meeting.arrived == 0) meeting.size = 0, ++meeting.round;
   }
+  // Assumed: who is told that all has come also knows what the sender did before, not only what it sent.
   FASTRNN_UNSEEN void receive(int bytes) {
     emulated::release(emulated::Order::delivery, meeting.place(meeting.round));
     count(0, -bytes);

@@ -113,7 +113,7 @@ class ClusterExchange {
   // all exist, or none does.
   FASTRNN_DEVICE void publish(bool exists, int row, int column, float value) {
     constexpr int lanes = Slice::lane_terms;
-    sync_warp();  // who sends for others sends after what they have read; a shuffle would not order that
+    sync_warp();  // the lanes have read their sums, which this send lets others overwrite
     int lane = thread_index() % 32, mine = lane % lanes;
     S element = operand_of<S>(value);
     Quad packed;
