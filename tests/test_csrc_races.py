@@ -2,8 +2,8 @@
 
 Two accesses to one place race where one of them writes and nothing that a GPU knows orders them: a barrier of warp,
 block or cluster, a release that is acquired, a delivery (`send`, `await`). A result need not be wrong for a race to be
-reported. Shuffles and products of a warp order nothing here, as they promise nothing there. Runtimes newer than g++ 12's let
-more than 255 threads share clocks, and may miss a race.
+reported. Shuffles and products of a warp order nothing here, as they promise nothing there. Runtimes newer than
+g++ 12's let more than 255 threads share clocks, and may miss a race.
 """
 
 import os
