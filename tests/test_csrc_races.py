@@ -27,7 +27,7 @@ int main() {}
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """`program(order="")` runs the kernels as if that one ordered nothing."""
+    """`program()` runs the kernels; `program(order)` as if that one ordered nothing."""
     made = tmp_path_factory.mktemp("races")
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler {CXX}")
