@@ -55,7 +55,7 @@ class Problem:
 
         self.gx, self.dy = draw(STEPS, B, G * H), draw(STEPS, B, H)
         self.w_hh = (torch.randn(G * H, H, device="cuda") / H**0.5).to(dtype)
-        self.b_hh = draw(G * H) if spec.split else None
+        self.b_hh = draw(G * H) if spec.distinct_dgh else None
         self.h0 = draw(B, H)
         self.c0 = draw(B, H, dtype=torch.float32) if "c" in spec.states else None
 

@@ -1,7 +1,7 @@
 """The cell table: what tells one recurrent cell from another, as data.
 
 Everything that is generic over cells (the scan, the launchers, the modules) reads its sizes from here; the equations
-themselves stand in `reference.py`, `kernels/cells.py` and `csrc/cells/`, under the same names.
+themselves are in `equations.py`, `kernels/cells.py` and `csrc/cells/`, under the same names.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class CellSpec:
         states: the state tensors carried from step to step; the first is always `h`, the output.
         saved: the planes of width H that the forward keeps per step for the backward: the pre-activations, and for
             the GRU also `W_hn h + b_hn`, which its reset gate multiplies.
-        split: whether the gradients of `gx` and `gh` differ (GRU), so that the backward returns both.
+        distinct_dgh: whether the gradients of `gx` and `gh` differ (GRU), so that the backward returns both.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
     saved: tuple[str, ...]
-    split: bool = False
+    distinct_dgh: bool = False
 
 
 def _rnn(nonlinearity: str) -> CellSpec:
@@ -38,7 +38,7 @@ CELLS: dict[str, CellSpec] = {
     spec.name: spec
     for spec in (
         CellSpec("lstm", gates=("i", "f", "g", "o"), states=("h", "c"), saved=("i", "f", "g", "o")),
-        CellSpec("gru", gates=("r", "z", "n"), states=("h",), saved=("r", "z", "n", "gh_n"), split=True),
+        CellSpec("gru", gates=("r", "z", "n"), states=("h",), saved=("r", "z", "n", "gh_n"), distinct_dgh=True),
         *map(_rnn, NONLINEARITIES),
     )
 }

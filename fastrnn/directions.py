@@ -1,26 +1,31 @@
-"""Both directions of a layer in one call, for a scan that knows only one of them."""
+"""Both directions of a layer in one call, for code that knows only one of them."""
 
 import torch
 from torch import Tensor
 
 
 def walks_back(direction: int, reverse: bool) -> bool:
-    """Whether that direction does; `reverse`: whether the first one does. They take turns."""
+    """Whether that direction does. Directions alternate; `reverse`: whether the first one walks back."""
     return (direction % 2 == 1) != reverse
 
 
-def each_direction(scan, tensors, cell: str, reverse: bool, *rest) -> tuple[Tensor, ...]:
-    """`scan(*tensors, cell, reverse, *rest)` of each direction, one after the other.
+def _of_direction(x, d: int):
+    """Direction d of what has a leading dimension D; None, and a tensor without dimensions, serve them all."""
+    if isinstance(x, tuple):
+        return type(x)._make(_of_direction(each, d) for each in x)
+    return x[d] if isinstance(x, Tensor) and x.dim() > 0 else x
 
-    tensors: as in `ops.py`, with the leading dimension D; None, numbers and tensors of no dimension serve them all.
+
+def each_direction(run, D: int, reverse: bool, *arguments):
+    """`run(*arguments, reverse)` of each direction, one after the other, its results stacked: tensors or named tuples.
+
+    arguments: tensors with a leading dimension D, None, and named tuples of them.
     """
+    found = [run(*(_of_direction(x, d) for x in arguments), walks_back(d, reverse)) for d in range(D)]
 
-    def has_directions(x):
-        return torch.is_tensor(x) and x.dim() > 0
+    def stacked(results):
+        return None if results[0] is None else torch.stack(results)
 
-    def one(d):
-        return scan(*(x[d] if has_directions(x) else x for x in tensors), cell, walks_back(d, reverse), *rest)
-
-    outputs = zip(*map(one, range(len(next(filter(has_directions, tensors))))), strict=True)
-    # An output of one dimension is empty and does not exist.
-    return tuple(torch.stack(found) if found[0].dim() > 1 else found[0] for found in outputs)
+    if isinstance(found[0], Tensor):
+        return stacked(found)
+    return type(found[0])._make(map(stacked, zip(*found, strict=True)))

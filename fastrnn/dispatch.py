@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import ScanInputs, Walk
 from .backends import cpu, cuda, reference, triton
 
 
@@ -73,7 +74,7 @@ class Backend:
     auto: tuple[str, ...] | None
     measured: str
     why_not: Callable[[Request], str | None]
-    launcher: ModuleType | None = None  # has scan_forward and scan_backward; aten takes whole calls instead
+    launcher: ModuleType | None = None  # has forward and backward; aten takes whole calls instead
     directions: bool = False
 
     def takes(self, device: str) -> bool:
@@ -150,9 +151,15 @@ def ranked(request: Request) -> list[Backend]:
     return rows
 
 
-def kernels(name: str) -> ModuleType:
-    """The launcher of a backend: `scan_forward` and `scan_backward`."""
+def launcher(name: str) -> ModuleType:
+    """The launcher of a backend: `forward` and `backward`."""
     return BACKENDS[name].launcher
+
+
+def takes_directions(name: str, inputs: ScanInputs, walk: Walk) -> bool:
+    """Whether one launch of a backend takes both directions of these inputs."""
+    row = BACKENDS[name]
+    return row.directions and row.launcher.takes_directions(inputs, walk)
 
 
 class _Forced(threading.local):

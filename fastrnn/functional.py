@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch, stack
 from .cells import CELLS, NONLINEARITIES, network_shapes, suffixes
 from .dispatch import Request
+from .equations import accumulate_dtype
 from .linear import in_forward_mode, tracing
-from .reference import accumulate_dtype
 from .scan import AUTOCAST, without_autocast
 from .stack import Options
 

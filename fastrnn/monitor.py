@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import calls
+from .equations import accumulate_dtype
 from .history import History
 from .modules import _Cell, _Recurrent
-from .reference import accumulate_dtype
 from .report import Norms, Record, Report, records, unscaled
 
 

@@ -1,206 +1,26 @@
-"""The equations in PyTorch: the truth that every kernel is tested against, and what runs where there is nothing else.
+"""The scan in PyTorch: the order of a step, readable. Every kernel is tested against it, and it runs everywhere.
 
-Two layers. First the cells: for each of them `forward`, `total` and `backward` of one step, pointwise, the W_hh
-products left outside. Then one scan, forward and backward, generic over the cell; a backend that only has a faster
-step (see `backends/extension.py`) passes its own `Step` and shares the loop.
-
-    forward (gx, gh, state_prev)         -> state, saved        gx = W_ih x + b_ih     gh = W_hh h_prev + b_hh
-    total   (saved, state_prev, dstate)  -> dstate, with the path from c to h inside the step added
-    backward(saved, state_prev, dstate)  -> dgx, dgh, dstate_prev   (the W_hh path is the scan's)
-
-Shapes: T steps, B batch, H hidden, P projection (else H), G gates. The arithmetic is float32 for the half types and
-the input's own type otherwise (`accumulate_dtype`).
-
-Sources: Hochreiter & Schmidhuber 1997 and Gers et al. 2000 (LSTM); Cho et al. 2014, in cuDNN's form with the reset gate
-behind the product (GRU); Elman 1990 (RNN); Ba et al. 2016 (layer norm).
+Within a step: reset, recurrent-dropout mask, W_hh, layer norm, the cell, projection, zoneout, carry where the sequence
+has ended. `arguments.py` gives the shapes, `equations.py` the cells.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
 from .cells import CELLS, PAD, RESET, START
-
-LN_EPS = 1e-5
-LEAKY_SLOPE = 0.01
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic and of carried states for tensors of `dtype`."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-# ---------------------------------------------------------------------------------------------------------- cells
-
-
-class LayerNorm(NamedTuple):
-    """Weight and bias `[H]` of the layer norm on the LSTM's cell state inside the tanh."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x - mean) / std over the last dimension, and 1 / std `[..., 1]`: layer norm without weight and bias."""
-    centred = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LN_EPS)
-    return centred * rstd, rstd
-
-
-def normalize_backward(dxhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of `normalize`'s input, given that of its output."""
-    return rstd * (dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True))
-
-
-def lstm_cell_state(saved: Tensor, c_prev: Tensor) -> Tensor:
-    i, f, g, _ = saved.chunk(4, -1)
-    return torch.sigmoid(f) * c_prev + torch.sigmoid(i) * torch.tanh(g)
-
-
-def _lstm_tanh(c: Tensor, ln_c: LayerNorm | None) -> Tensor:
-    return torch.tanh(c if ln_c is None else normalize(c)[0] * ln_c.weight + ln_c.bias)
-
-
-def lstm_output(saved: Tensor, c: Tensor, ln_c: LayerNorm | None) -> Tensor:
-    return torch.sigmoid(saved.chunk(4, -1)[3]) * _lstm_tanh(c, ln_c)
-
-
-def lstm_output_backward(saved: Tensor, c: Tensor, dh: Tensor, ln_c: LayerNorm | None) -> Tensor:
-    """dL/d(argument of the tanh)."""
-    u = _lstm_tanh(c, ln_c)
-    return dh * torch.sigmoid(saved.chunk(4, -1)[3]) * (1 - u * u)
-
-
-def lstm_forward(gx: Tensor, gh: Tensor, state_prev, ln_c: LayerNorm | None = None):
-    """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(LN(c))."""
-    saved = gx + gh
-    c = lstm_cell_state(saved, state_prev[1])
-    return (lstm_output(saved, c, ln_c), c), saved
-
-
-def lstm_total(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = None):
-    """dc + dh o (1 - tanh²(LN(c))) LN'(c): the whole dL/dc of the step."""
-    dh, dc = dstate
-    c = lstm_cell_state(saved, state_prev[1])
-    du = lstm_output_backward(saved, c, dh, ln_c)
-    if ln_c is not None:
-        du = normalize_backward(du * ln_c.weight, *normalize(c))
-    return dh, dc + du
-
-
-def lstm_backward(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = None, dsaved: Tensor | None = None):
-    dh, dc = dstate
-    c_prev = state_prev[1]
-    i, f, g, o = saved.chunk(4, -1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    u = _lstm_tanh(f * c_prev + i * g, ln_c)
-    di = dc * g * i * (1 - i)
-    df = dc * c_prev * f * (1 - f)
-    dg = dc * i * (1 - g * g)
-    do = dh * u * o * (1 - o)
-    dgates = torch.cat((di, df, dg, do), -1)
-    if dsaved is not None:
-        dgates = dgates + dsaved
-    return dgates, dgates, (None, dc * f)
-
-
-def gru_forward(gx: Tensor, gh: Tensor, state_prev, ln_c=None):
-    """r, z = sigmoid; n = tanh(gx_n + r gh_n); h = n + z (h_prev - n)."""
-    (gx_r, gx_z, gx_n), (gh_r, gh_z, gh_n) = gx.chunk(3, -1), gh.chunk(3, -1)
-    r, z = gx_r + gh_r, gx_z + gh_z
-    n = gx_n + torch.sigmoid(r) * gh_n
-    out = torch.tanh(n)
-    h = out + torch.sigmoid(z) * (state_prev[0] - out)
-    return (h,), torch.cat((r, z, n, gh_n), -1)
-
-
-def gru_backward(saved: Tensor, state_prev, dstate, ln_c=None, dsaved: Tensor | None = None):
-    (dh,), (h_prev,) = dstate, state_prev
-    r, z, n, gh_n = saved.chunk(4, -1)
-    r, z, n = torch.sigmoid(r), torch.sigmoid(z), torch.tanh(n)
-    extra = (0, 0, 0, 0) if dsaved is None else dsaved.chunk(4, -1)
-    dn = dh * (1 - z) * (1 - n * n) + extra[2]
-    dz = dh * (h_prev - n) * z * (1 - z) + extra[1]
-    dr = dn * gh_n * r * (1 - r) + extra[0]
-    return torch.cat((dr, dz, dn), -1), torch.cat((dr, dz, dn * r + extra[3]), -1), (dh * z,)
-
-
-ACTIVATIONS = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
-    "elu": F.elu,
-}
-SLOPES = {
-    "tanh": lambda pre: 1 - torch.tanh(pre) ** 2,
-    "relu": lambda pre: (pre > 0).to(pre.dtype),
-    "leaky_relu": lambda pre: torch.where(pre > 0, torch.ones_like(pre), LEAKY_SLOPE),
-    "elu": lambda pre: torch.exp(pre.clamp(max=0)),
-}
-
-
-def _rnn_functions(nonlinearity: str):
-    activation, slope = ACTIVATIONS[nonlinearity], SLOPES[nonlinearity]
-
-    def forward(gx: Tensor, gh: Tensor, state_prev, ln_c=None):
-        """h = activation(gx + gh)."""
-        saved = gx + gh
-        return (activation(saved),), saved
-
-    def backward(saved: Tensor, state_prev, dstate, ln_c=None, dsaved: Tensor | None = None):
-        dpre = dstate[0] * slope(saved)
-        if dsaved is not None:
-            dpre = dpre + dsaved
-        return dpre, dpre, (None,)
-
-    return forward, _identity_total, backward
-
-
-def _identity_total(saved: Tensor, state_prev, dstate, ln_c=None):
-    return dstate
-
-
-EQUATIONS = {
-    "lstm": (lstm_forward, lstm_total, lstm_backward),
-    "gru": (gru_forward, _identity_total, gru_backward),
-    **{f"rnn_{name}": _rnn_functions(name) for name in ACTIVATIONS},
-}
-
-
-def row_norm(x: Tensor) -> Tensor:
-    """Euclidean norm over the last dimension that neither overflows nor underflows. `[B, H] -> [B]`."""
-    scale = x.detach().abs().amax(-1, keepdim=True)
-    # A zero row divides by one; an infinite or NaN row reports its own maximum.
-    safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
-    norm = safe * torch.linalg.vector_norm(x / safe, dim=-1, keepdim=True)
-    return torch.where(scale.isfinite(), norm, scale).squeeze(-1)
-
-
-class Step:
-    """One step of one cell: what a backend may replace while it shares the scan below."""
-
-    def __init__(self, cell: str):
-        self.forward, self.total, self.backward = EQUATIONS[cell]
-
-    row_norm = staticmethod(row_norm)
-
-
-# ----------------------------------------------------------------------------------------------------------- scan
-
-
-class Masks(NamedTuple):
-    """What happens to the states besides the cell; each None when it does not.
-
-    flags: uint8 `[T, B]`, the bits of `cells.py`. recurrent: `[B, P]`, multiplies the operand of W_hh.
-    zone_h `[T, B, P]`, zone_c `[T, B, H]`: the share of the previous state that is kept (0, 1, or the expectation).
-    """
-
-    flags: Tensor | None = None
-    recurrent: Tensor | None = None
-    zone_h: Tensor | None = None
-    zone_c: Tensor | None = None
+from .equations import (
+    EQUATIONS,
+    LN_EPS,
+    LayerNorm,
+    accumulate_dtype,
+    lstm_cell_state,
+    lstm_output_backward,
+    normalize,
+    normalize_backward,
+    row_norm,
+)
 
 
 def _bit(flags: Tensor | None, bit: int) -> Tensor | None:
@@ -211,7 +31,7 @@ def _bit(flags: Tensor | None, bit: int) -> Tensor | None:
 def _by_step(flags: Tensor | None, bit: int, T: int, look: bool = True) -> list[Tensor | None]:
     """Per step the rows `[B, 1]` that carry the bit; None where none do, as far as one can look without waiting."""
     if flags is None:
-        return [None] * T
+        return [None for _ in range(T)]
     rows = _bit(flags, bit)
     if not look or flags.device.type != "cpu":
         return list(rows.unbind())
@@ -227,15 +47,38 @@ def previous_state(states: Tensor, initial: Tensor, flags: Tensor | None, revers
     return before
 
 
+def by_state(cell: str, of_h: Tensor | None, of_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A tensor for each state of the cell: h's, then the planes of the others; None where there is none."""
+    others = len(CELLS[cell].states) - 1
+    if others == 0:
+        return (of_h,)
+    return of_h, *([None for _ in range(others)] if of_others is None else of_others.chunk(others, -1))
+
+
+def as_planes(states: tuple[Tensor, ...]) -> Tensor | None:
+    """The states beyond h as planes side by side; None where there are none."""
+    return None if len(states) < 2 else states[1] if len(states) == 2 else torch.cat(states[1:], -1)
+
+
 def _order(T: int, reverse: bool):
     return range(T - 1, -1, -1) if reverse else range(T)
 
 
-class _Rows:
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def _layer_norm_of_c(inputs: ScanInputs, acc: torch.dtype) -> LayerNorm | None:
+    if inputs.ln_c_weight is None:
+        return None
+    return LayerNorm(inputs.ln_c_weight.to(acc).contiguous(), inputs.ln_c_bias.to(acc).contiguous())
+
+
+class _Steps:
     """A `[T, ...]` tensor written step by step: in place, or kept and stacked where autograd has to follow."""
 
     def __init__(self, T: int, dtype: torch.dtype, differentiable: bool = False):
-        self.kept = [None] * T if differentiable else None
+        self.kept = [None for _ in range(T)] if differentiable else None
         self.T, self.dtype, self.written = T, dtype, None
 
     def __setitem__(self, t: int, row: Tensor):
@@ -250,49 +93,49 @@ class _Rows:
         return self.written if self.kept is None else torch.stack(self.kept).to(self.dtype)
 
 
-def scan_forward(gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c, masks: Masks, reverse: bool, save: bool, step: Step):
-    """One layer in one direction. See `ops.scan_forward` for shapes and meaning."""
-    T, acc = gx.shape[0], accumulate_dtype(gx.dtype)
-    w_t = w_hh.to(acc).t()
-    bias, ln_hh = (None if p is None else p.to(acc) for p in (b_hh, ln_hh))
-    state = (h0,) if c0 is None else (h0, c0)
-    has_c = c0 is not None
-    y, c, saved = _Rows(T, gx.dtype), _Rows(T, acc), _Rows(T, gx.dtype)
-    pad, reset = _by_step(masks.flags, PAD, T), _by_step(masks.flags, RESET, T)
-    for t in _order(T, reverse):
+def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
+    """One layer in one direction. `save`: whether to keep what the backward reads."""
+    gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
+    T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), EQUATIONS[walk.cell].forward
+    w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
+    w_t, ln_c = w_hh.t(), _layer_norm_of_c(inputs, acc)
+    state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
+    y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
+    pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
+    for t in _order(T, walk.reverse):
         carried = state
         if reset[t] is not None:
             state = tuple(s.masked_fill(reset[t], 0) for s in state)
         operand = state[0].to(acc)
-        if masks.recurrent is not None:
-            operand = operand * masks.recurrent
+        if inputs.recurrent_mask is not None:
+            operand = operand * inputs.recurrent_mask
         if ln_hh is not None:
-            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, bias, LN_EPS)
+            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, LN_EPS)
         else:
-            gh = operand @ w_t if bias is None else torch.addmm(bias, operand, w_t)
-        new, saved_t = step.forward(gx[t], gh, (state[0].to(acc), *state[1:]), ln_c)
+            gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
+        new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), ln_c)
         if w_hr is not None:
-            new = (new[0] @ w_hr.to(acc).t(), *new[1:])
-        for k, zone in enumerate((masks.zone_h, masks.zone_c)[: len(new)]):
-            if zone is not None:
-                mixed = torch.lerp(new[k], state[k].to(acc), zone[t].to(acc))
-                new = (*new[:k], mixed, *new[k + 1 :])
-        new = (new[0].to(gx.dtype), *new[1:])
+            new = (new[0] @ w_hr.t(), *new[1:])
+        new = [
+            after if zone is None else torch.lerp(after, before.to(acc), zone[t].to(acc))
+            for after, before, zone in zip(new, state, zones, strict=True)
+        ]
+        state = (new[0].to(gx.dtype), *new[1:])
         if pad[t] is not None:
-            new = tuple(torch.where(pad[t], old, fresh) for old, fresh in zip(carried, new, strict=True))
-        state = new
+            state = tuple(torch.where(pad[t], old, after) for old, after in zip(carried, state, strict=True))
         output = state if pad[t] is None else tuple(s.masked_fill(pad[t], 0) for s in state)
         y[t] = output[0]
         if save:
             saved[t] = saved_t
-        if save and has_c:
-            c[t] = output[1]
-    return (
-        y.tensor(),
-        c.tensor() if has_c and save else gx.new_empty(0, dtype=acc),
-        state[0].clone(),
-        state[1].clone() if has_c else gx.new_empty(0, dtype=acc),
-        saved.tensor() if save else gx.new_empty(0),
+        if save and len(state) > 1:
+            c[t] = as_planes(output)
+    c_n = as_planes(state)
+    return ScanOutputs(
+        y=y.tensor(),
+        c=c.tensor() if save else None,
+        h_n=state[0].clone(),
+        c_n=None if c_n is None else c_n.clone(),
+        saved=saved.tensor() if save else None,
     )
 
 
@@ -316,101 +159,98 @@ def layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c: LayerNorm) -> tupl
     return (du * normalize(c)[0]).sum(0), du.sum(0)
 
 
-def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c,
-    masks: Masks, clip_norm, clip_value, cell: str, reverse: bool, norms: bool, step: Step,
+def backward(
+    incoming: IncomingGradients,
+    kept: Kept,
+    inputs: ScanInputs,
+    walk: Walk,
+    norms: bool,
     differentiable: bool = False,
-):  # fmt: skip
-    """The reverse scan. See `ops.scan_backward` for shapes and meaning.
+) -> ScanGradients:
+    """The reverse scan of one layer in one direction.
 
-    `differentiable`: autograd shall be able to follow, in every float argument (norms excepted).
+    `differentiable`: autograd can follow, in every float tensor (but into no norms).
     """
-    T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), CELLS[cell]
-    w, w_r = w_hh.to(acc), None if w_hr is None else w_hr.to(acc)
-    # Of all cells only the GRU's backward reads h_prev; for the others y stands in its place.
-    h_prev = previous_state(y, h0, masks.flags, reverse) if spec.split or ln_hh is not None else y
-    c_prev = None if c0 is None else previous_state(c, c0, masks.flags, reverse)
-    pad, reset = (_by_step(masks.flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
-    carry_h = torch.zeros_like(h0, dtype=acc) if dh_n is None else dh_n.to(acc)
-    carry_c = None if c0 is None else (torch.zeros_like(c0) if dc_n is None else dc_n.to(acc))
+    saved, flags, mask = kept.saved, inputs.flags, inputs.recurrent_mask
+    T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), CELLS[walk.cell]
+    cell_total, cell_backward = EQUATIONS[walk.cell].total, EQUATIONS[walk.cell].backward
+    w_hh, w_hr, ln_hh, clip_norm = _to(acc, inputs.w_hh, inputs.w_hr, inputs.ln_hh, inputs.clip_norm)
+    ln_c = _layer_norm_of_c(inputs, acc)
+    before = by_state(
+        walk.cell,
+        previous_state(kept.y, inputs.h0, flags, walk.reverse),
+        None if kept.c is None else previous_state(kept.c, inputs.c0, flags, walk.reverse),
+    )
+    zones, arriving = by_state(walk.cell, inputs.zone_h, inputs.zone_c), by_state(walk.cell, incoming.dy, incoming.dc)
+    carried = tuple(
+        torch.zeros_like(start, dtype=acc) if d is None else d.to(acc)
+        for start, d in zip(
+            by_state(walk.cell, inputs.h0, inputs.c0), by_state(walk.cell, incoming.dh_n, incoming.dc_n), strict=True
+        )
+    )
+    pad, reset = (_by_step(flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     if ln_hh is not None:
-        operand = h_prev.to(acc) if masks.recurrent is None else h_prev.to(acc) * masks.recurrent
-        gh_hat, gh_rstd = normalize(operand @ w.t())
-    dgx, dgh, dh_new, draw = (_Rows(T, saved.dtype, differentiable) for _ in range(4))
-    report = saved.new_empty((2, len(spec.states), T, saved.shape[1]) if norms else 0, dtype=acc)
+        operand = before[0].to(acc) if mask is None else before[0].to(acc) * mask
+        gh_hat, gh_rstd = normalize(operand @ w_hh.t())
+    dgx, dgh, dh_new, dgh_raw = (_Steps(T, saved.dtype, differentiable) for _ in range(4))
+    tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 
-    for t in _order(T, not reverse):
-        zone_h, zone_c = (None if z is None else z[t].to(acc) for z in (masks.zone_h, masks.zone_c))
-        state_prev = (h_prev[t].to(acc),) if c_prev is None else (h_prev[t].to(acc), c_prev[t])
-        saved_t = saved[t].to(acc)
-        dh = carry_h if dy is None else carry_h + dy[t].to(acc)
-        dcell = carry_c if dc is None or carry_c is None else carry_c + dc[t].to(acc)
+    for t in _order(T, not walk.reverse):
+        zone, (saved_t, *state_prev) = (
+            _to(acc, *(z if z is None else z[t] for z in zones)),
+            _to(acc, saved[t], *(s[t] for s in before)),
+        )
+        dstate = tuple(carry if d is None else carry + d[t].to(acc) for carry, d in zip(carried, arriving, strict=True))
 
-        def through_cell(dh, dcell, t=t, zone_h=zone_h, zone_c=zone_c, saved_t=saved_t, state_prev=state_prev):
-            """The gradients of the cell's own outputs, behind zoneout and projection, with `total` added."""
-            fresh = dh if zone_h is None else dh * (1 - zone_h)
-            cell_h = fresh if w_r is None else fresh @ w_r
-            cell_c = dcell if zone_c is None else dcell * (1 - zone_c)
-            dstate = (cell_h,) if dcell is None else (cell_h, cell_c)
-            return fresh, step.total(saved_t, state_prev, dstate, ln_c)
+        def through_cell(dstate, zone=zone, saved_t=saved_t, state_prev=state_prev):
+            """dL/dh after zoneout, before the projection; the gradients of the cell's own outputs, `total` added."""
+            to_cell = [d if z is None else d * (1 - z) for d, z in zip(dstate, zone, strict=True)]
+            cell_h = to_cell[0] if w_hr is None else to_cell[0] @ w_hr
+            return to_cell[0], cell_total(saved_t, state_prev, (cell_h, *to_cell[1:]), ln_c)
 
-        fresh, total = through_cell(dh, dcell)
+        to_cell, total = through_cell(dstate)
         if norms:
-            for k, (whole, carried) in enumerate(zip((dh, *total[1:]), (carry_h, carry_c), strict=False)):
-                report[0, k, t], report[1, k, t] = step.row_norm(whole), step.row_norm(carried)
-        if clip_value is not None:
-            dh = dh.clamp(-clip_value, clip_value)
-            dcell = None if dcell is None else dcell.clamp(-clip_value, clip_value)
-            fresh, total = through_cell(dh, dcell)
+            for k, (whole, carry) in enumerate(zip((dstate[0], *total[1:]), carried, strict=True)):
+                tap[0, k, t], tap[1, k, t] = row_norm(whole), row_norm(carry)
+        if walk.clip_value is not None:
+            dstate = tuple(d.clamp(-walk.clip_value, walk.clip_value) for d in dstate)
+            to_cell, total = through_cell(dstate)
         if clip_norm is not None:
-            scale = clip_scale([step.row_norm(g) for g in (dh, *total[1:])], clip_norm.to(acc))
-            dh, fresh, total = dh * scale, fresh * scale, tuple(g * scale for g in total)
-            dcell = None if dcell is None else dcell * scale
+            scale = clip_scale([row_norm(g) for g in (dstate[0], *total[1:])], clip_norm)
+            to_cell, dstate, total = to_cell * scale, tuple(d * scale for d in dstate), tuple(g * scale for g in total)
 
-        extra = () if dsaved is None else (dsaved[t].to(acc),)
-        dgx_t, dgh_t, dprev = step.backward(saved_t, state_prev, total, ln_c, *extra)
-        draw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
-        back_h = draw_t @ w if masks.recurrent is None else (draw_t @ w) * masks.recurrent
-        back_c = dprev[-1]
-        if dprev[0] is not None:
-            back_h = back_h + dprev[0]
-        if zone_h is not None:
-            back_h = back_h + dh * zone_h
-        if zone_c is not None and dcell is not None:
-            back_c = back_c + dcell * zone_c
+        extra = () if incoming.dsaved is None else (incoming.dsaved[t].to(acc),)
+        dgx_t, dgh_t, dprev = cell_backward(saved_t, state_prev, total, ln_c, *extra)
+        raw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
+        product = raw_t @ w_hh if mask is None else (raw_t @ w_hh) * mask
+        back = [product if dprev[0] is None else product + dprev[0], *dprev[1:]]
+        back = [b if z is None else b + d * z for b, d, z in zip(back, dstate, zone, strict=True)]
         if reset[t] is not None:
-            back_h = back_h.masked_fill(reset[t], 0)
-            back_c = back_c if carry_c is None else back_c.masked_fill(reset[t], 0)
+            back = [b.masked_fill(reset[t], 0) for b in back]
         if pad[t] is not None:
-            back_h = torch.where(pad[t], carry_h, back_h)
-            back_c = back_c if carry_c is None else torch.where(pad[t], carry_c, back_c)
-            dgx_t, dgh_t, draw_t, fresh = (g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, draw_t, fresh))
-        carry_h, carry_c = back_h, None if carry_c is None else back_c
+            back = [torch.where(pad[t], carry, b) for carry, b in zip(carried, back, strict=True)]
+            dgx_t, dgh_t, raw_t, to_cell = (g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, raw_t, to_cell))
+        carried = tuple(back)
         dgx[t] = dgx_t
-        if spec.split:
+        if spec.distinct_dgh:
             dgh[t] = dgh_t
         if ln_hh is not None:
-            draw[t] = draw_t
+            dgh_raw[t] = raw_t
         if w_hr is not None or ln_c is not None:
-            dh_new[t] = fresh
+            dh_new[t] = to_cell
 
-    dgx = dgx.tensor()
-    dgh = dgh.tensor() if spec.split else saved.new_empty(0)
-    db_hh, dln_hh, dln_c_weight, dln_c_bias = (saved.new_empty(0, dtype=acc) for _ in range(4))
-    if ln_hh is not None:
-        db_hh, dln_hh = layer_norm_gradients(dgh if spec.split else dgx, gh_hat)
-        dgh = draw.tensor()
-    if ln_c is not None:
-        dln_c_weight, dln_c_bias = layer_norm_c_gradients(dh_new.tensor(), saved, c_prev, w_hr, ln_c)
-    return (
-        dgx,
-        dgh,
-        carry_h.to(h0.dtype),
-        saved.new_empty(0, dtype=acc) if carry_c is None else carry_c,
-        dh_new.tensor() if w_hr is not None else saved.new_empty(0),
-        db_hh,
-        dln_hh,
-        dln_c_weight,
-        dln_c_bias,
-        report.masked_fill(_bit(masks.flags, PAD).squeeze(-1), 0) if norms and masks.flags is not None else report,
+    found = ScanGradients(
+        dgx=dgx.tensor(),
+        dgh=dgh.tensor() if spec.distinct_dgh else None,
+        dh0=carried[0].to(inputs.h0.dtype),
+        dc0=as_planes(carried),
+        dh_new=None if w_hr is None else dh_new.tensor(),
+        norms=tap.masked_fill(_bit(flags, PAD).squeeze(-1), 0) if norms and flags is not None else tap,
     )
+    if ln_hh is not None:
+        db_hh, dln_hh = layer_norm_gradients(found.dgh if spec.distinct_dgh else found.dgx, gh_hat)
+        found = found._replace(dgh=dgh_raw.tensor(), db_hh=db_hh, dln_hh=dln_hh)
+    if ln_c is not None:
+        of_c = layer_norm_c_gradients(dh_new.tensor(), saved, before[1], inputs.w_hr, ln_c)
+        found = found._replace(dln_c_weight=of_c[0], dln_c_bias=of_c[1])
+    return found

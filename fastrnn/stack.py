@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .arguments import ScanInputs, ScanOutputs, Walk
 from .cells import CELLS, PAD, RESET, START, suffixes
 from .dispatch import BACKENDS
+from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
-from .reference import LN_EPS, Masks, accumulate_dtype
-from .scan import ScanOutput, Weights, scan
+from .reference import as_planes
+from .scan import scan
 
 
 class Options(NamedTuple):
@@ -79,36 +81,45 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
 
 
 class Direction(NamedTuple):
-    """What one layer needs in one direction besides its input; shapes as in `scan.py`."""
+    """What one layer needs in one direction besides its input."""
 
     w_ih: Tensor  # [G*H, I]
     b_ih: Tensor | None  # [G*H]
     ln_ih: Tensor | None  # [G*H]
-    weights: Weights
-    h0: Tensor
-    c0: Tensor | None
-    masks: Masks
-    tap: Tensor | None
+    inputs: ScanInputs  # without gx
+    tap: Tensor | None  # [2, S, T, B]
 
 
-def _direction(T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, tap) -> Direction:
+def _direction(
+    T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap
+) -> Direction:
     """The parameters of one direction, and its masks, drawn."""
-    w_hh, w_hr = params[f"weight_hh_{name}"], params.get(f"weight_hr_{name}")
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
-    spec = CELLS[options.cell]
-    if b_hh is not None and not spec.split:
+    if b_hh is not None and not CELLS[options.cell].distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
-    recurrent = None
+    recurrent_mask = None
     if options.recurrent_dropout and options.training:
-        recurrent = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
+        recurrent_mask = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
     zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
+    # As many planes as there are states beyond h; they share one probability.
     zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, h0, (T, *c0.shape))
-    weights = Weights(
-        w_hh, b_hh, w_hr, params.get(f"ln_hh_{name}"),
-        params.get(f"ln_c_{name}"), params.get(f"ln_c_bias_{name}"),
-    )  # fmt: skip
-    masks = Masks(flags, recurrent, zone_h, zone_c)
-    return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), weights, h0, c0, masks, tap)
+    inputs = ScanInputs(
+        gx=None,
+        w_hh=params[f"weight_hh_{name}"],
+        h0=h0,
+        c0=c0,
+        b_hh=b_hh,
+        w_hr=params.get(f"weight_hr_{name}"),
+        ln_hh=params.get(f"ln_hh_{name}"),
+        ln_c_weight=params.get(f"ln_c_{name}"),
+        ln_c_bias=params.get(f"ln_c_bias_{name}"),
+        flags=flags,
+        recurrent_mask=recurrent_mask,
+        zone_h=zone_h,
+        zone_c=zone_c,
+        clip_norm=clip_norm,
+    )
+    return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), inputs, tap)
 
 
 def places(batch_sizes: Tensor) -> Tensor:
@@ -145,37 +156,33 @@ def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _one(
-    x: Tensor | PackedSequence, own: Direction, options: Options, where: Tensor | None = None, **scan_options
-) -> ScanOutput:
-    """One layer in one direction: `x [T, B, I]` -> ScanOutput. `where`: the `places` of packed rows."""
+    x: Tensor | PackedSequence, layer: Direction, walk: Walk, where: Tensor | None = None, keep_c: bool = False
+) -> ScanOutputs:
+    """One layer in one direction: `x [T, B, I]` -> ScanOutputs. `where`: the `places` of packed rows."""
     rows = x.data if isinstance(x, PackedSequence) else x
-    gx = linear(rows, own.w_ih, own.b_ih if own.ln_ih is None else None)
-    if own.ln_ih is not None:
-        gx = _layer_norm(gx, own.ln_ih, own.b_ih)
+    gx = linear(rows, layer.w_ih, layer.b_ih if layer.ln_ih is None else None)
+    if layer.ln_ih is not None:
+        gx = _layer_norm(gx, layer.ln_ih, layer.b_ih)
     if isinstance(x, PackedSequence):
         gx = padded(PackedSequence(gx, x.batch_sizes), where)  # torch.compile loses fields in x._replace
-    return scan(
-        options.cell, gx, own.weights, own.h0, own.c0, own.masks, tap=own.tap, clip_value=options.clip_value,
-        **scan_options,
-    )  # fmt: skip
+    return scan(layer.inputs._replace(gx=gx), walk, tap=layer.tap, keep_c=keep_c)
 
 
-def _together(x: Tensor, directions: list[Direction], options: Options, **scan_options) -> list[ScanOutput]:
+def _both_directions(x: Tensor, directions: list[Direction], walk: Walk, keep_c: bool) -> list[ScanOutputs]:
     """One layer in both directions, in one scan."""
 
-    def joined(*each):
+    def stacked(*each):
         return None if each[0] is None else torch.stack(each)
 
-    w_ih, b_ih, _, weights, h0, c0, masks, tap = zip(*directions, strict=True)
-    weights, masks = Weights(*map(joined, *weights)), Masks(*map(joined, *masks))
-    w_ih, b_ih = joined(*w_ih).mT, joined(*b_ih)
+    w_ih, b_ih, _, inputs, tap = zip(*directions, strict=True)
+    clip_norm = inputs[0].clip_norm
+    w_ih, b_ih = stacked(*w_ih).mT, stacked(*b_ih)
     rows = x.flatten(0, 1).expand(len(directions), -1, -1)
     gx = rows @ w_ih if b_ih is None else torch.baddbmm(b_ih.unsqueeze(1), rows, w_ih)
-    output = scan(
-        options.cell, gx.unflatten(1, x.shape[:2]), weights, joined(*h0), joined(*c0), masks, tap=joined(*tap),
-        clip_value=options.clip_value, **scan_options,
-    )  # fmt: skip
-    return [ScanOutput(*(v[d] if v.dim() > 1 else v for v in output)) for d in range(len(directions))]
+    both = ScanInputs(*(stacked(*each) for each in zip(*inputs, strict=True)))
+    both = both._replace(gx=gx.unflatten(1, x.shape[:2]), clip_norm=clip_norm)
+    output = scan(both, walk, tap=stacked(*tap), keep_c=keep_c)
+    return [ScanOutputs(*(v if v is None or v.dim() == 1 else v[d] for v in output)) for d in range(len(directions))]
 
 
 def drop_weights(params: Mapping[str, Tensor], options: Options) -> Mapping[str, Tensor]:
@@ -232,24 +239,24 @@ def run(
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
     clip_norm = options.clip_norm
     if isinstance(clip_norm, Tensor):
-        clip_norm = clip_norm.to(states[0].device, acc)
+        clip_norm = clip_norm.detach().to(states[0].device, acc)
     elif clip_norm is not None:  # filled there: a copy from the host waits for the GPU, and no CUDA graph holds it
         clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
-    scan_options = dict(clip_norm=clip_norm, keep_c=keep_c, backend=backend)
+    walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
     final, outputs, before = [], [], None
     for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):
-        own = []
+        each = []
         for d, name in enumerate(names):
             k = layer * len(names) + d
-            c0 = states[1][k].to(acc) if len(states) > 1 else None
+            h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states])
             tap_k = None if tap is None else tap[k]
-            own.append(_direction(T, params, name, options, states[0][k], c0, flags[d], tap_k))
+            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k))
         if side_by_side:
-            outputs = _together(x, own, options, **scan_options)
+            outputs = _both_directions(x, each, walks[0], keep_c)
         else:
-            outputs = [_one(x, each, options, where, reverse=bool(d), **scan_options) for d, each in enumerate(own)]
+            outputs = [_one(x, one, walk, where, keep_c) for one, walk in zip(each, walks, strict=True)]
         final += outputs
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:
@@ -258,8 +265,7 @@ def run(
             x, before = _to_next_layer(y, sizes, where, options)
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
-    last = [torch.stack([out.h_n for out in final])]
-    if len(states) > 1:
-        last.append(torch.stack([out.c_n for out in final]))
+    h_n = torch.stack([out.h_n for out in final])
+    others = torch.stack([out.c_n for out in final]).chunk(len(states) - 1, -1) if len(states) > 1 else ()
     c = torch.cat([out.c for out in outputs], -1) if keep_c else None
-    return y, tuple(last), c
+    return y, (h_n, *others), c

@@ -68,7 +68,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
             PRECISION=case["precision"],
         )  # fmt: skip
         present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
-    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.split else ("dgh", "sent_h"))
+    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "sent_h"))
     types = {}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")

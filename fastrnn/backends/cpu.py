@@ -2,7 +2,7 @@
 
 import torch
 
-from ..reference import accumulate_dtype
+from ..arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
 from . import extension
 
 MISSING = extension.load("cpu")
@@ -12,27 +12,22 @@ def why_not(request) -> str | None:
     return extension.why_not(request, "cpu", MISSING)
 
 
-def scan_forward(
-    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
-):  # fmt: skip
-    """See `ops.scan_forward`."""
-    return torch.ops.fastrnn_c.scan_forward(
-        cell, extension.rows(gx), w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c, reverse, save,
+def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
+    i = inputs
+    found = torch.ops.fastrnn_c.scan_forward(
+        walk.cell, extension.last_dim_contiguous(i.gx), i.w_hh, i.b_hh, i.h0, i.c0, i.w_hr, i.ln_hh, i.ln_c_weight,
+        i.ln_c_bias, i.flags, i.recurrent_mask, i.zone_h, i.zone_c, walk.reverse, save,
     )  # fmt: skip
+    return ScanOutputs(*(x if x.dim() > 1 else None for x in found))
 
 
-def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
-):  # fmt: skip
-    """See `ops.scan_backward`. `dsaved`, which only double backward brings, is for the reference."""
-    if dsaved is not None:
+def backward(incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> ScanGradients:
+    """`dsaved`, which only double backward brings, is for the reference."""
+    if incoming.dsaved is not None:
         raise NotImplementedError("the cpu backend does not take dsaved; the reference does")
-    if clip_norm is not None:
-        clip_norm = clip_norm.to(accumulate_dtype(saved.dtype))
-    return torch.ops.fastrnn_c.scan_backward(
-        cell, dy, dc, dh_n, dc_n, extension.rows(saved), y, c, h0, c0, w_hh, w_hr, ln_hh,
-        ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, reverse, norms,
+    i, saved = inputs, extension.last_dim_contiguous(kept.saved)
+    found = torch.ops.fastrnn_c.scan_backward(
+        walk.cell, *incoming[:4], saved, kept.y, kept.c, i.h0, i.c0, i.w_hh, i.w_hr, i.ln_hh, i.ln_c_weight,
+        i.ln_c_bias, i.flags, i.recurrent_mask, i.zone_h, i.zone_c, i.clip_norm, walk.clip_value, walk.reverse, norms,
     )  # fmt: skip
+    return ScanGradients(*(x if x.dim() > 1 else None for x in found))

@@ -1,69 +1,79 @@
-"""csrc's CUDA kernels: NVIDIA GPUs, every feature, when the library is built.
+"""csrc's persistent CUDA kernels: NVIDIA GPUs, when the library is built.
 
-Two ways to run. Step by step: the reference scan over the fused CUDA step and cuBLAS, for every feature. Persistent:
-one launch for all steps, W_hh on the chip; `why_step` says which calls it cannot take. It has never run on a GPU, so it
-is used only where the environment's FASTRNN_CUDA_MODE is "persistent", or "cluster" or "grid": the same with thread
-blocks that exchange h in that way only.
+One launch for all steps, W_hh on the chip; `why_not_these` says which calls it cannot take. The environment's
+FASTRNN_CUDA_MODE "cluster" or "grid" leaves thread blocks that way only to exchange h.
 """
 
 import os
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    IncomingGradients,
+    Kept,
+    ScanGradients,
+    ScanInputs,
+    ScanOutputs,
+    Walk,
+    contiguous,
+    empty_gradients,
+    empty_outputs,
+)
 from ..cells import CELLS
-from ..directions import each_direction
+from ..equations import row_norm
 from . import extension
-from . import reference as launcher
 
 # A CUDA library beside a torch without CUDA cannot be loaded.
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
 OPS = torch.ops.fastrnn_c
 # The modes, and the ways to exchange that each leaves to the persistent kernels' launcher.
-MODES = {"step": None, "persistent": "all", "cluster": "cluster", "grid": "grid"}
+MODES = ("all", "cluster", "grid")
 
 
 def why_not(request) -> str | None:
     return extension.why_not(request, "cuda", MISSING)
 
 
-_step_forward = partial(launcher.scan_forward, step=extension.Step)
-_step_backward = partial(launcher.scan_backward, step=extension.Step)
-
-
-def why_step(cell: str, w_hh: Tensor, rows: int, clip_norm: Tensor | None = None, **beyond) -> str | None:
-    """Why a scan over `rows` sequences runs step by step; None where one launch of the persistent kernels takes it.
-
-    `beyond`: the arguments of the scan that only the step path knows, by name; those that are None do not matter.
-    """
-    if _ways() is None:
-        return "FASTRNN_CUDA_MODE is step"
-    for name, value in beyond.items():
-        if value is not None:
+def why_not_these(inputs: ScanInputs, walk: Walk, B: int) -> str | None:
+    """Why the kernels cannot take a scan over B sequences."""
+    w_hh = inputs.w_hh
+    for name in ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c"):
+        if getattr(inputs, name) is not None:
             return f"the persistent kernels have no {name}"
     if w_hh.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the persistent kernels have no {w_hh.dtype}"
     if w_hh.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32":
         return "their float32 products are TF32, and torch.backends.cudnn.rnn.fp32_precision is not tf32"
-    if w_hh.dtype == torch.float16 and clip_norm is not None:
+    if w_hh.dtype == torch.float16 and inputs.clip_norm is not None:
         return "gradients travel before they are clipped by norm, and may overflow float16"
-    if rows == 0:
+    if B == 0:
         return "the batch is empty"
-    if rows * len(CELLS[cell].saved) * w_hh.shape[-1] >= 2**31:
+    if B * len(CELLS[walk.cell].saved) * w_hh.shape[-1] >= 2**31:
         return "a step of the batch is too large for 32-bit offsets"
-    if _group(cell, w_hh) == 0:
+    if _group(walk.cell, w_hh) == 0:
         by = "" if _ways() == "all" else f" by {_ways()}"
         return f"W_hh {list(w_hh.shape)} in {w_hh.dtype} does not fit the chip{by}"
     return None
 
 
-def _ways() -> str | None:
-    """The ways to exchange among which the launcher may choose; None step by step."""
-    mode = os.environ.get("FASTRNN_CUDA_MODE", "step")
+def _check(inputs: ScanInputs, walk: Walk, B: int):
+    reason = why_not_these(inputs, walk, B)
+    if reason is not None:
+        raise RuntimeError(f"backend 'cuda' cannot run this call: {reason}")
+
+
+def takes_directions(inputs: ScanInputs, walk: Walk) -> bool:
+    return True
+
+
+def _ways() -> str:
+    """The ways to exchange among which the launcher may choose."""
+    mode = os.environ.get("FASTRNN_CUDA_MODE", "all")
     if mode not in MODES:
         raise ValueError(f"FASTRNN_CUDA_MODE: unknown mode {mode!r}; known are {', '.join(MODES)}")
-    return MODES[mode]
+    return mode
 
 
 def _group(cell: str, w_hh: Tensor) -> int:
@@ -84,74 +94,37 @@ def _check_earlier_calls() -> Tensor:
         trouble.zero_()
         raise RuntimeError(
             "a persistent kernel of an earlier fastrnn call waited in vain for its other thread blocks; that call's "
-            "outputs are NaN. FASTRNN_CUDA_MODE=step avoids such waits"
+            "outputs are NaN. Other backends do not wait so"
         )
     return trouble
 
 
-def _contiguous(*tensors: Tensor | None):
-    return tuple(None if x is None else x.contiguous() for x in tensors)
-
-
-def scan_forward(
-    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save,
-):  # fmt: skip
-    """See `ops.scan_forward`."""
-    tensors = gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c
-    *D, T, B, _ = gx.shape
-    if why_step(
-        cell, w_hh, B, w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
-        recurrent_mask=recurrent_mask, zone_h=zone_h, zone_c=zone_c,
-    ):  # fmt: skip
-        if D:
-            return each_direction(scan_forward, tensors, cell, reverse, save)
-        return _step_forward(*tensors, cell, reverse, save)
-    gx, w_hh, b_hh, h0, c0, flags = _contiguous(gx, w_hh, b_hh, h0, c0, flags)
-    H, has_c = w_hh.shape[-1], c0 is not None
-    y, h_n = gx.new_empty(*D, T, B, H), torch.empty_like(h0)
-    c_n = torch.empty_like(c0) if has_c else gx.new_empty(0, dtype=torch.float32)
-    c = c_n.new_empty((*D, T, B, H) if has_c and save else 0)
-    saved = gx.new_empty((*D, T, B, len(CELLS[cell].saved) * H) if save else 0)
+def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
+    _check(inputs, walk, inputs.h0.shape[-2])
+    i = contiguous(inputs)
+    found = empty_outputs(i, walk, save)
     OPS.persistent_forward(
-        cell, gx, w_hh, b_hh, h0, c0, flags, reverse, _ways(), y, h_n, c_n if has_c else None,
-        c if has_c and save else None, saved if save else None, _check_earlier_calls(),
+        walk.cell, i.gx, i.w_hh, i.b_hh, i.h0, i.c0, i.flags, walk.reverse, _ways(), found.y, found.h_n, found.c_n,
+        found.c, found.saved, _check_earlier_calls(),
     )  # fmt: skip
-    return y, c, h_n, c_n, saved
+    return found
 
 
-def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms,
-):  # fmt: skip
-    """See `ops.scan_backward`."""
-    tensors = (
-        dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value,
-    )  # fmt: skip
-    (*D, T, B, _), spec, has_c = y.shape, CELLS[cell], c0 is not None
-    if why_step(
-        cell, w_hh, B, clip_norm, w_hr=w_hr, ln_hh=ln_hh, ln_c_weight=ln_c_weight,
-        recurrent_mask=recurrent_mask, zone_h=zone_h, zone_c=zone_c, dsaved=dsaved,
-    ):  # fmt: skip
-        if D:
-            return each_direction(scan_backward, tensors, cell, reverse, norms)
-        return _step_backward(*tensors, cell, reverse, norms)
-    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags = _contiguous(
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags
-    )
-    if clip_norm is not None:
-        clip_norm = clip_norm.to(saved.device, torch.float32)
-    dgx = saved.new_empty(*D, T, B, w_hh.shape[-2])
-    dgh = saved.new_empty(dgx.shape if spec.split else 0)
-    dh0 = torch.empty_like(h0)
-    dc0 = torch.empty_like(c0) if has_c else saved.new_empty(0, dtype=torch.float32)
-    parts = dc0.new_empty((*D, 2, len(spec.states), T, B, _group(cell, w_hh)) if norms else 0)
+def backward(incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> ScanGradients:
+    if incoming.dsaved is not None:
+        raise NotImplementedError("the cuda backend does not take dsaved; the reference does")
+    *D, T, B, _ = kept.y.shape
+    _check(inputs, walk, B)
+    d, k, i = contiguous(incoming), contiguous(kept), contiguous(inputs)
+    clip_norm = None if i.clip_norm is None else i.clip_norm.to(k.saved.device, torch.float32)
+    found = empty_gradients(k, i, walk, norms=False)
+    parts = None
+    if norms:
+        shape = (*D, 2, len(CELLS[walk.cell].states), T, B, _group(walk.cell, i.w_hh))
+        parts = k.saved.new_empty(shape, dtype=torch.float32)
     OPS.persistent_backward(
-        cell, dy, dc if has_c else None, dh_n, dc_n if has_c else None, saved, y, c, h0, c0, w_hh, flags,
-        clip_norm, clip_value, reverse, _ways(), dgx, dgh if spec.split else None, dh0, dc0 if has_c else None,
-        parts if norms else None, _check_earlier_calls(),
+        walk.cell, d.dy, d.dc, d.dh_n, d.dc_n, k.saved, k.y, k.c, i.h0, i.c0, i.w_hh, i.flags, clip_norm,
+        walk.clip_value, walk.reverse, _ways(), found.dgx, found.dgh, found.dh0, found.dc0, parts,
+        _check_earlier_calls(),
     )  # fmt: skip
-    report = extension.Step.row_norm(parts.flatten(0, -2)).view(parts.shape[:-1]) if norms else parts
-    of_projection_and_norms = (saved.new_empty(0, dtype=d) for d in (saved.dtype, *[torch.float32] * 4))
-    return dgx, dgh, dh0, dc0, *of_projection_and_norms, report
+    return found._replace(norms=row_norm(parts) if norms else None)

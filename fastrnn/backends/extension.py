@@ -1,11 +1,11 @@
-"""csrc's libraries: how they are loaded, and their fused step in place of `reference.Step`."""
+"""csrc's libraries: how they are loaded."""
 
 from functools import cache
 from pathlib import Path
 
 import torch
 
-LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas stand in the first
+LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in the first
 
 
 @cache
@@ -32,47 +32,6 @@ def why_not(request, device: str, missing: str | None) -> str | None:
     return missing
 
 
-def rows(tensor):
-    """Rows in one piece, which those of an expanded gradient or a transposed state are not."""
+def last_dim_contiguous(tensor):
+    """The elements of each row side by side, which they are not in an expanded gradient or a transposed state."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _pair(states):
-    """(h, c), with None for the c that a cell does not have."""
-    return rows(states[0]), rows(states[1]) if len(states) == 2 else None
-
-
-def _previous(state_prev):
-    """As `_pair`. The LSTM reads no h_prev, and a projected one is narrower than the op expects: c stands in for it."""
-    return _pair(state_prev if len(state_prev) == 1 else (state_prev[1], state_prev[1]))
-
-
-class Step:
-    """`reference.Step` in C++ or CUDA C++, by the device of its tensors."""
-
-    def __init__(self, cell: str):
-        self.cell = cell
-
-    def forward(self, gx, gh, state_prev, ln_c=None):
-        h, c, saved = torch.ops.fastrnn_c.cell_forward(
-            self.cell, gx, gh, *_previous(state_prev), *(ln_c or (None, None))
-        )
-        return (h,) if len(state_prev) == 1 else (h, c), saved
-
-    def total(self, saved, state_prev, dstate, ln_c=None):
-        if len(dstate) == 1:
-            return dstate
-        dh, dc = _pair(dstate)
-        total = torch.ops.fastrnn_c.cell_total(self.cell, saved, rows(state_prev[1]), dh, dc, *(ln_c or (None, None)))
-        return dh, total
-
-    def backward(self, saved, state_prev, dstate, ln_c=None):
-        dgx, dgh, dh_prev, dc_prev = torch.ops.fastrnn_c.cell_backward(
-            self.cell, saved, *_previous(state_prev), *_pair(dstate), *(ln_c or (None, None))
-        )
-        dstate_prev = (dh_prev if dh_prev.numel() else None, dc_prev)[: len(dstate)]
-        return dgx, dgh if dgh.numel() else dgx, dstate_prev
-
-    @staticmethod
-    def row_norm(x):
-        return torch.ops.fastrnn_c.row_norm(rows(x))

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 
 from .. import tiles
+from ..arguments import (
+    IncomingGradients,
+    Kept,
+    ScanGradients,
+    ScanInputs,
+    ScanOutputs,
+    Walk,
+    empty_gradients,
+    empty_outputs,
+)
 from ..cells import CELLS
-from ..reference import LayerNorm, layer_norm_c_gradients, layer_norm_gradients, normalize, previous_state
+from ..equations import LayerNorm, normalize
+from ..reference import layer_norm_c_gradients, layer_norm_gradients, previous_state
 from .launch import Launch
 
 
@@ -40,24 +51,20 @@ def _prepare(kernel, batch_size: int, tile: tiles.RowTile, **arguments) -> Launc
     )  # fmt: skip
 
 
-def scan_forward(
-    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile,
-):  # fmt: skip
-    """See `ops.scan_forward`. All tensors are contiguous."""
+def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.RowTile) -> ScanOutputs:
+    """All tensors are contiguous."""
     from ..kernels.cells import EQUATIONS
     from ..kernels.rows import forward_kernel, settle_kernel
 
+    (gx, w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, _) = inputs
+    cell, reverse = walk.cell, walk.reverse
     (T, B, GH), P, spec = gx.shape, w_hh.shape[1], CELLS[cell]
     H, K = GH // len(spec.gates), len(spec.saved)
 
     def float32(*shape, when=True):
         return torch.empty(shape, dtype=torch.float32, device=gx.device) if when else None
 
-    y, h_n = gx.new_empty(T, B, P), torch.empty_like(h0)
-    c_n = float32(0) if c0 is None else torch.empty_like(c0)
-    c = float32(T, B, H) if c0 is not None and save else float32(0)
-    saved = gx.new_empty((T, B, K * H) if save else 0)
+    outputs = empty_outputs(inputs, walk, save)
     gh, projected = float32(B, GH), float32(B, P, when=w_hr is not None)
     out = None if w_hr is None else gx.new_empty(B, H)
     operand = None if recurrent_mask is None else (h0 * recurrent_mask).to(h0.dtype)
@@ -68,12 +75,12 @@ def scan_forward(
         """A function of t that takes a step from one memory of the states to another."""
         of_h = dict(
             flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, h_in_ptr=before[0], h_out_ptr=after[0],
-            operand_ptr=operand, y_ptr=y,
+            operand_ptr=operand, y_ptr=outputs.y,
         )  # fmt: skip
         advance = _prepare(
             forward_kernel, B, tile, **of_h, gx_ptr=gx, gh_ptr=gh, b_ptr=b_hh, ln_hh_ptr=ln_hh,
             ln_c_weight_ptr=ln_c_weight, ln_c_bias_ptr=ln_c_bias, zone_c_ptr=zone_c, c_in_ptr=before[1],
-            c_out_ptr=after[1], out_ptr=out, c_ptr=c if c.numel() else None, saved_ptr=saved if save else None,
+            c_out_ptr=after[1], out_ptr=out, c_ptr=outputs.c, saved_ptr=outputs.saved,
             CELL_FORWARD=EQUATIONS[cell][0], G=len(spec.gates), K=K, S=len(spec.states), H=H, BLOCK_H=_width(H),
         )  # fmt: skip
         settle = _prepare(settle_kernel, B, tile, **of_h, projected_ptr=projected, P=P, BLOCK_P=_width(P))
@@ -89,7 +96,7 @@ def scan_forward(
         return run
 
     pair = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
-    ends = {-1: (h0, c0), T - 1: (h_n, None if c0 is None else c_n)}
+    ends = {-1: (h0, c0), T - 1: (outputs.h_n, outputs.c_n)}
 
     def after(i):
         """Where the states after step i are."""
@@ -99,17 +106,18 @@ def scan_forward(
     for i in range(T if B else 0):
         run = between[i % 2] if 0 < i < T - 1 else step(after(i - 1), after(i))
         run(T - 1 - i if reverse else i)
-    return y, c, h_n, c_n, saved
+    return outputs
 
 
-def scan_backward(
-    dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile,
-):  # fmt: skip
-    """See `ops.scan_backward`, here without `dsaved`. All tensors are contiguous."""
+def backward(
+    incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool, tile: tiles.RowTile
+) -> ScanGradients:
+    """Without `dsaved`. All tensors are contiguous."""
     from ..kernels.cells import EQUATIONS
     from ..kernels.rows import backward_kernel, initial_kernel, settle_backward_kernel
 
+    (dy, dc, dh_n, dc_n, _), (y, c, saved), (cell, reverse, _, clip_value) = incoming, kept, walk
+    (_, w_hh, h0, c0, _, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c, clip_norm) = inputs
     (T, B, P), spec, GH = y.shape, CELLS[cell], w_hh.shape[0]
     H, S, K = GH // len(spec.gates), len(spec.states), len(spec.saved)
     parted, bounded = w_hr is not None, clip_norm is not None
@@ -119,10 +127,9 @@ def scan_backward(
     def float32(*shape, when=True):
         return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
 
-    dgx, dgh = saved.new_empty(T, B, GH), saved.new_empty(T, B, GH) if spec.split else None
-    dh0, dc0 = torch.empty_like(h0), float32(0) if c0 is None else torch.empty_like(c0)
+    found = empty_gradients(kept, inputs, walk, norms)
+    dgx, dgh, report = found.dgx, saved.new_empty(T, B, GH) if spec.distinct_dgh else None, found.norms
     dh_new = saved.new_empty(T, B, P) if parted or ln_c_weight is not None else None
-    report = float32(2, S, T, B, when=norms)
     draw = gh_hat = gh_rstd = None
     if ln_hh is not None:
         draw, gh_hat = saved.new_empty(T, B, GH), float32(T, B, GH)
@@ -133,7 +140,7 @@ def scan_backward(
     product, cell_h, reported = float32(B, P), float32(B, H, when=parted), float32(B, H, when=twice)
     unclamped = saved.new_empty(B, P) if twice else None
     norm_h, scales = float32(B, when=parted and bounded), float32(T, B, when=parted and bounded)
-    gates = dgh if spec.split else dgx
+    gates = dgh if spec.distinct_dgh else dgx
     of_product = gates if draw is None else draw
     recur = _product(w_hh, product)
     project = _product(w_hr, cell_h) if parted else None
@@ -171,7 +178,7 @@ def scan_backward(
         return run
 
     pair = [(float32(B, P), float32(B, H, when=c0 is not None)) for _ in range(2)]
-    ends = {-1: (pair[1][0], None if c0 is None else dc0), T - 1: (dh_n, dc_n)}
+    ends = {-1: (pair[1][0], found.dc0), T - 1: (dh_n, dc_n)}
 
     def after(i):
         """Where the gradients of the states after step i are, but for the part that passed through W_hh."""
@@ -184,16 +191,16 @@ def scan_backward(
     if B:
         _prepare(
             initial_kernel, B, tile, flags_ptr=flags, recurrent_ptr=recurrent_mask, product_ptr=product,
-            scales_ptr=scales, rest_ptr=after(-1)[0], dh0_ptr=dh0, T=T, P=P, BLOCK_P=_width(P), REVERSE=reverse,
+            scales_ptr=scales, rest_ptr=after(-1)[0], dh0_ptr=found.dh0, T=T, P=P, BLOCK_P=_width(P), REVERSE=reverse,
         )()  # fmt: skip
     if scales is not None:
         dh_new.mul_(scales[..., None])
-    db_hh, dln_hh, dln_c_weight, dln_c_bias = (float32(0) for _ in range(4))
+    found = found._replace(dgh=dgh if ln_hh is None else draw, dh_new=dh_new if parted else None)
     if ln_hh is not None:
         db_hh, dln_hh = layer_norm_gradients(gates, gh_hat)
-        dgh = draw
+        found = found._replace(db_hh=db_hh, dln_hh=dln_hh)
     if ln_c_weight is not None:
         c_prev, ln_c = previous_state(c, c0, flags, reverse), LayerNorm(ln_c_weight.float(), ln_c_bias.float())
         dln_c_weight, dln_c_bias = layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c)
-    dgh, dh_new = (saved.new_empty(0) if g is None else g for g in (dgh, dh_new if parted else None))
-    return dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, report if norms else float32(0)
+        found = found._replace(dln_c_weight=dln_c_weight, dln_c_bias=dln_c_bias)
+    return found

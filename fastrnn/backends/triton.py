@@ -5,7 +5,7 @@ What runs in mode "rows", as do layer norm and projection, goes to `rows.py`.
 
 import os
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 
 from .. import tiles
+from ..arguments import (
+    IncomingGradients,
+    Kept,
+    ScanGradients,
+    ScanInputs,
+    ScanOutputs,
+    Walk,
+    contiguous,
+    empty_gradients,
+    empty_outputs,
+)
 from ..cells import CELLS, RESET
-from ..directions import each_direction, walks_back
+from ..directions import walks_back
 from . import rows
 from .launch import Launch
 
@@ -68,21 +79,23 @@ def _tile(cell: str, w_hh: Tensor, batch_size: int, whole_rows: bool = False) ->
     return tiles.choose(cell, w_hh.dtype, hidden_size, batch_size, _precision(), mode, **device)
 
 
-def _contiguous(*tensors: Tensor | None):
-    return tuple(None if x is None else x.contiguous() for x in tensors)
-
-
 def _grid(tile: tiles.Tile, hidden_size: int, batch_size: int, directions: int) -> tuple[int, int, int]:
     """The programs of a launch: by tiles of the batch, of the hidden units, and by direction."""
     return -(-batch_size // tile.block_b), 1 if tile.mode == "local" else -(-hidden_size // tile.block_h), directions
 
 
-def _share_a_grid(tile: tiles.Tile | tiles.RowTile, w_hh: Tensor, batch_size: int) -> bool:
-    """Whether one grid takes all directions of `w_hh [D, G*H, H]`."""
+def _tile_of(inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.RowTile:
+    whole_rows = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight))
+    return _tile(walk.cell, inputs.w_hh, inputs.h0.shape[-2], whole_rows)
+
+
+def takes_directions(inputs: ScanInputs, walk: Walk) -> bool:
+    """Whether one grid takes both directions."""
+    tile, w_hh = _tile_of(inputs, walk), inputs.w_hh
     if tile.mode == "rows":
         return False
     # The programs of a grouped launch must all run at once.
-    fits = prod(_grid(tile, w_hh.shape[-1], batch_size, len(w_hh))) <= _processors(w_hh)
+    fits = prod(_grid(tile, w_hh.shape[-1], inputs.h0.shape[-2], len(w_hh))) <= _processors(w_hh)
     return tile.mode != "grouped" or fits
 
 
@@ -152,11 +165,6 @@ def _device(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output that does not exist: each a tensor of its own, because outputs of an op must not alias."""
-    return like.new_empty(0, dtype=dtype or like.dtype)
-
-
 def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | None, reverse: bool) -> Tensor:
     """What W_hh multiplies in the first step; in the others, `recurrent_operand` of kernels/products.py."""
     if flags is not None and flags.dim() == 3:
@@ -167,31 +175,22 @@ def _first_operand(h0: Tensor, flags: Tensor | None, recurrent_mask: Tensor | No
     return operand if recurrent_mask is None else operand * recurrent_mask
 
 
-def scan_forward(
-    gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, cell, reverse, save, tile=None,
-):  # fmt: skip
-    """See `ops.scan_forward`. `tile` overrides the choice of `tiles.py`."""
+def forward(inputs: ScanInputs, walk: Walk, save: bool, tile=None) -> ScanOutputs:
+    """`tile` overrides the choice of `tiles.py`."""
     from ..kernels.cells import EQUATIONS
     from ..kernels.scan import forward_kernel
 
-    tensors = gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c = (
-        _contiguous(
-            gx, w_hh, b_hh, h0, c0, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h, zone_c
-        )
+    inputs, cell, reverse = contiguous(inputs), walk.cell, walk.reverse
+    gx, w_hh, h0, c0, flags, recurrent_mask = (
+        inputs.gx, inputs.w_hh, inputs.h0, inputs.c0, inputs.flags, inputs.recurrent_mask
     )  # fmt: skip
     _raise_if_stuck(gx)
-    (*D, T, B, _), H, K = gx.shape, w_hh.shape[-1], len(CELLS[cell].saved)
-    tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
-    if D and not _share_a_grid(tile, w_hh, B):
-        return each_direction(partial(scan_forward, tile=tile), tensors, cell, reverse, save)
+    (*D, T, B, _), H = gx.shape, w_hh.shape[-1]
+    tile = tile or _tile_of(inputs, walk)
     if tile.mode == "rows":
         with _device(gx):
-            return rows.scan_forward(*tensors, cell, reverse, save, tile)
-    y, h_n = gx.new_empty(*D, T, B, H), torch.empty_like(h0)
-    c_n = _nothing(gx, torch.float32) if c0 is None else torch.empty_like(c0)
-    c = c_n.new_empty((*D, T, B, H) if c0 is not None and save else 0)
-    saved = gx.new_empty((*D, T, B, K * H) if save else 0)
+            return rows.forward(inputs, walk, save, tile)
+    outputs = empty_outputs(inputs, walk, save)
     sent = None if tile.mode == "local" else gx.new_empty(2, *D, B, H)
     if sent is not None:
         sent[0] = _first_operand(h0, flags, recurrent_mask, reverse)
@@ -199,74 +198,65 @@ def scan_forward(
 
     def steps(before, after):
         return prepare(
-            gx_ptr=gx, w_ptr=w_hh, b_ptr=b_hh, flags_ptr=flags, recurrent_ptr=recurrent_mask,
-            zone_h_ptr=zone_h, zone_c_ptr=zone_c, h_in_ptr=before[0], c_in_ptr=before[1],
-            h_out_ptr=after[0], c_out_ptr=after[1], sent_ptr=sent, y_ptr=y, c_ptr=c if c.numel() else None,
-            saved_ptr=saved if save else None, T=T, CELL_FORWARD=EQUATIONS[cell][0],
+            gx_ptr=gx, w_ptr=w_hh, b_ptr=inputs.b_hh, flags_ptr=flags, recurrent_ptr=recurrent_mask,
+            zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c, h_in_ptr=before[0], c_in_ptr=before[1],
+            h_out_ptr=after[0], c_out_ptr=after[1], sent_ptr=sent, y_ptr=outputs.y, c_ptr=outputs.c,
+            saved_ptr=outputs.saved, T=T, CELL_FORWARD=EQUATIONS[cell][0],
         )  # fmt: skip
 
-    last = h_n, None if c0 is None else c_n
+    last = outputs.h_n, outputs.c_n
     first, others = steps((h0, c0), last), steps(last, last)
     with _device(gx):
         for t_begin, t_end in _ranges(tile, H, 0, T):
             (others if t_begin else first)(t_begin, t_end)
-    return y, c, h_n, c_n, saved
+    return outputs
 
 
-def scan_backward(
-    dy, dc, dh_n, dc_n, dsaved, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-    flags, recurrent_mask, zone_h, zone_c, clip_norm, clip_value, cell, reverse, norms, tile=None,
-):  # fmt: skip
-    """See `ops.scan_backward`. `tile` overrides the choice of `tiles.py`."""
+def backward(
+    incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool, tile=None
+) -> ScanGradients:
+    """`tile` overrides the choice of `tiles.py`."""
     from ..kernels.cells import EQUATIONS
     from ..kernels.scan import backward_kernel
 
-    if dsaved is not None:
+    if incoming.dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
-    tensors = (
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c,
-    ) = _contiguous(
-        dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias,
-        flags, recurrent_mask, zone_h, zone_c,
-    )  # fmt: skip
+    incoming, kept, inputs = contiguous(incoming), contiguous(kept), contiguous(inputs)
+    (y, c, saved), cell, reverse = kept, walk.cell, walk.reverse
+    w_hh, h0, c0 = inputs.w_hh, inputs.h0, inputs.c0
     _raise_if_stuck(saved)
-    clip_norm = None if clip_norm is None else clip_norm.to(saved.device)
+    clip_norm = None if inputs.clip_norm is None else inputs.clip_norm.to(saved.device)
+    inputs = inputs._replace(clip_norm=clip_norm)
     (*D, T, B, H), spec = y.shape, CELLS[cell]
     S, GH = len(spec.states), w_hh.shape[-2]
-    tile = tile or _tile(cell, w_hh, B, whole_rows=any(x is not None for x in (w_hr, ln_hh, ln_c_weight)))
-    if D and not _share_a_grid(tile, w_hh, B):
-        tensors = *tensors[:4], None, *tensors[4:], clip_norm, clip_value
-        return each_direction(partial(scan_backward, tile=tile), tensors, cell, reverse, norms)
+    tile = tile or _tile_of(inputs, walk)
     if tile.mode == "rows":
         with _device(saved):
-            return rows.scan_backward(*tensors, clip_norm, clip_value, cell, reverse, norms, tile)
+            return rows.backward(incoming, kept, inputs, walk, norms, tile)
     count = -(-H // tile.block_h)
     apart = clip_norm is not None and tile.mode != "local"  # gate gradients travel before they are scaled
 
     def scratch(*shape, when=True):
         return torch.empty(shape, dtype=torch.float32, device=saved.device) if when else None
 
-    dgx = saved.new_empty(*D, T, B, GH)
-    dgh = torch.empty_like(dgx) if spec.split else None
-    dh0, dc0 = torch.empty_like(h0), _nothing(saved, torch.float32) if c0 is None else torch.empty_like(c0)
+    found = empty_gradients(kept, inputs, walk, norms=False)
     parted = scratch(*D, 2, S, T, count, B, when=norms)
-    sent_x, sent_h = scratch(2, *D, B, GH, when=apart), scratch(2, *D, B, GH, when=apart and spec.split)
+    sent_x, sent_h = scratch(2, *D, B, GH, when=apart), scratch(2, *D, B, GH, when=apart and spec.distinct_dgh)
     parts = scratch(2, S * count, *D, B, when=apart)
     prepare = _launcher(backward_kernel, cell, w_hh, B, tile, reverse)
     _, total, backward = EQUATIONS[cell]
 
     def steps(after, before):
         return prepare(
-            dy_ptr=dy, dc_ptr=dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0, w_ptr=w_hh,
-            flags_ptr=flags, recurrent_ptr=recurrent_mask, zone_h_ptr=zone_h, zone_c_ptr=zone_c,
-            bound_ptr=clip_norm, clip_value=clip_value, dh_in_ptr=after[0], dc_in_ptr=after[1],
-            dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=dgx, dgh_ptr=dgh, norms_ptr=parted,
-            sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T,
+            dy_ptr=incoming.dy, dc_ptr=incoming.dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=h0, c0_ptr=c0, w_ptr=w_hh,
+            flags_ptr=inputs.flags, recurrent_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h,
+            zone_c_ptr=inputs.zone_c, bound_ptr=clip_norm, clip_value=walk.clip_value, dh_in_ptr=after[0],
+            dc_in_ptr=after[1], dh_out_ptr=before[0], dc_out_ptr=before[1], dgx_ptr=found.dgx, dgh_ptr=found.dgh,
+            norms_ptr=parted, sent_x_ptr=sent_x, sent_h_ptr=sent_h, parts_ptr=parts, T=T,
             CELL_TOTAL=total, CELL_BACKWARD=backward, WIDTH=1 << (S * count - 1).bit_length(),
         )  # fmt: skip
 
-    last, first = (dh_n, dc_n), (dh0, None if c0 is None else dc0)
+    last, first = (incoming.dh_n, incoming.dc_n), (found.dh0, found.dc0)
     rest = (scratch(*D, B, H), scratch(*D, B, H, when=c0 is not None))
     begin, between = 0 if tile.mode == "local" else -1, steps(rest, rest)
     with _device(saved):
@@ -275,9 +265,7 @@ def scan_backward(
             if t_end == T or t_begin == begin:
                 launch = steps(last if t_end == T else rest, first if t_begin == begin else rest)
             launch(t_begin, t_end)
-        report = _whole_norms(parted) if norms else _nothing(saved, torch.float32)
-    of_projection_and_norms = (_nothing(saved, dtype) for dtype in (None, *[torch.float32] * 4))
-    return dgx, _nothing(saved) if dgh is None else dgh, dh0, dc0, *of_projection_and_norms, report
+        return found._replace(norms=_whole_norms(parted) if norms else None)
 
 
 def _whole_norms(parted: Tensor) -> Tensor:
