@@ -4,12 +4,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from setups import every_cell, needs_cpu_library, random_inputs
 
-from fastrnn.backends import extension
-from fastrnn.cells import CELLS, PAD, RESET, START
-from fastrnn.kernels.cells import EQUATIONS
-from fastrnn.reference import LayerNorm, Masks, Step
-from fastrnn.scan import Weights, scan
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
+from fastrnn.backends import cpu, reference
+from fastrnn.cells import CELLS
+from fastrnn.equations import EQUATIONS, LayerNorm
+from fastrnn.kernels.cells import EQUATIONS as TRITON
+from fastrnn.scan import scan
 
 B, H = 3, 5
 
@@ -42,7 +44,7 @@ def test_total_and_backward_are_the_derivative_of_forward(cell, layer_norm):
     gx, gh, state_prev, dstate = operands(cell, torch.float64)
     inputs = [t.requires_grad_() for t in (gx, gh, *state_prev)]
     ln_c = LayerNorm(torch.linspace(0.5, 2, H).double(), torch.linspace(-1, 1, H).double()) if layer_norm else None
-    step = Step(cell)
+    step = EQUATIONS[cell]
     state, saved = step.forward(gx, gh, state_prev, ln_c)
     want = torch.autograd.grad(state, inputs, dstate, allow_unused=True)
     with torch.no_grad():
@@ -55,15 +57,29 @@ def test_total_and_backward_are_the_derivative_of_forward(cell, layer_norm):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+def _one_step(launcher, cell, gx, gh, state_prev, dstate):
+    """A scan of one step, forward and backward, in which the identity stands for W_hh: the bias is the rest of gh."""
+    (h0, *others), (dh_n, *dothers) = state_prev, dstate
+    c0, dc_n = (torch.cat(x, -1) if x else None for x in (others, dothers))
+    w_hh = torch.eye(H, dtype=gx.dtype).repeat(len(CELLS[cell].gates), 1)
+    inputs = ScanInputs(gx=gx[None], w_hh=w_hh, h0=h0, c0=c0, b_hh=gh)
+    walk = Walk(cell, reverse=False, backend="")
+    out = launcher.forward(inputs, walk, True)
+    kept, incoming = Kept(out.y, out.c, out.saved), IncomingGradients(dh_n=dh_n, dc_n=dc_n)
+    found = launcher.backward(incoming, kept, inputs._replace(gx=None), walk, True)
+    return {name: x for part in (out, found) for name, x in part._asdict().items() if x is not None and x.numel()}
+
+
+@needs_cpu_library
+@every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cpp_equals_reference(cell, dtype):
-    if extension.load("cpu") is not None:
-        pytest.skip(extension.load("cpu"))
-    arguments = operands(cell, dtype)
-    got, want = step_results(extension.Step(cell), *arguments), step_results(Step(cell), *arguments)
+    gx, gh, state_prev, dstate = operands(cell, dtype)
+    arguments = gx, gh[0], state_prev, dstate
+    got, want = _one_step(cpu, cell, *arguments), _one_step(reference, cell, *arguments)
     # Both round at every operation; products of up to five factors of size 3 reach some 100 units in the last place.
     rtol = 1e-5 if dtype == torch.float32 else 1e-13
+    assert got.keys() == want.keys()
     for name, expected in want.items():
         torch.testing.assert_close(got[name], expected, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -133,7 +149,7 @@ def _triton_results(cell, gx, gh, state_prev, dstate):
     step_kernel[(1,)](
         gx, gh, torch.cat(state_prev, -1), torch.cat(dstate, -1), *out.values(),
         B=B, H=H, G=G, K=K, S=S, BLOCK_B=triton.next_power_of_2(B), BLOCK_H=triton.next_power_of_2(H),
-        FORWARD=EQUATIONS[cell][0], TOTAL=EQUATIONS[cell][1], BACKWARD=EQUATIONS[cell][2],
+        FORWARD=TRITON[cell][0], TOTAL=TRITON[cell][1], BACKWARD=TRITON[cell][2],
     )  # fmt: skip
     for name in ("state", "total", "dprev"):
         out |= {f"{name}{k}": part for k, part in enumerate(out.pop(name).chunk(S, -1))}
@@ -143,42 +159,27 @@ def _triton_results(cell, gx, gh, state_prev, dstate):
 @pytest.mark.parametrize("cell", CELLS)
 def test_triton_equals_reference(cell, device):
     arguments = operands(cell, torch.float32, device=device)
-    got, want = _triton_results(cell, *arguments), step_results(Step(cell), *arguments)
+    got, want = _triton_results(cell, *arguments), step_results(EQUATIONS[cell], *arguments)
     for name, expected in want.items():
         # As for C++: float32 roundings through products of up to five factors of size 3.
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def _scan_case(cell: str, reverse: bool, extras: bool):
+NOT_DIFFERENTIATED = ("flags", "recurrent_mask", "zone_h", "zone_c", "clip_norm")
+EXTRAS = ("flags", "recurrent_mask", "zone_h", "zone_c", "layer_norm", "projection")
+
+
+def _scan_case(cell: str, reverse: bool, features):
     """Arguments of `scan` in float64, and the function gradcheck differentiates."""
-    torch.manual_seed(0)
-    T, batch, hidden, spec = 3, 2, 3, CELLS[cell]
-    lstm, rows = "c" in spec.states, len(spec.gates) * hidden
-    P = 2 if extras and lstm else hidden
-
-    def leaf(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    arguments = [leaf(T, batch, rows), leaf(rows, P), leaf(rows), leaf(batch, P), leaf(batch, hidden) if lstm else None]
-    arguments += [leaf(P, hidden) if extras and lstm else None, leaf(rows) if extras else None]
-    arguments += [leaf(hidden), leaf(hidden)] if extras and lstm else [None, None]
-    masks = Masks()
-    if extras:
-        flags = torch.zeros(T, batch, dtype=torch.uint8)
-        flags[2, 0], flags[1, 1] = PAD, RESET
-        if reverse:
-            flags[1, 0] |= START
-        zones = torch.rand(2, T, batch, hidden, dtype=torch.float64)
-        masks = Masks(flags, torch.rand(batch, P).double(), zones[0, ..., :P], zones[1] if lstm else None)
-    present = [k for k, a in enumerate(arguments) if a is not None]
+    inputs = random_inputs(cell, features, sizes=(3, 3, 2), reverse=reverse)
+    leaves = {n: x for n, x in inputs._asdict().items() if x is not None and n not in NOT_DIFFERENTIATED}
 
     def run(*values):
-        found = dict(zip(present, values, strict=True))
-        gx, w_hh, b_hh, h0, c0, w_hr, *norms = (found.get(k) for k in range(len(arguments)))
-        outputs = scan(cell, gx, Weights(w_hh, b_hh, w_hr, *norms), h0, c0, masks, reverse=reverse)
-        return tuple(out for out in outputs if out.numel())
+        given = inputs._replace(**dict(zip(leaves, values, strict=True)))
+        outputs = scan(given, Walk(cell, reverse, "reference"))
+        return tuple(out for out in outputs if out is not None and out.numel())
 
-    return run, [arguments[k] for k in present]
+    return run, [x.requires_grad_() for x in leaves.values()]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -186,6 +187,6 @@ def _scan_case(cell: str, reverse: bool, extras: bool):
 def test_scan_gradients(cell, extras):
     """First and second derivatives of the whole scan, with flags, masks, layer norm and projection."""
     for reverse in (False, True) if extras else (False,):
-        run, arguments = _scan_case(cell, reverse, extras)
+        run, arguments = _scan_case(cell, reverse, EXTRAS if extras else ())
         assert torch.autograd.gradcheck(run, arguments)
         assert torch.autograd.gradgradcheck(run, arguments)

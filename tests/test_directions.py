@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from setups import every_backend, random_inputs
 from torch.func import functional_call, grad, vmap
 
 import fastrnn
 from fastrnn import stack
+from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS
-from fastrnn.dispatch import BACKENDS, Request
-from fastrnn.scan import Weights, scan
+from fastrnn.dispatch import BACKENDS
+from fastrnn.scan import scan
 
 T, B, I, H = 4, 3, 3, 5
 # float64 keeps 16 digits; a few dozen terms of order one, added in another order.
@@ -22,16 +24,6 @@ MODULES = {
 }  # fmt: skip
 EVERYTHING = {"num_layers": 2, "dropout": 0.3, "recurrent_dropout": 0.4, "zoneout": 0.2, "weight_dropout": 0.1}
 CLIPPED = {"clip_state_grad_norm": 0.3, "clip_state_grad_value": 0.2}
-every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
-
-
-@pytest.fixture(autouse=True)
-def built(request):
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend == "cpu":
-        reason = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
-        if reason is not None:
-            pytest.skip(f"backend cpu: {reason}")
 
 
 @pytest.fixture
@@ -95,13 +87,18 @@ def test_the_triton_scan_takes_both(cell, device, monkeypatch):
     x, call = inputs(torch.float32)
     x = x.detach().to(device).requires_grad_()
     call = {name: value.to(device) for name, value in call.items()}
-    original, directions = launcher._launcher, []
+    forward, backward, directions = launcher.forward, launcher.backward, []
 
-    def counted(kernel, cell, w_hh, *rest):
-        directions.append(len(w_hh))
-        return original(kernel, cell, w_hh, *rest)
+    def counted_forward(inputs, *rest):
+        directions.append(len(inputs.gx))
+        return forward(inputs, *rest)
 
-    monkeypatch.setattr(launcher, "_launcher", counted)
+    def counted_backward(incoming, kept, *rest):
+        directions.append(len(kept.y))
+        return backward(incoming, kept, *rest)
+
+    monkeypatch.setattr(launcher, "forward", counted_forward)
+    monkeypatch.setattr(launcher, "backward", counted_backward)
     got = []
     for backend in ("reference", "triton"):
         with fastrnn.backend(backend):
@@ -150,24 +147,21 @@ def test_a_compiled_graph_holds_both(together):
 @every_backend
 @pytest.mark.parametrize("reverse", [False, True])
 def test_opcheck_of_the_raw_op(backend, reverse):
-    rng = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    tensors = [draw(2, T, B, 4 * H), draw(2, 4 * H, H), draw(2, 4 * H), draw(2, B, H), draw(2, B, H), *(None,) * 8]
+    each = [random_inputs("lstm", sizes=(T, B, H), seed=d) for d in range(2)]
+    inputs = ScanInputs(*(None if x is None else torch.stack([x, y]) for x, y in zip(*each, strict=True)))
+    walk = Walk("lstm", reverse, backend)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = (*tensors, "lstm", reverse, True, backend)
+    arguments = (*inputs, *walk, True)
     torch.library.opcheck(torch.ops.fastrnn.scan_forward.default, arguments, test_utils=tests)
     both = torch.ops.fastrnn.scan_forward(*arguments)
     for d in range(2):
-        own = [x if x is None else x[d] for x in tensors]
-        one = torch.ops.fastrnn.scan_forward(*own, "lstm", reverse != (d == 1), True, backend)
+        own = (x if x is None else x[d] for x in inputs)
+        one = torch.ops.fastrnn.scan_forward(*own, *walk._replace(reverse=reverse != (d == 1)), True)
         agree([x[d] for x in both], one, rtol=0, atol=0)
 
 
 def test_a_projection_takes_one_direction_at_a_time():
     gx, state = torch.zeros(2, T, B, 4 * H), torch.zeros(2, B, 2)
-    weights = Weights(torch.zeros(2, 4 * H, 2), w_hr=torch.zeros(2, 2, H))
+    inputs = ScanInputs(gx, torch.zeros(2, 4 * H, 2), state, c0=torch.zeros(2, B, H), w_hr=torch.zeros(2, 2, H))
     with pytest.raises(NotImplementedError, match="one direction"):
-        scan("lstm", gx, weights, state, torch.zeros(2, B, H))
+        scan(inputs, Walk("lstm", False, "reference"))

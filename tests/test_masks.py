@@ -8,24 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from setups import MASKS, agree, every_backend, needs_cpu_library, random_inputs
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import stack
+from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.cells import CELLS, PAD, RESET, START
-from fastrnn.dispatch import BACKENDS, Request
-from fastrnn.reference import Masks
-from fastrnn.scan import Weights, scan
+from fastrnn.scan import scan
 
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
-every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")),
-    ],
-)
 KINDS = {
     "LSTM": ("LSTM", {}),
     "LSTM-proj": ("LSTM", {"proj_size": 3}),
@@ -33,9 +25,6 @@ KINDS = {
     "RNN": ("RNN", {"nonlinearity": "tanh"}),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_cell = pytest.mark.parametrize("cell", CELLS)
-# float64 keeps 16 digits; sums over fewer than 1e4 terms of order 1 in another order differ by some 1e-12.
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 T, B, I, H = 7, 4, 3, 5
 
 
@@ -81,11 +70,6 @@ def loss_of(values):
 def gradients(values, leaves):
     found = torch.autograd.grad(loss_of(values), leaves, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
-
-
-def agree(got, expected):
-    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
-        torch.testing.assert_close(a, b, **TOLERANCE, msg=lambda m, k=k: f"value {k}: {m}")
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths
@@ -296,44 +280,28 @@ def test_reset_mask_follows_batch_first_and_unbatched_layouts():
 
 
 def scan_arguments(cell, dtype, features, reverse):
-    """Random gx, weights, states and masks of one layer in one direction."""
-    spec, P = CELLS[cell], 3 if "projection" in features else H
-    rng = torch.Generator().manual_seed(4)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=dtype)
-
-    G = len(spec.gates) * H
-    lstm = "c" in spec.states
-    norm = "layer_norm" in features
-    weights = Weights(
-        draw(G, P) / 2, draw(G), draw(P, H) if P != H else None, 1 + draw(G) / 4 if norm else None,
-        1 + draw(H) / 4 if norm and lstm else None, draw(H) / 4 if norm and lstm else None,
-    )  # fmt: skip
-    gx, h0, c0 = draw(T, B, G), draw(B, P), draw(B, H) if lstm else None
-    flags = torch.zeros(T, B, dtype=torch.uint8)
+    """Random arguments of one direction; the flags have every bit, and pass over no step of the chunks."""
+    inputs = random_inputs(cell, features, sizes=(T, B, H), projection=3, reverse=reverse, dtype=dtype, seed=4)
     if "flags" in features:
+        flags = torch.zeros(T, B, dtype=torch.uint8)
         flags[3, 0] = flags[5, 1] = flags[0, 2] = RESET
         flags[5:, 3] = PAD
         if reverse:
             flags[4, 3] = START
-    zone = "zoneout" in features
-    masks = Masks(
-        flags if "flags" in features else None,
-        2 * (draw(B, P) > 0).to(dtype) if "recurrent_dropout" in features else None,
-        (draw(T, B, P) > 0.5).to(dtype) if zone else None,
-        (draw(T, B, H) > 0.5).to(dtype) if zone and lstm else None,
-    )
-    return gx, weights, h0, c0, masks
+        inputs = inputs._replace(flags=flags)
+    return inputs
 
 
-def cut(masks, begin, end):
-    return Masks(*(m if m is None or k == 1 else m[begin:end] for k, m in enumerate(masks)))
+def cut(inputs, begin, end):
+    """The steps from `begin` to `end`."""
+    steps = {name: getattr(inputs, name) for name in ("gx", "flags", "zone_h", "zone_c")}
+    return inputs._replace(**{name: x if x is None else x[begin:end] for name, x in steps.items()})
 
 
 def features_of(cell):
-    names = [(), ("flags",), ("zoneout", "recurrent_dropout"), ("layer_norm",)]
-    return [*names, ("projection",), ("projection", "layer_norm", "flags", "zoneout")] if cell == "lstm" else names
+    zone = ("zone_h", "zone_c")
+    names = [(), ("flags",), (*zone, "recurrent_mask"), ("layer_norm",)]
+    return [*names, ("projection",), ("projection", "layer_norm", "flags", *zone)] if cell == "lstm" else names
 
 
 CASES = [pytest.param(cell, f, id="-".join((cell, *f))) for cell in CELLS for f in features_of(cell)]
@@ -345,16 +313,14 @@ CASES = [pytest.param(cell, f, id="-".join((cell, *f))) for cell in CELLS for f 
 @pytest.mark.parametrize("cell, features", CASES)
 def test_t_steps_equal_chunks_bit_for_bit(cell, features, reverse, cuts, backend):
     """float32, forward and backward: the states, and dL/dgx, are the same bits however time is cut."""
-    gx, weights, h0, c0, masks = scan_arguments(cell, torch.float32, features, reverse)
-    gx.requires_grad_()
+    inputs, walk = scan_arguments(cell, torch.float32, features, reverse), Walk(cell, reverse, backend)
+    gx, h0, c0 = inputs.gx.requires_grad_(), inputs.h0, inputs.c0
     states = [s.requires_grad_() for s in (h0, c0) if s is not None]
-    whole = scan(cell, gx, weights, h0, c0, masks, reverse=reverse, backend=backend)
+    whole = scan(inputs, walk)
     state, pieces = (h0, c0), []
     spans = list(pairwise(cuts))
     for begin, end in reversed(spans) if reverse else spans:
-        out = scan(
-            cell, gx[begin:end], weights, *state, cut(masks, begin, end), reverse=reverse, backend=backend
-        )  # fmt: skip
+        out = scan(cut(inputs, begin, end)._replace(h0=state[0], c0=state[1]), walk)
         state = (out.h_n, out.c_n if c0 is not None else None)
         pieces.insert(0 if reverse else len(pieces), out)
     y = torch.cat([out.y for out in pieces])
@@ -371,20 +337,20 @@ def test_t_steps_equal_chunks_bit_for_bit(cell, features, reverse, cuts, backend
 # ------------------------------------------------------------------------------------ every equation, written once more
 
 
-def hand_step(cell, gx, h, c, weights, masks, t):
+def hand_step(cell, gx, h, c, inputs, t):
     """One step from the papers; returns the new (h, c) and the c inside the tanh, all in autograd's hands."""
-    w_hh, b_hh, w_hr, ln_hh, ln_c, ln_c_bias = weights
-    operand = h if masks.recurrent is None else h * masks.recurrent
-    gh = operand @ w_hh.t()
-    if ln_hh is not None:
-        gh = F.layer_norm(gh, gh.shape[-1:], ln_hh, None, 1e-5)
-    if b_hh is not None:
-        gh = gh + b_hh
+    w_hr, ln_c = inputs.w_hr, inputs.ln_c_weight
+    operand = h if inputs.recurrent_mask is None else h * inputs.recurrent_mask
+    gh = operand @ inputs.w_hh.t()
+    if inputs.ln_hh is not None:
+        gh = F.layer_norm(gh, gh.shape[-1:], inputs.ln_hh, None, 1e-5)
+    if inputs.b_hh is not None:
+        gh = gh + inputs.b_hh
     inner = None
     if cell == "lstm":
         i, f, g, o = (gx + gh).split(H, -1)
         inner = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        squashed = inner if ln_c is None else F.layer_norm(inner, (H,), ln_c, ln_c_bias, 1e-5)
+        squashed = inner if ln_c is None else F.layer_norm(inner, (H,), ln_c, inputs.ln_c_bias, 1e-5)
         new_h, new_c = o.sigmoid() * squashed.tanh(), inner
         if w_hr is not None:
             new_h = new_h @ w_hr.t()
@@ -395,29 +361,37 @@ def hand_step(cell, gx, h, c, weights, masks, t):
     else:
         squash = {"tanh": torch.tanh, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu}
         new_h, new_c = squash[cell.removeprefix("rnn_")](gx + gh), c
-    if masks.zone_h is not None:
-        new_h = masks.zone_h[t] * h + (1 - masks.zone_h[t]) * new_h
-    if masks.zone_c is not None:
-        new_c = masks.zone_c[t] * c + (1 - masks.zone_c[t]) * new_c
+    if inputs.zone_h is not None:
+        new_h = inputs.zone_h[t] * h + (1 - inputs.zone_h[t]) * new_h
+    if inputs.zone_c is not None:
+        new_c = inputs.zone_c[t] * c + (1 - inputs.zone_c[t]) * new_c
     return new_h, new_c, inner
 
 
-def hand_scan(cell, gx, weights, h, c, masks, reverse):
+def hand_inputs(params, name, gx, h, c):
+    """The arguments of `hand_scan` for the layer and direction `name` of a module's parameters."""
+    kinds = dict(w_hh="weight_hh", b_hh="bias_hh", w_hr="weight_hr", ln_hh="ln_hh", ln_c_weight="ln_c")
+    given = {field: params.get(f"{kind}_{name}") for field, kind in kinds.items()}
+    return ScanInputs(gx=gx, h0=h, c0=c, ln_c_bias=params.get(f"ln_c_bias_{name}"), **given)
+
+
+def hand_scan(cell, inputs, reverse):
     """y, every c, h_n, c_n."""
-    ys, cs = [None] * T, [None] * T
+    h, c, ys, cs = inputs.h0, inputs.c0, {}, {}
     for t in range(T - 1, -1, -1) if reverse else range(T):
         reset = pad = torch.zeros(B, 1, dtype=torch.bool)
-        if masks.flags is not None:
-            reset, pad = ((masks.flags[t] & bit).bool().unsqueeze(-1) for bit in (RESET, PAD))
+        if inputs.flags is not None:
+            reset, pad = ((inputs.flags[t] & bit).bool().unsqueeze(-1) for bit in (RESET, PAD))
         start_h = torch.where(reset, 0.0, h)
         start_c = None if c is None else torch.where(reset, 0.0, c)
-        new_h, new_c, _ = hand_step(cell, gx[t], start_h, start_c, weights, masks, t)
+        new_h, new_c, _ = hand_step(cell, inputs.gx[t], start_h, start_c, inputs, t)
         h = torch.where(pad, h, new_h)
         ys[t] = torch.where(pad, 0.0, h)
         if c is not None:
             c = torch.where(pad, c, new_c)
             cs[t] = torch.where(pad, 0.0, c)
-    return torch.stack(ys), None if c is None else torch.stack(cs), h, c
+    ys, cs = (torch.stack([found[t] for t in range(T)]) if found else None for found in (ys, cs))
+    return ys, cs, h, c
 
 
 @every_backend
@@ -425,11 +399,11 @@ def hand_scan(cell, gx, weights, h, c, masks, reverse):
 @pytest.mark.parametrize("cell, features", CASES)
 def test_scan_equals_a_hand_written_loop(cell, features, reverse, backend):
     """Layer norm, projection, zoneout, recurrent dropout and flags: values and every gradient, c's included."""
-    gx, weights, h0, c0, masks = scan_arguments(cell, torch.float64, features, reverse)
-    leaves = [v.requires_grad_() for v in (gx, h0, c0, *weights) if v is not None]
-    out = scan(cell, gx, weights, h0, c0, masks, reverse=reverse, keep_c=True, backend=backend)
-    expected = [v for v in hand_scan(cell, gx, weights, h0, c0, masks, reverse) if v is not None]
-    got = [out.y, out.c, out.h_n, out.c_n] if c0 is not None else [out.y, out.h_n]
+    inputs = scan_arguments(cell, torch.float64, features, reverse)
+    leaves = [v.requires_grad_() for n, v in inputs._asdict().items() if v is not None and n not in MASKS]
+    out = scan(inputs, Walk(cell, reverse, backend), keep_c=True)
+    expected = [v for v in hand_scan(cell, inputs, reverse) if v is not None]
+    got = [out.y, out.c, out.h_n, out.c_n] if inputs.c0 is not None else [out.y, out.h_n]
     agree(got, expected)
     agree(gradients(got, leaves), gradients(expected, leaves))
 
@@ -453,11 +427,9 @@ def test_layer_norm_of_the_modules(kind, bidirectional, backend):
             name = f"l{layer}{end}"
             gx = source @ params[f"weight_ih_{name}"].t()
             gx = F.layer_norm(gx, gx.shape[-1:], params[f"ln_ih_{name}"], None, 1e-5) + params[f"bias_ih_{name}"]
-            kinds = ("weight_hh", "bias_hh", "weight_hr", "ln_hh", "ln_c", "ln_c_bias")
-            weights = [params.get(f"{kind}_{name}") for kind in kinds]
-            P = weights[0].shape[1]
-            h, c = torch.zeros(B, P, dtype=x.dtype), torch.zeros(B, H, dtype=x.dtype) if cell == "lstm" else None
-            y, _, h_n, _ = hand_scan(cell, gx, weights, h, c, Masks(), reverse=bool(end))
+            h = torch.zeros(B, params[f"weight_hh_{name}"].shape[1], dtype=x.dtype)
+            c = torch.zeros(B, H, dtype=x.dtype) if cell == "lstm" else None
+            y, _, h_n, _ = hand_scan(cell, hand_inputs(params, name, gx, h, c), reverse=bool(end))
             outputs.append(y)
             states.append(h_n)
         source = torch.cat(outputs, -1)
@@ -522,24 +494,28 @@ def test_return_cells_in_every_layout():
 # ------------------------------------------------------------------------------------------------------------- clipping
 
 
-def clipped_by_hand(cell, gx, weights, h0, c0, masks, reverse, dy, theta, value):
-    """Backpropagation through time by hand over single steps: clamp, then scale the joint norm, then pass on."""
+WEIGHTS = ("w_hh", "b_hh", "w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")
+
+
+def clipped_by_hand(cell, inputs, reverse, dy, theta, value):
+    """The gradients by name, through single steps by hand: clamp, then scale the joint norm, then pass on."""
     order = list(range(T - 1, -1, -1) if reverse else range(T))
-    leaf = [w if w is None else w.detach().requires_grad_() for w in weights]
-    records, h, c = {}, h0.detach(), None if c0 is None else c0.detach()
+    inputs = ScanInputs(*(x if x is None else x.detach() for x in inputs))
+    weights = {n: getattr(inputs, n).requires_grad_() for n in WEIGHTS if getattr(inputs, n) is not None}
+    records, h, c = {}, inputs.h0, inputs.c0
     for t in order:
         reset = torch.zeros(B, 1, dtype=torch.bool)
-        if masks.flags is not None:
-            reset = (masks.flags[t] & RESET).bool().unsqueeze(-1)
+        if inputs.flags is not None:
+            reset = (inputs.flags[t] & RESET).bool().unsqueeze(-1)
         h, c = (None if s is None else s.detach().requires_grad_() for s in (h, c))
-        g = gx[t].detach().requires_grad_()
+        g = inputs.gx[t].clone().requires_grad_()
         start = [None if s is None else torch.where(reset, 0.0, s) for s in (h, c)]
-        new_h, new_c, inner = hand_step(cell, g, *start, leaf, masks, t)
+        new_h, new_c, inner = hand_step(cell, g, *start, inputs, t)
         records[t] = (g, h, c, new_h, new_c, inner)
         h, c = new_h, new_c
-    dh, dc = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
-    dgx = torch.zeros_like(gx)
-    dweights = [None if w is None else torch.zeros_like(w) for w in leaf]
+    dh, dc = torch.zeros_like(h), None if c is None else torch.zeros_like(c)
+    dgx = torch.zeros_like(inputs.gx)
+    dweights = {n: torch.zeros_like(w) for n, w in weights.items()}
     for t in reversed(order):
         g, h, c, new_h, new_c, inner = records[t]
         dh = dh + dy[t]
@@ -554,15 +530,16 @@ def clipped_by_hand(cell, gx, weights, h0, c0, masks, reverse, dy, theta, value)
             scale = torch.where(n > theta, theta / n, 1.0)
             dh, dc = dh * scale, None if dc is None else dc * scale
         ends = [(new_h, dh)] + ([] if dc is None else [(new_c, dc)])
-        leaves = [v for v in (g, h, c, *leaf) if v is not None]
+        leaves = [v for v in (g, h, c, *weights.values()) if v is not None]
         outputs, cotangents = zip(*ends, strict=True)
         found = iter(torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True))
         dgx[t], dh = next(found), next(found)
         dc = None if c is None else next(found)
-        for k, w in enumerate(leaf):
-            if w is not None and (more := next(found)) is not None:
-                dweights[k] = dweights[k] + more
-    return [v for v in (dgx, dh, dc, *dweights) if v is not None]
+        for name in weights:
+            if (more := next(found)) is not None:
+                dweights[name] += more
+    states = {"h0": dh} if dc is None else {"h0": dh, "c0": dc}
+    return {"gx": dgx, **states, **dweights}
 
 
 CLIP_FEATURES = [(), ("layer_norm",), ("projection",)]
@@ -579,16 +556,16 @@ CLIP_CASES = [
 @pytest.mark.parametrize("theta, value", [(0.7, None), (None, 0.3), (1.2, 0.4)], ids=["norm", "value", "both"])
 @pytest.mark.parametrize("cell, features", CLIP_CASES)
 def test_clipping_equals_a_hand_written_backward(cell, features, theta, value, reverse, backend):
-    gx, weights, h0, c0, masks = scan_arguments(cell, torch.float64, (*features, "flags"), reverse)
-    masks = masks._replace(flags=masks.flags & RESET)  # padding is held by the length tests
-    leaves = [v.requires_grad_() for v in (gx, h0, c0, *weights) if v is not None]
+    inputs = scan_arguments(cell, torch.float64, (*features, "flags"), reverse)
+    inputs = inputs._replace(flags=inputs.flags & RESET)  # padding is held by the length tests
+    leaves = [v.requires_grad_() for n, v in inputs._asdict().items() if v is not None and n not in MASKS]
     bound = None if theta is None else torch.tensor(theta, dtype=torch.float64)
-    out = scan(cell, gx, weights, h0, c0, masks, reverse=reverse, clip_norm=bound, clip_value=value, backend=backend)
+    out = scan(inputs._replace(clip_norm=bound), Walk(cell, reverse, backend, clip_value=value))
     dy = random(*out.y.shape, seed=9).detach()
     got = torch.autograd.grad(out.y, leaves, dy)
-    expected = clipped_by_hand(cell, gx.detach(), weights, h0, c0, masks, reverse, dy, theta, value)
-    agree(got, expected)
-    free = scan(cell, gx, weights, h0, c0, masks, reverse=reverse, backend=backend)
+    expected = clipped_by_hand(cell, inputs, reverse, dy, theta, value)
+    agree(got, [expected[n] for n, v in inputs._asdict().items() if v is not None and n not in MASKS])
+    free = scan(inputs, Walk(cell, reverse, backend))
     plain = torch.autograd.grad(free.y, leaves, dy)
     assert not torch.allclose(plain[0], got[0]), "the bound should bite, or the test is about nothing"
     assert torch.equal(out.y, free.y), "clipping leaves the forward alone"
@@ -654,7 +631,7 @@ REGULARISED = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+@needs_cpu_library
 @pytest.mark.parametrize("name", REGULARISED)
 @every_kind
 def test_one_seed_gives_one_result_on_every_backend(kind, name):
@@ -769,12 +746,11 @@ def test_zoneout_in_eval_is_the_expectation(kind, backend):
     params = dict(ours.named_parameters())
     gx = x @ params["weight_ih_l0"].t() + params["bias_ih_l0"]
     h, c = (*(s[0] for s in flat(hx)), None)[:2]
-    weights = [params.get(f"{k}_l0") for k in ("weight_hh", "bias_hh", "weight_hr", "ln_hh", "ln_c", "ln_c_bias")]
-    masks = Masks(None, None, torch.full((T,), 0.6, dtype=x.dtype), torch.full((T,), 0.2, dtype=x.dtype))
-    if c is None:
-        masks = masks._replace(zone_c=None)
+    inputs = hand_inputs(params, "l0", gx, h, c)._replace(zone_h=torch.full((T,), 0.6, dtype=x.dtype))
+    if c is not None:
+        inputs = inputs._replace(zone_c=torch.full((T,), 0.2, dtype=x.dtype))
     cell = "rnn_tanh" if kind == "RNN" else KINDS[kind][0].lower()
-    expected, _, h_n, c_n = hand_scan(cell, gx, weights, h, c, masks, reverse=False)
+    expected, _, h_n, c_n = hand_scan(cell, inputs, reverse=False)
     final = [h_n[None]] + ([] if c is None else [c_n[None]])
     agree((y, *flat(state)), (expected, *final))
     leaves = (x, *flat(hx), *ours.parameters())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from setups import CPU_REASON, MASKS, agree, every_backend, kept_of, needs_cpu_library, random_inputs
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,18 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn.cells import CELLS, PAD, RESET
-from fastrnn.dispatch import BACKENDS, Request
-from fastrnn.scan import Weights, scan
+from fastrnn.arguments import IncomingGradients, ScanInputs, ScanOutputs, Walk
+from fastrnn.cells import CELLS
+from fastrnn.scan import scan
 
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
-every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")),
-    ],
-)
 KINDS = {
     "LSTM": ("LSTM", {}),
     "LSTM-proj": ("LSTM", {"proj_size": 2}),
@@ -34,8 +27,6 @@ KINDS = {
     "RNN": ("RNN", {"nonlinearity": "tanh"}),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-# float64 keeps 16 digits; sums over fewer than 1e4 terms of order 1 in another order differ by some 1e-12.
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 # float32 keeps 7 digits; a compiler fuses and reorders sums of up to 1e2 terms over a handful of steps.
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}
 T, B, I, H = 4, 3, 3, 4
@@ -63,58 +54,13 @@ def flat(state):
     return state if isinstance(state, tuple) else (state,)
 
 
-def agree(got, expected, **tolerance):
-    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
-        torch.testing.assert_close(a, b, **(tolerance or TOLERANCE), msg=lambda m, k=k: f"value {k}: {m}")
-
-
 # -------------------------------------------------------------------------------------------------------------- raw ops
-
-
-def op_arguments(cell, features, dtype):
-    """Arguments of scan_forward up to `flags` and the masks, by name, in the op's order."""
-    spec, P = CELLS[cell], 2 if "projection" in features else H
-    G, lstm, norm = len(spec.gates) * H, "c" in spec.states, "layer_norm" in features
-
-    def draw(*shape, seed):
-        return random(*shape, seed=seed, dtype=dtype, requires_grad=False)
-
-    flags = torch.zeros(T, B, dtype=torch.uint8)
-    flags[1, 0], flags[2:, 1] = RESET, PAD
-    zone = "zoneout" in features
-    return {
-        "gx": draw(T, B, G, seed=0),
-        "w_hh": draw(G, P, seed=1),
-        "b_hh": None if norm else draw(G, seed=2),
-        "h0": draw(B, P, seed=3),
-        "c0": draw(B, H, seed=4).float() if lstm and dtype == torch.bfloat16 else draw(B, H, seed=4) if lstm else None,
-        "w_hr": draw(P, H, seed=5) if P != H else None,
-        "ln_hh": draw(G, seed=6) if norm else None,
-        "ln_c_weight": draw(H, seed=7) if norm and lstm else None,
-        "ln_c_bias": draw(H, seed=8) if norm and lstm else None,
-        "flags": flags if "flags" in features else None,
-        "recurrent_mask": draw(B, P, seed=9) if zone else None,
-        "zone_h": draw(T, B, P, seed=10).sigmoid() if zone else None,
-        "zone_c": draw(T, B, H, seed=11).sigmoid() if zone and lstm else None,
-    }
-
-
-def backward_arguments(inputs, outputs, cell, clip):
-    y, c, _, _, saved = outputs
-    lstm, reverse = inputs["c0"] is not None, False
-    return (
-        torch.ones_like(y), torch.ones_like(c) if lstm and clip else None, None, None, None, saved, y,
-        c if lstm else None, inputs["h0"], inputs["c0"], inputs["w_hh"], inputs["w_hr"], inputs["ln_hh"],
-        inputs["ln_c_weight"], inputs["ln_c_bias"], inputs["flags"], inputs["recurrent_mask"], inputs["zone_h"],
-        inputs["zone_c"], torch.tensor(0.5, dtype=torch.float32) if clip else None,
-        0.5 if clip else None, cell, reverse, clip,
-    )  # fmt: skip
 
 
 OP_CASES = [
     *((cell, (), torch.float32) for cell in CELLS),
-    *((cell, ("flags", "zoneout", "clip"), torch.float64) for cell in ("lstm", "gru", "rnn_tanh")),
-    ("lstm", ("layer_norm", "projection", "flags", "clip"), torch.float32),
+    *((cell, (*MASKS, "clip_norm"), torch.float64) for cell in ("lstm", "gru", "rnn_tanh")),
+    ("lstm", ("layer_norm", "projection", "flags", "clip_norm"), torch.float32),
     ("gru", ("layer_norm",), torch.float32),
     ("lstm", ("projection",), torch.bfloat16),
     ("gru", ("flags",), torch.bfloat16),
@@ -129,25 +75,30 @@ def test_opcheck_of_the_raw_ops(cell, features, dtype, backend):
     """Schema, fake tensors with static and dynamic shapes, aliasing: torch.library's own examination."""
     # The ops have no autograd of their own (scan.py holds it), so the gradient part of the examination is left out.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    inputs = op_arguments(cell, features, dtype)
+    bias, clipped = "layer_norm" not in features, "clip_norm" in features
+    inputs = random_inputs(cell, features, sizes=(T, B, H), dtype=dtype, bias=bias)
+    walk = Walk(cell, False, backend, clip_value=0.5 if clipped else None)
     for save in (True, False):
-        arguments = (*inputs.values(), cell, False, save, backend)
+        arguments = (*inputs, *walk, save)
         torch.library.opcheck(torch.ops.fastrnn.scan_forward.default, arguments, test_utils=tests)
         torch.library.opcheck(
             torch.ops.fastrnn.scan_forward.default, arguments, test_utils=("test_aot_dispatch_dynamic",)
         )
-    outputs = torch.ops.fastrnn.scan_forward(*inputs.values(), cell, False, True, backend)
-    arguments = (*backward_arguments(inputs, outputs, cell, "clip" in features), backend)
+    kept = kept_of(ScanOutputs(*torch.ops.fastrnn.scan_forward(*inputs, *walk, True)))
+    incoming = IncomingGradients(dy=torch.ones_like(kept.y))
+    if clipped and kept.c is not None:
+        incoming = incoming._replace(dc=torch.ones_like(kept.c))
+    arguments = (*incoming, *kept, *inputs._replace(gx=None), *walk, clipped)
     torch.library.opcheck(
         torch.ops.fastrnn.scan_backward.default, arguments, test_utils=(*tests, "test_aot_dispatch_dynamic")
     )
 
 
-@pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+@needs_cpu_library
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_layer_norm_takes_no_pass_over_the_gates_beside_the_scan(cell):
     """The backward of the scan calls the same ops on tensors as large as the gates, with layer norm and without."""
-    steps, G, lstm = 300, len(CELLS[cell].gates), cell == "lstm"
+    steps, G = 300, len(CELLS[cell].gates)
 
     class Large(TorchDispatchMode):
         def __init__(self):
@@ -161,10 +112,10 @@ def test_layer_norm_takes_no_pass_over_the_gates_beside_the_scan(cell):
             return found
 
     def ops(norm):
-        h0, c0 = random(B, H, seed=1), random(B, H, seed=2) if lstm else None
-        ln_c = (random(H, seed=4), random(H, seed=5)) if norm and lstm else ()
-        weights = Weights(random(G * H, H), None, None, random(G * H, seed=3) if norm else None, *ln_c)
-        y = scan(cell, random(steps, B, G * H), weights, h0, c0, backend="cpu").y
+        features = ("layer_norm",) if norm else ()
+        inputs = random_inputs(cell, features, sizes=(steps, B, H), bias=False)
+        leaves = ScanInputs(*(x if x is None else x.requires_grad_() for x in inputs))
+        y = scan(leaves, Walk(cell, False, "cpu")).y
         with Large() as large:
             y.sum().backward()
         return large.ops
@@ -253,7 +204,7 @@ def test_inductor_equals_eager():
     compiled_equals_eager("inductor", "LSTM", "tap")
 
 
-@pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+@needs_cpu_library
 @pytest.mark.parametrize(
     "compiler, name, case, training",
     [
@@ -266,17 +217,23 @@ def test_inductor_equals_eager():
 )
 def test_a_compiled_step_takes_the_backend_of_the_eager_one(compiler, name, case, training, monkeypatch):
     """Forward and backward; and zeros in place of a gradient that never arrives do not send it elsewhere, or cost."""
-    calls, run = [], fastrnn.ops._run
+    calls, launcher = [], fastrnn.dispatch.launcher
 
-    def spy(scan, backend, w_hh, tensors, *rest):
-        # dc, dsaved: which gradients the backward was called with
-        given = (tensors[1] is not None, tensors[4] is not None) if scan == "scan_backward" else ()
-        calls.append((scan, backend, *given))
-        return run(scan, backend, w_hh, tensors, *rest)
+    class Spy:
+        def __init__(self, backend):
+            self.backend = backend
 
-    monkeypatch.setattr("fastrnn.ops._run", spy)
+        def forward(self, *arguments):
+            calls.append(("forward", self.backend))
+            return launcher(self.backend).forward(*arguments)
+
+        def backward(self, incoming, *rest):
+            calls.append(("backward", self.backend, incoming.dc is not None, incoming.dsaved is not None))
+            return launcher(self.backend).backward(incoming, *rest)
+
+    monkeypatch.setattr("fastrnn.dispatch.launcher", Spy)
     compiled_equals_eager(compiler, name, case, training, backend="cpu")
-    assert set(calls) == {("scan_forward", "cpu"), ("scan_backward", "cpu", case == "cells", False)}
+    assert set(calls) == {("forward", "cpu"), ("backward", "cpu", case == "cells", False)}
 
 
 def test_compile_under_no_grad():
@@ -312,10 +269,10 @@ def test_a_second_derivative_in_a_compiled_function_is_right_or_refused(kind):
     second = grad(lambda x: first(x).square().sum())
     expected = second(x)
     assert expected.abs().max() > 1e-4
-    agree([torch.compile(first, fullgraph=True, backend="aot_eager")(x)], [first(x)], **TOLERANCE)
+    agree([torch.compile(first, fullgraph=True, backend="aot_eager")(x)], [first(x)])
     with pytest.raises(torch._dynamo.exc.Unsupported, match="second derivative"):
         torch.compile(second, fullgraph=True, backend="aot_eager")(x)
-    agree([torch.compile(second, backend="aot_eager")(x)], [expected], **TOLERANCE)
+    agree([torch.compile(second, backend="aot_eager")(x)], [expected])
 
 
 def counting(model, **options):
