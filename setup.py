@@ -120,7 +120,7 @@ class BuildLibraries(build_ext):
 
 
 setup(
-    packages=["fastrnn", "fastrnn.backends", "fastrnn.kernels"],
+    packages=["fastrnn", "fastrnn.backends", "fastrnn.kernels", "fastrnn.monitoring"],
     # A top-level `kernels` would shadow the package of that name on PyPI.
     package_dir={"fastrnn.kernels": "kernels"},
     package_data={"fastrnn": ["py.typed"]},

@@ -4,7 +4,7 @@ from . import functional, init, penalties
 from .convert import convert, explain
 from .dispatch import backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .monitor import GradientMonitor
+from .monitoring import GradientMonitor
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Whole models: torch.nn's recurrent modules in place of fastrnn's and back, and which backend a module would take."""
+"""Whole models: fastrnn's recurrent modules in place of torch.nn's, and back; and the backend that a call takes."""
 
 import sys
 import warnings
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from . import dispatch, functional, modules
+from . import checks, dispatch, functional, modules
 from .dispatch import Explanation
 
 _KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
@@ -21,7 +21,7 @@ _COMPILED = "_compiled_call_impl"  # module.compile() puts it there
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile returned this module, which holds on to the call of the one inside."""
+    """Whether torch.compile returned this module; it keeps a reference to the call of the module inside."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
@@ -31,7 +31,7 @@ def _is_on(setting) -> bool:
 
 
 def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
-    """The same module in the other library, with the very same parameters, and whatever its user put on it."""
+    """The same module in the other library, with the same parameter objects and everything its user added to it."""
     if library is nn:
         on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
         if on:
@@ -44,7 +44,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     if kind.endswith("Cell"):
         settings = {name: v for name, v in settings.items() if name in ("bias", "nonlinearity")}
     elif settings["num_layers"] == 1:
-        settings["dropout"] = 0.0  # set below; the constructors warn of it
+        settings["dropout"] = 0.0  # set below: the constructors would warn of it
     new = getattr(library, kind)(module.input_size, module.hidden_size, **settings, device="meta")
     if hasattr(module, "dropout"):
         new.dropout = module.dropout
@@ -65,20 +65,22 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
 def convert(model: nn.Module, to: str = "fastrnn") -> Any:
     """Replaces every recurrent module inside `model` by its twin of the other library, parameters shared.
 
+    Optimisers keep working: the parameters are the same objects, and so are buffers, submodules and attributes that
+    were added to a module. Hooks are not carried over, with a warning. These modules are left as they are, with a
+    warning: subclasses of torch.nn's (parametrized ones, say); modules whose weights a hook or a wrapper computes
+    (weight_norm, pruning, weight drop); modules with a method of their own in place of the class's; and modules that
+    are compiled by themselves (convert them before compiling).
+
     Args:
         model: any module; it is changed in place, unless it is a recurrent module itself.
         to: "fastrnn" turns torch.nn's LSTM, GRU, RNN and cells into fastrnn's; "torch" turns them back.
 
     Returns:
-        The model; the new module where `model` itself was replaced. Optimisers keep working: the parameters are the
-        same objects, and so are buffers, submodules and attributes that were added to such a module. With a warning,
-        hooks stay behind, and these are left alone: subclasses of torch.nn's modules (parametrized ones, say), modules
-        whose weights hooks or a wrapper compute (weight_norm, pruning, weight drop), those with a method of their own
-        in place of the class's, and those that are compiled by themselves, to be converted before.
+        The model, or the new module where `model` itself was replaced.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: an unknown `to`; or, on the way back, an extra that torch.nn does not have.
+        TypeError: `model` is not a module.
+        ValueError: `to` is unknown; or, on the way back, a module uses an extra that torch.nn does not have.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a module, got {model!r}")
@@ -119,14 +121,21 @@ def convert(model: nn.Module, to: str = "fastrnn") -> Any:
 
 
 def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
-    """Which backend `module(input, hx, **call)` runs on, and why not the others; print it to see the table.
+    """Tells which backend `module(input, hx, **call)` runs on, and why not the others; print it to see the table.
 
     Args:
         module: a `fastrnn.LSTM`, `GRU`, `RNN` or one of their cells.
         input, hx, call: as in the module's forward.
+
+    Returns:
+        An `Explanation`: the request, the chosen backend, and a row per backend.
+
+    Raises:
+        TypeError: the module is of another class.
+        ValueError, RuntimeError: as in the module's forward.
     """
     if isinstance(module, modules._Cell):
-        call = functional.check_step(*module._call(input, hx))
+        call = checks.check_step(*module._call(input, hx))
         return dispatch.explanation(call.request, module.backend)
     if not isinstance(module, modules._Recurrent):
         kind = type(module)

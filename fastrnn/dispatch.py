@@ -1,10 +1,11 @@
-"""The backend table: who can run a call, who should, and why not the others.
+"""The backend table: which backends can run a call, which one should, and why not the others.
 
-`why_not(request)` of a backend says only whether it **can**. `choose` takes the capable ones in the order of the
-table; a backend forced by argument, by `with fastrnn.backend(name)` or by the environment's `FASTRNN_BACKEND` raises
-its reason instead of giving way to another.
+`why_not(request)` of a backend says only whether it **can** run the call. `choose` takes the first that can, in the
+order of the table. A backend forced by argument, by `with fastrnn.backend(name)` or by the environment variable
+`FASTRNN_BACKEND` raises its reason instead of giving way to another.
 """
 
+import math
 import os
 import threading
 import warnings
@@ -16,28 +17,24 @@ from typing import NamedTuple
 
 import torch
 
+from . import aten
 from .arguments import ScanInputs, Walk
 from .backends import cpu, cuda, reference, triton
 
 
 class Request(NamedTuple):
-    """What a call needs: enough to say which backend can run it, and which should.
+    """The properties of a call that decide which backends can run it, and which one should."""
 
-    `features` holds what goes beyond torch.nn's plain call, out of `FEATURES`. `steps`, `batch`: T and B; 0 where they
-    are not known (tracing). `packed`: of a PackedSequence, the share of T*B that is there; None of another input.
-    `gradients`: whether a backward may follow.
-    """
-
-    cell: str
+    cell: str  # a name of the cell table
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
     hidden_size: int
     proj_size: int = 0
-    features: frozenset[str] = frozenset()
-    steps: int = 0
-    batch: int = 0
-    packed: float | None = None
-    gradients: bool = False
+    features: frozenset[str] = frozenset()  # out of FEATURES: what goes beyond torch.nn's plain call
+    steps: int = 0  # T; 0 where it is not known (tracing)
+    batch: int = 0  # B, likewise
+    packed: float | None = None  # of a PackedSequence, the share of T*B that is no padding; None of other input
+    gradients: bool = False  # whether a backward may follow
 
 
 FEATURES = (
@@ -48,26 +45,12 @@ FEATURES = (
 )  # fmt: skip
 
 
-ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def _aten_why_not(request: Request) -> str | None:
-    # torch's kernels know packed sequences and projections; packing is unfolded before it gets here.
-    beyond = request.features - {"projection"}
-    if beyond:
-        beyond = sorted(beyond)
-        return f"torch's own kernels take only plain calls; this one has {', '.join(beyond)}"
-    if request.cell not in ATEN_CELLS:
-        return f"torch has no {request.cell}"
-    return None
-
-
 @dataclass(frozen=True)
 class Backend:
     """A row of the table.
 
-    `auto` names the device types on which `choose` may take this backend unasked (None: all); `measured` says what that
-    rests on. `directions`: a call of its scan may hold both directions of a layer, and run them side by side.
+    `auto` names the device types on which `choose` may take this backend without being asked (None: all); `measured`
+    names the evidence for that. `directions`: one call of its scan can run both directions of a layer, side by side.
     """
 
     name: str
@@ -84,11 +67,11 @@ class Backend:
         return self.why_not(request)
 
 
-# In the order in which `choose` takes them, but for `ranked`.
+# In the order in which `choose` takes them, unless `ranked` has evidence for another.
 BACKENDS: dict[str, Backend] = {
     row.name: row
     for row in (
-        Backend("aten", None, "torch's own kernels, the yardstick", _aten_why_not),
+        Backend("aten", None, "torch's own kernels, the yardstick", aten.why_not),
         Backend("triton", (), "never run on a GPU yet, so only when asked for", triton.why_not, triton, True),
         Backend("cuda", (), "never run on a GPU yet, so only when asked for", cuda.why_not, cuda, True),
         Backend(
@@ -109,14 +92,15 @@ CPU_FIRST = {  # (packed, gradients)
     (True, False): {"lstm": 32, "gru": 32, "rnn_tanh": 128, "rnn_relu": 128},
     (True, True): {"lstm": 16, "gru": 16, "rnn_tanh": 32, "rnn_relu": 32},
 }
-"""Where torch runs a cell step by step on a CPU: from so many steps on, the C++ scan takes less time for float32 input
-(bench/results/auto-cpu.json). With fewer, what goes around a call decides, and torch has less of it."""
+"""The number of steps T from which the C++ scan takes less time than torch, where torch runs a cell step by step on a
+CPU, for float32 input (bench/results/auto-cpu.json). In shorter calls the overhead of a call decides, and torch has
+less of it."""
 MOST_ELEMENTS = {(False, False): 1 << 15, (False, True): 1 << 14, (True, False): 1 << 13, (True, True): 1 << 14}
-"""B*H up to which it does."""
+"""The largest B*H for which that holds."""
 WIDE_STEP = 512
-"""H from which on a single step of one float32 sequence, with what torch.nn does not have, is the reference's: its
-products share a row among all threads (bench/results/auto-cpu.json,
-which has neither another dtype nor a projection there)."""
+"""The H from which the reference is faster than the C++ scan in a single step of one float32 sequence, in calls that
+torch.nn cannot run: its products share a row among all threads (bench/results/auto-cpu.json, where no other dtype and
+no projection was measured)."""
 
 
 def _cpu_first(request: Request) -> bool:
@@ -124,7 +108,7 @@ def _cpu_first(request: Request) -> bool:
     fewest = CPU_FIRST[kind].get(request.cell)
     if request.device != "cpu" or request.dtype != torch.float32 or fewest is None:
         return False
-    # oneDNN takes the steps of an LSTM at once, if it has no projection and all sequences are of one length.
+    # oneDNN runs all steps of an LSTM in one call, if it has no projection and all sequences have one length.
     at_once = request.cell == "lstm" and not request.proj_size and request.packed in (None, 1)
     few_elements = request.batch * request.hidden_size <= MOST_ELEMENTS[kind]
     return request.steps >= fewest and few_elements and not at_once
@@ -135,10 +119,16 @@ def _wide_step(request: Request) -> bool:
     return measured and request.steps * request.batch == 1 and request.hidden_size >= WIDE_STEP
 
 
-def is_torchs(cell: str, steps: int, proj_size: int, gradients: bool) -> bool:
-    """Whether `choose` leaves a plain call to torch, going by these alone, because nobody asks for another backend."""
-    at_once = cell == "lstm" and not proj_size
-    return (at_once or steps < CPU_FIRST[False, gradients].get(cell, 0)) and steps > 0 and forced(None) is None
+def most_steps_of_torch(cell: str, proj_size: int, gradients: bool) -> float:
+    """The most steps T with which `choose` leaves a plain call to torch, whatever its other sizes.
+
+    0 where a backend is forced, infinite where torch always runs the call.
+    """
+    if forced(None) is not None or cell not in aten.KNOWN_CELLS:
+        return 0
+    if cell == "lstm" and not proj_size:
+        return math.inf
+    return CPU_FIRST[False, gradients][cell] - 1
 
 
 def ranked(request: Request) -> list[Backend]:
@@ -152,7 +142,7 @@ def ranked(request: Request) -> list[Backend]:
 
 
 def launcher(name: str) -> ModuleType:
-    """The launcher of a backend: `forward` and `backward`."""
+    """The module that runs a backend's scan: it has `forward` and `backward`."""
     return BACKENDS[name].launcher
 
 
@@ -177,9 +167,14 @@ def check_name(name: str, source: str) -> str:
 
 @contextmanager
 def backend(name: str):
-    """Within the block, every fastrnn call of this thread runs on backend `name` ("auto" lifts an outer choice).
+    """Context manager: within it, every fastrnn call of this thread runs on one backend.
 
-    Raises ValueError for an unknown name; a call that the backend cannot run raises RuntimeError with the reason.
+    Args:
+        name: of the backend table; "auto" lifts the choice of an outer block.
+
+    Raises:
+        ValueError: there is no backend of this name. (A call that the backend cannot run raises RuntimeError with the
+            reason.)
     """
     previous, _forced.name = _forced.name, None if name == "auto" else check_name(name, "fastrnn.backend")
     try:
@@ -189,7 +184,7 @@ def backend(name: str):
 
 
 def forced(argument: str | None) -> str | None:
-    """The name of the backend that argument, context or environment ask for, in this order, or None."""
+    """The name of the backend that the argument, the context or the environment forces, in this order, or None."""
     name = argument or _forced.name or os.environ.get("FASTRNN_BACKEND")
     if not name or name == "auto":
         return None
@@ -208,9 +203,13 @@ def _chosen(request: Request, argument: str | None) -> str:
 
 
 def choose(request: Request, argument: str | None = None) -> str:
-    """The name of the backend that runs `request`.
+    """The name of the backend that runs `request`; `argument` is the name that the user gave, if any.
 
-    Warns, once for each type of device, where nobody asked for the slow loop of `reference` and it is taken.
+    Warns, once per device type, when it falls back to the slow loop of `reference` without being asked to.
+
+    Raises:
+        ValueError: the name of a forced backend is unknown.
+        RuntimeError: a forced backend cannot run the call.
     """
     name = _chosen(request, argument)
     slow = request.steps > 1 and request.device != "meta" and request.dtype != torch.float64
@@ -240,11 +239,11 @@ def _warn_of_loop(request: Request) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `fastrnn.explain` returns; prints as a table."""
+    """The result of `fastrnn.explain`; prints as a table."""
 
     request: Request
     chosen: str
-    rows: tuple[tuple[str, str, str], ...]  # backend, can it, what its place rests on
+    rows: tuple[tuple[str, str, str], ...]  # backend; "yes" or why it cannot; its rank and the evidence for that
 
     def __str__(self) -> str:
         features = ", ".join(sorted(self.request.features)) or "plain"

@@ -3,10 +3,11 @@
     rnn = fastrnn.init.orthogonal_(fastrnn.LSTM(32, 128))
     fastrnn.init.chrono_(rnn, t_max=200)
 
-torch.nn stacks the gates of a cell in one matrix `[G*H, I]`; drawn as a whole it has the wrong fan-out and is
-orthogonal across the gates. Every function here takes fastrnn's and torch.nn's LSTM, GRU, RNN and their cells, and any
-model that holds some: then all of them, every layer and direction. It writes in place, so optimisers and shared weights
-see it, draws from torch's global generator, returns the module, and changes only what its equation names:
+torch.nn stacks the gates of a cell in one matrix `[G*H, I]`. Drawn as a whole, it has the wrong fan-out and is
+orthogonal across the gates. Every function here takes fastrnn's and torch.nn's LSTM, GRU, RNN and their cells, or any
+model that contains some, and initialises all of them, every layer and direction. It writes in place, so that optimisers
+and shared weights see the new values, draws from torch's global generator, returns the module, and changes only the
+parameters of its row:
 
 | function       | changes                          | on            |
 |----------------|----------------------------------|---------------|
@@ -17,8 +18,8 @@ see it, draws from torch's global generator, returns the module, and changes onl
 | `forget_bias_` | both biases of f                 | LSTM          |
 | `chrono_`      | both biases of i and f, or of z  | LSTM, GRU     |
 
-All raise ValueError, before anything is changed, where the model holds no recurrent module, one of a cell that the
-function is not for, one without the biases it sets, or one whose weights are parametrized.
+All raise ValueError, before anything is changed, if the model contains no recurrent module, or one of another cell, or
+one without the biases that the function sets, or one whose weights are parametrized or computed by hooks.
 """
 
 import math
@@ -36,11 +37,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 RNNS = tuple(name for name in CELLS if name.startswith("rnn_"))
 ACTIVATION = {"g": "tanh", "n": "tanh"} | {CELLS[name].gates[0]: CELLS[name].gates[0] for name in RNNS}
-"""What follows a gate's pre-activation; the logistic function where nothing is said."""
+"""The activation of each gate; the logistic function of those that are not listed."""
 
 
 class _Layer(NamedTuple):
-    """One layer in one direction: the rows of each gate, `{gate: [H, ...]}`, views of the parameters."""
+    """One layer in one direction: the rows of each gate, `{gate: [H, ...]}`, as views of the parameters."""
 
     cell: str
     W_ih: dict[str, Tensor]
@@ -51,7 +52,7 @@ class _Layer(NamedTuple):
 
 
 def _cell(module: nn.Module) -> str | None:
-    """The row of the cell table; None for what is not recurrent."""
+    """The name in the cell table; None for a module that is not recurrent."""
     if isinstance(module, (_Recurrent, _Cell)):
         return module._cell
     if isinstance(module, nn.RNNBase):
@@ -62,7 +63,7 @@ def _cell(module: nn.Module) -> str | None:
 
 
 def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS), biases: bool = False) -> list[_Layer]:
-    """All layers and directions of all recurrent modules; raises what the head of this file promises."""
+    """All layers and directions of all recurrent modules; raises the ValueErrors described at the top of this file."""
     found = [(name, module, _cell(module)) for name, module in model.named_modules() if _cell(module)]
     if not found:
         raise ValueError(f"{function}: {type(model).__name__} holds no LSTM, GRU, RNN or cell of fastrnn or torch.nn")
@@ -115,7 +116,8 @@ def _set_bias(layer: _Layer, gate: str, value: Tensor | float) -> None:
 def xavier_(module: Module, gain: float = 1.0) -> Module:
     """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(6 / (fan_in + fan_out)).
 
-    Keeps the variance level in both directions while the activations are near linear. A projection's W_hr likewise.
+    While the activations are near linear, this keeps the variance level, forward and backward. A projection's W_hr is
+    drawn likewise.
     X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
     """
     for layer in _layers(module, "xavier_"):
@@ -130,10 +132,10 @@ def xavier_(module: Module, gain: float = 1.0) -> Module:
 def kaiming_(module: Module) -> Module:
     """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(3 / fan_in).
 
-    The gain is that of the activation behind the gate: logistic 1, tanh 5/3, ReLU sqrt(2), leaky ReLU
-    sqrt(2 / (1 + 0.01²)), ELU 1.245 (1 / sqrt(E[elu(z)²]) over a standard normal z). A projection's W_hr has gain 1.
-    K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", 2015. W_hh is applied T times, so its gain above 1
-    compounds: for long sequences follow it by `orthogonal_` or `identity_`.
+    The gain is that of the gate's activation: logistic 1, tanh 5/3, ReLU sqrt(2), leaky ReLU sqrt(2 / (1 + 0.01²)),
+    ELU 1.245 (1 / sqrt(E[elu(z)²]) over a standard normal z). A projection's W_hr has gain 1. W_hh is applied T times,
+    so that a gain above 1 compounds: for long sequences, call `orthogonal_` or `identity_` afterwards.
+    K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", 2015.
     """
     for layer in _layers(module, "kaiming_"):
         for gates in (layer.W_ih, layer.W_hh):
@@ -146,16 +148,16 @@ def kaiming_(module: Module) -> Module:
 
 @torch.no_grad()
 def orthogonal_(module: Module, gain: float = 1.0) -> Module:
-    """Each gate's block of W_hh: gain times a random orthogonal `[H, H]` matrix; with a projection, `[H, P]`,
-    orthonormal columns.
+    """Each gate's block of W_hh: gain times a random orthogonal `[H, H]` matrix.
 
-    All its singular values are `gain`, so W_hh by itself keeps a gradient's length at gain 1; the activations do not.
+    With a projection it is `[H, P]` and has orthonormal columns. All its singular values are `gain`, so that with gain
+    1 W_hh by itself keeps the norm of a gradient; the activations do not.
     A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep linear neural
     networks", 2014.
     """
     for layer in _layers(module, "orthogonal_"):
         for block in layer.W_hh.values():
-            # The decomposition behind it is not there for the half types.
+            # The QR decomposition that it uses does not exist for the half types.
             wide = block if block.dtype == torch.float64 else block.float()
             block.copy_(nn.init.orthogonal_(wide, gain))
     return module
@@ -165,9 +167,9 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
 def identity_(module: Module, scale: float = 1.0) -> Module:
     """RNN: W_hh = scale I and all biases 0, so that without input a ReLU keeps its state, h_t = scale h_{t-1}.
 
-    With ReLU this is the IRNN: Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize recurrent networks of rectified
-    linear units", 2015. They draw W_ih from N(0, 0.001) (leave that to `torch.nn.init.normal_`; here it stays) and take
-    scale = 0.01 for tasks that need little memory.
+    With ReLU this is the IRNN of Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize recurrent networks of
+    rectified linear units", 2015. The paper also draws W_ih from N(0, 0.001), which `torch.nn.init.normal_` does and
+    this function does not, and takes scale = 0.01 for tasks that need little memory.
     """
     for layer in _layers(module, "identity_", RNNS):
         for block in layer.W_hh.values():
@@ -181,9 +183,9 @@ def identity_(module: Module, scale: float = 1.0) -> Module:
 def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """LSTM: the bias of the forget gate, b_ih + b_hh, is `value` (in b_ih; b_hh is 0 there).
 
-    At the start the cell then keeps sigmoid(value) of itself per step instead of a half.
-    R. Jozefowicz, W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures", 2015, who
-    recommend 1, after F. Gers, J. Schmidhuber, F. Cummins, "Learning to forget", 2000.
+    At the start of training the cell then keeps the share sigmoid(value) of c per step, instead of a half.
+    R. Jozefowicz, W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures", 2015,
+    recommends 1, after F. Gers, J. Schmidhuber, F. Cummins, "Learning to forget", 2000.
     """
     for layer in _layers(module, "forget_bias_", ("lstm",), biases=True):
         _set_bias(layer, "f", value)
@@ -197,16 +199,17 @@ def chrono_(module: Module, t_max: float) -> Module:
         LSTM   b_f = log U(1, t_max - 1),  b_i = -b_f
         GRU    b_z = log U(1, t_max - 1)
 
-    (b_ih + b_hh; the draw is in b_ih, and b_hh is 0 there.) A gate with bias b keeps the state for about
-    1 / (1 - sigmoid(b)) = 1 + exp(b) steps. The GRU's z is what it keeps, so it is minus the gate of the paper.
+    These are the sums b_ih + b_hh: b_ih gets the draw, and b_hh is 0 there. A gate with bias b keeps the state for
+    about 1 / (1 - sigmoid(b)) = 1 + exp(b) steps. The GRU's z is the share that it keeps, so its bias has the opposite
+    sign of that in the paper.
     C. Tallec, Y. Ollivier, "Can recurrent neural networks warp time?", 2018.
 
     Args:
         module: as for all functions here.
-        t_max: the longest dependency to expect in steps, at least 2; the sequence length if nothing better is known.
+        t_max: the longest expected dependency in steps, at least 2; the sequence length if nothing better is known.
 
     Raises:
-        ValueError: also where t_max is below 2 or not finite.
+        ValueError: also if t_max is below 2 or not finite.
     """
     if not 2 <= t_max < math.inf:
         raise ValueError(f"t_max should be a finite number of steps, at least 2, got {t_max}")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import functional
+from . import aten, checks, dispatch, functional
 from .cells import layer_shapes, network_shapes
+from .linear import tracing
 
-# Constructor arguments and their defaults: torch.nn's, and ours.
+# Constructor arguments and their defaults: torch.nn's, and fastrnn's own.
 PLAIN = {
     "proj_size": 0,
     "num_layers": 1,
@@ -44,20 +45,6 @@ _FORWARDED = (
 )  # fmt: skip
 
 
-def _check_sizes(**sizes) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
-
-
-def _check_flags(**flags) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-
-
 def _uniform(module: nn.Module, hidden_size: int) -> None:
     """torch.nn's default, U(-1/sqrt(H), 1/sqrt(H)); layer norms start as the identity."""
     bound = 1 / math.sqrt(hidden_size)
@@ -71,8 +58,11 @@ def _uniform(module: nn.Module, hidden_size: int) -> None:
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether somebody makes weights anew at every call, so that they are attributes and no parameters: torch.nn.utils'
-    weight_norm, spectral_norm and prune; a wrapper that drops weights, whose attributes are not there before a call."""
+    """Whether a hook or a wrapper computes weights at every call, so that they are attributes instead of parameters.
+
+    weight_norm, spectral_norm and prune of torch.nn.utils do; so does a wrapper that drops weights, whose attributes do
+    not exist before the first call.
+    """
     kinds = ("weight_", "bias_")
     if any(name.startswith(kinds) and isinstance(value, Tensor) for name, value in vars(module).items()):
         return True
@@ -81,7 +71,7 @@ def has_computed_weights(module: nn.Module) -> bool:
 
 
 class _Recurrent(nn.Module):
-    """What LSTM, GRU and RNN share: the constructor, the parameters, the call."""
+    """The base class of LSTM, GRU and RNN: the constructor, the parameters, the call."""
 
     def __init__(
         self,
@@ -107,34 +97,29 @@ class _Recurrent(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        _check_flags(
+        checks.check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        checks.check_flags(
             bias=bias, batch_first=batch_first,
             layer_norm=layer_norm, residual=residual, locked_dropout=locked_dropout,
         )  # fmt: skip
-        if proj_size < 0:
-            raise ValueError("proj_size should be a positive integer or zero to disable projections")
-        if proj_size >= hidden_size:
-            raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
-        dropout = functional.check_probability("dropout", dropout)
-        if dropout > 0 and num_layers == 1:
+        checks.check_projection(proj_size, hidden_size)
+        options = checks.check_options(
+            self._cell, num_layers, bool(bidirectional), dropout, True, residual, locked_dropout, recurrent_dropout,
+            zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+        )  # fmt: skip
+        dispatch.forced(backend)
+        if options.dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                f"num_layers greater than 1, but got dropout={options.dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
         for name, on in (("residual", residual), ("locked_dropout", locked_dropout)):
             if on and num_layers == 1:
                 warnings.warn(f"{name} acts between layers, and does nothing with num_layers=1", stacklevel=3)
-        functional.check_probability("recurrent_dropout", recurrent_dropout)
-        functional.check_probability("weight_dropout", weight_dropout)
-        functional.check_zoneout(self._cell, zoneout)
-        functional.check_bound("clip_state_grad_norm", clip_state_grad_norm, tensor=True)
-        functional.check_bound("clip_state_grad_value", clip_state_grad_value)
-        functional.dispatch.forced(backend)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
-        self.bidirectional, self.proj_size = bool(bidirectional), proj_size
+        self.bias, self.batch_first, self.dropout = bias, batch_first, options.dropout
+        self.bidirectional, self.proj_size = options.bidirectional, proj_size
         self.layer_norm, self.residual, self.locked_dropout = layer_norm, residual, locked_dropout
         self.recurrent_dropout, self.zoneout, self.weight_dropout = recurrent_dropout, zoneout, weight_dropout
         self.clip_state_grad_norm, self.clip_state_grad_value = clip_state_grad_norm, clip_state_grad_value
@@ -149,7 +134,7 @@ class _Recurrent(nn.Module):
 
     @property
     def _cell(self) -> str:
-        """The row of the cell table."""
+        """The name in the cell table."""
         raise TypeError("instantiate LSTM, GRU or RNN")
 
     def _shapes(self):
@@ -165,7 +150,7 @@ class _Recurrent(nn.Module):
 
     @property
     def _all_weights(self) -> list[list[str]]:
-        """torch.nn's name for the names, which initialisation in many a published model reads."""
+        """`all_names` under torch.nn's private name, which the initialisation of many published models reads."""
         return self.all_names
 
     @property
@@ -178,23 +163,8 @@ class _Recurrent(nn.Module):
         _uniform(self, self.hidden_size)
 
     def flatten_parameters(self) -> None:
-        """Lays the weights out in the one chunk that cuDNN wants; matters only to the `aten` backend on a GPU."""
-        # Only what is stored: a computed weight may not be there yet, or change by being looked at (spectral norm).
-        weights = [self._parameters.get(name) for row in self.all_names for name in row]
-        first = weights[0]
-        if self.layer_norm or self._cell not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-            return
-        if not all(type(w) is Parameter and w.is_cuda and w.dtype == first.dtype for w in weights):
-            return
-        if not torch.backends.cudnn.is_acceptable(first) or len({w.data_ptr() for w in weights}) != len(weights):
-            return
-        mode = torch.backends.cudnn.rnn.get_cudnn_mode(self.mode)
-        per_layer = len(self.all_names[0])
-        with torch.cuda.device_of(first), torch.no_grad():
-            torch._cudnn_rnn_flatten_weight(
-                weights, per_layer, self.input_size, mode, self.hidden_size, self.proj_size,
-                self.num_layers, self.batch_first, self.bidirectional,
-            )  # fmt: skip
+        """Lays the weights out in the one chunk that cuDNN wants. It matters only to the `aten` backend on a GPU."""
+        aten.flatten_weights(self)
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
@@ -206,92 +176,42 @@ class _Recurrent(nn.Module):
         return {name: getattr(self, name) for name in _FORWARDED}
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
-        stored = self._parameters  # parametrized weights are not in it, but attributes
+        stored = self._parameters  # parametrized weights are not in it: they are attributes
         names = (name for row in self.all_names for name in row)
         return {name: stored[name] if name in stored else getattr(self, name) for name in names}
-
-    def _directly(self, input, hx):
-        """A plain call that is correct, and that `dispatch.choose` would leave to torch, by torch's kernels at once.
-
-        None of any other call. `functional` would come to the same, but what it checks and prepares for all kinds of
-        calls takes as long as a short one itself.
-        """
-        cell, stored = self._cell, self._parameters
-        if (
-            functional.tracing()
-            or _extras(self) != _NO_EXTRAS
-            or not isinstance(input, Tensor)
-            or input.dim() not in (2, 3)
-        ):
-            return None
-        states = () if hx is None else hx if cell == "lstm" else (hx,)
-        lstm, batched, batch_dim = cell == "lstm", input.dim() == 3, 0 if self.batch_first else 1
-        if lstm and not isinstance(states, (tuple, list)):
-            return None
-        if not batched:
-            if any(state.dim() != 2 for state in states):
-                return None
-            input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
-        steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
-        if not functional.dispatch.is_torchs(cell, steps, self.proj_size, torch.is_grad_enabled()):
-            return None
-        if input.is_cuda and functional.refused_by_cudnn(input, self.training):
-            return None
-        weights, rows = [], self._shapes()
-        for names in rows:
-            for name, shape in names:
-                weight = stored.get(name)  # none where it is computed at every call, and no parameter
-                if weight is None or weight.shape != shape:
-                    return None
-                weights.append(weight)
-        dtype, device, stacked = weights[0].dtype, weights[0].device, len(rows)
-        # That all weights are on one device, torch's kernels ask themselves.
-        if input.shape[2] != self.input_size or input.dtype != dtype or input.device != device:
-            return None
-        shapes = [(stacked, batch, self.proj_size or self.hidden_size), (stacked, batch, self.hidden_size)]
-        shapes = shapes if lstm else shapes[:1]
-        if hx is None:
-            states = [input.new_zeros(shape) for shape in shapes]
-        elif len(states) != len(shapes):
-            return None
-        else:
-            for state, shape in zip(states, shapes, strict=True):
-                if state.shape != shape or state.dtype != dtype or state.device != device:
-                    return None
-        y, *states = getattr(torch, cell)(
-            input, states if lstm else states[0], weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, self.batch_first,
-        )  # fmt: skip
-        if not batched:
-            y, states = y.squeeze(batch_dim), [state.squeeze(1) for state in states]
-        return y, tuple(states) if lstm else states[0]
 
     def forward(self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False):
         """Runs the network.
 
         Args:
-            input: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]` unbatched, or a PackedSequence.
-            hx: initial states as for torch.nn, or None for zeros.
-            lengths: integer tensor `[B]`; beyond its length a sequence's state is carried unchanged and its output is
-                zero, as with a PackedSequence. Zeros allowed. Read back nowhere: on a GPU it is clamped to [0, T].
-            reset_mask: bool `[T, B]` (`[B, T]` with batch_first), a tensor or what torch.as_tensor takes; True where a
-                step starts a new segment: the state before it is zero, no gradient crosses.
-            tap: zeros `[L*D, 2, S, T, B]`, float32 (float64 for float64 input), requiring grad; after `.backward()` its
-                `.grad` holds ||dL/ds_t||: `[:, 0]` total (before clipping), `[:, 1]` the part carried back from the
-                next step. S = 2 (h, c) for the LSTM, else 1. A report, not a derivative.
+            input: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]` unbatched, or a PackedSequence; of the
+                parameters' dtype, unless autocast is on.
+            hx: initial states as for torch.nn, or None for zeros: `h0 [L*D, B, H]`; for the LSTM
+                `(h0 [L*D, B, P], c0 [L*D, B, H])`.
+            lengths: integer tensor `[B]`, each in [0, T]. After the end of a sequence its state is carried unchanged
+                and its output is zero, as with a PackedSequence. On a GPU the values are not read back but clamped.
+            reset_mask: bool `[T, B]` (`[B, T]` with batch_first), a tensor or anything that torch.as_tensor takes.
+                True where a step starts a new segment: the state before it is zero, and no gradient crosses.
+            tap: zeros `[L*D, 2, S, T, B]`, float32 (float64 for float64 input), requiring grad. After `.backward()`
+                its `.grad` holds the norms ||dL/ds_t||: `[:, 0]` the total (before clipping), `[:, 1]` the part
+                carried back from the next step. S is the number of states: 2 (h, c) for the LSTM, otherwise 1. The
+                norms are a report, not a derivative.
             return_cells: also return c of every step of the last layer (LSTM).
 
         Returns:
             What torch.nn's module returns; with `return_cells` c `[T, B, D*H]` as a third value.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn for its arguments, and for the others naming what was expected.
+            ValueError, RuntimeError: an argument does not fit; of the type that torch.nn raises, where it does. Also
+                where a forced backend cannot run the call.
         """
-        if lengths is None and reset_mask is None and tap is None and not return_cells:
-            result = self._directly(input, hx)
+        plain = lengths is None and reset_mask is None and tap is None and not return_cells
+        if plain and not tracing() and _extras(self) == _NO_EXTRAS:
+            most_steps = dispatch.most_steps_of_torch(self._cell, self.proj_size, torch.is_grad_enabled())
+            result = aten.directly(self, input, hx, most_steps) if most_steps else None
             if result is not None:
                 return result
-        return functional._recurrent(
+        return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
             tap=tap, return_cells=return_cells, **self._arguments(),
         )  # fmt: skip
@@ -308,19 +228,23 @@ class _Recurrent(nn.Module):
 _ARGUMENTS = """
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.
-        layer_norm: LN on W_ih x and on W_hh h, each over all gates (weight only; the biases are the shifts), and for
-            the LSTM on c inside the tanh. Ba et al. 2016.
+        layer_norm: layer norm of W_ih x and of W_hh h, each over all gates (weight only: the biases are the shifts),
+            and for the LSTM of c inside the tanh (Ba et al. 2016).
         residual: from the second layer on, a layer's output is h + its input.
-        locked_dropout: hold the mask of `dropout` over time. Gal & Ghahramani 2016.
-        recurrent_dropout: probability of one mask per sequence on the h that W_hh multiplies. Gal & Ghahramani 2016.
-        zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h).
-            Krueger et al. 2017.
-        weight_dropout: DropConnect on W_hh, one mask per call. Merity et al. 2018.
-        clip_state_grad_norm: a float or 0-d tensor, positive (a tensor on a GPU is not read back, so nobody checks it);
-            at every step the joint norm of dL/dh_t and dL/dc_t of each sample is scaled down to it before it passes
-            through the cell. Changes the gradient on purpose.
-        clip_state_grad_value: the same by element, applied first.
-        backend: a name out of the backend table; None chooses the best that can.
+        locked_dropout: the mask of `dropout` is the same at every step (Gal & Ghahramani 2016).
+        recurrent_dropout: probability that a unit of the h that W_hh multiplies is dropped, by one mask per sequence
+            (Gal & Ghahramani 2016).
+        zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h)
+            (Krueger et al. 2017).
+        weight_dropout: probability that an entry of W_hh is dropped, by one mask per call (Merity et al. 2018).
+        clip_state_grad_norm: a positive float or 0-d tensor (on a GPU its value is not read back, so not checked). At
+            every step, where the joint norm of dL/dh_t and dL/dc_t of a sample exceeds it, both are scaled down to it
+            before they pass through the cell. This changes the gradient on purpose.
+        clip_state_grad_value: a bound on each element of dL/dh_t and dL/dc_t, applied first.
+        backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; of the type that torch.nn raises, where it does.
 """
 
 
@@ -351,8 +275,7 @@ class GRU(_Recurrent):
     _cell = "gru"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection("proj_size" in kwargs)
-        super().__init__(*_skip_projection(args), **kwargs)
+        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
 
 
 class RNN(_Recurrent):
@@ -368,23 +291,22 @@ class RNN(_Recurrent):
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection("proj_size" in kwargs)
         if len(args) > 3:
             self.nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        super().__init__(*_skip_projection(args), **kwargs)
+        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
 
     @property
     def _cell(self) -> str:
-        return functional.rnn_cell(self.nonlinearity)
+        return checks.rnn_cell(self.nonlinearity)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
 
 
 def _show_arguments() -> None:
-    """GRU and RNN take what torch.nn's take, in two orders; who asks for their signature sees the documented one."""
+    """Gives GRU and RNN the signature that is documented. Their constructors take two orders, as torch.nn's do."""
     arguments = list(inspect.signature(_Recurrent.__init__).parameters.values())
     arguments = [one for one in arguments if one.name != "proj_size"]
     GRU.__init__.__signature__ = inspect.Signature(arguments)
@@ -396,23 +318,8 @@ def _show_arguments() -> None:
 _show_arguments()
 
 
-def _refuse_projection(asked: bool) -> None:
-    if asked:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-def _skip_projection(args: tuple) -> tuple:
-    """Positional arguments with proj_size in its place: torch.nn's GRU and RNN document none, but take a 0 there."""
-    if len(args) <= 7:
-        return args
-    if isinstance(args[7], int):
-        _refuse_projection(args[7] != 0)
-        return args
-    return (*args[:7], 0, *args[7:])
-
-
 class _Cell(nn.Module):
-    """What LSTMCell, GRUCell and RNNCell share: a network of one layer that walks one step."""
+    """The base class of LSTMCell, GRUCell and RNNCell: a network of one layer and one step."""
 
     def __init__(
         self,
@@ -426,11 +333,11 @@ class _Cell(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        _check_sizes(input_size=input_size, hidden_size=hidden_size)
-        _check_flags(layer_norm=layer_norm)
+        checks.check_sizes(input_size=input_size, hidden_size=hidden_size)
+        checks.check_flags(layer_norm=layer_norm)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         self.layer_norm, self.backend = layer_norm, backend
-        functional.dispatch.forced(backend)
+        dispatch.forced(backend)
         shapes = layer_shapes(self._cell, input_size, hidden_size, 0, self.bias, layer_norm)
         self.all_names = list(shapes)
         for name, shape in shapes.items():
@@ -445,35 +352,31 @@ class _Cell(nn.Module):
         _uniform(self, self.hidden_size)
 
     def forward(self, input: Tensor, hx=None):
-        """One step: `input [B, I]` or `[I]`, states `[B, H]` or `[H]` -> the new h; `(h, c)` for the LSTM."""
-        state = functional._step(*self._call(input, hx), self.backend)
-        state = state if input.dim() == 2 else tuple(s[0] for s in state)
-        return state if self._cell == "lstm" else state[0]
+        """One step.
+
+        Args:
+            input: `[B, I]`, or `[I]` unbatched; of the parameters' dtype, unless autocast is on.
+            hx: h `[B, H]` (`[H]` unbatched); for the LSTM a pair (h, c); None for zeros.
+
+        Returns:
+            The new h; for the LSTM `(h, c)`.
+
+        Raises:
+            ValueError, RuntimeError: an argument does not fit, or a forced backend cannot run the call.
+        """
+        state = functional.step(*self._call(input, hx), self.backend)
+        if input.dim() == 1:
+            state = tuple(s[0] for s in state)
+        return state if len(state) > 1 else state[0]
 
     def _call(self, input: Tensor, hx):
-        """Cell, input `[B, I]`, states `[B, H]` and the parameters as of a network with one layer."""
-        name = type(self).__name__
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        lstm, stored = self._cell == "lstm", self._parameters
+        """The arguments of `functional.step`: cell, input `[B, I]`, states `[B, H]`, parameters."""
+        stored = self._parameters
         params = {f"{n}_l0": stored[n] if n in stored else getattr(self, n) for n in self.all_names}
-        states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-        if lstm and hx is not None and (states is not hx or len(hx) != 2):
-            came = f"{len(hx)} states" if states is hx else type(hx).__name__
-            raise RuntimeError(f"{name}: hx should be a pair (h, c), got {came}")
-        dtype = params["weight_ih_l0"].dtype
-        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {dtype}")
-        x = input if input.dim() == 2 else input.unsqueeze(0)  # not by torch.atleast_2d, which a small cell would feel
-        shape, rows = (x.shape[0], self.hidden_size), []
-        for k, state in enumerate(states):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-            rows.append(state if state.dim() == 2 else state.unsqueeze(0))
-            if rows[k].shape != shape:
-                expected = [*input.shape[:-1], self.hidden_size]
-                raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(state.shape)}")
-        return self._cell, x, tuple(rows), params
+        x, states = checks.check_cell_call(
+            type(self).__name__, self._cell, self.hidden_size, params["weight_ih_l0"].dtype, input, hx
+        )
+        return self._cell, x, states, params
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -484,19 +387,19 @@ class _Cell(nn.Module):
 
 
 class LSTMCell(_Cell):
-    """One step of `LSTM`, in place of torch.nn.LSTMCell; `layer_norm` as there. Returns `(h [B, H], c [B, H])`."""
+    """One step of `LSTM`, in place of torch.nn.LSTMCell; arguments as there. Returns `(h [B, H], c [B, H])`."""
 
     _cell = "lstm"
 
 
 class GRUCell(_Cell):
-    """One step of `GRU`, in place of torch.nn.GRUCell; `layer_norm` as there. Returns `h [B, H]`."""
+    """One step of `GRU`, in place of torch.nn.GRUCell; arguments as there. Returns `h [B, H]`."""
 
     _cell = "gru"
 
 
 class RNNCell(_Cell):
-    """One step of `RNN`, in place of torch.nn.RNNCell; `layer_norm` as there. Returns `h [B, H]`."""
+    """One step of `RNN`, in place of torch.nn.RNNCell; arguments as there. Returns `h [B, H]`."""
 
     def __init__(
         self,
@@ -513,4 +416,4 @@ class RNNCell(_Cell):
 
     @property
     def _cell(self) -> str:
-        return functional.rnn_cell(self.nonlinearity)
+        return checks.rnn_cell(self.nonlinearity)

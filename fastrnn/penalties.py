@@ -1,26 +1,29 @@
-"""Terms to add to a loss, and a clip threshold that follows the norms: what torch.nn.utils and the optimisers lack.
+"""Terms to add to a loss, and a clip threshold that follows the norms.
 
-L1 and L2 on parameters, weight decay and `clip_grad_norm_` are there already; docs/recipes.md shows them side by side.
+PyTorch has the others: L1 and L2 of parameters, weight decay, `clip_grad_norm_`. docs/recipes.md shows all of them.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from .cells import CELLS
 from .dispatch import backend
 from .modules import _Recurrent
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """Over `[T, B, ...]`, of the (step, sequence) pairs that are real, bool `[T, B]`."""
+    """The mean of values `[T, B, ...]` over the (step, sequence) pairs that are no padding, `real` bool `[T, B]`."""
     if real is None:
-        return values.mean() if values.numel() else values.sum()  # of nothing: 0 and not NaN
+        return values.mean() if values.numel() else values.sum()  # the mean of no values is 0 and not NaN
     width = values.shape[2:].numel()
     return torch.where(real.unsqueeze(-1), values, 0).sum() / (real.sum() * width).clamp(min=1)
 
 
 def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """bool `[T, B]`, False in the padding; None without lengths."""
     if lengths is None:
         return None
     if tuple(lengths.shape) != (output.shape[1],):
@@ -31,16 +34,19 @@ def _real(output: Tensor, lengths: Tensor | None) -> Tensor | None:
 def activation(output: Tensor, lengths: Tensor | None = None, *, batch_first: bool = False) -> Tensor:
     """Activation regularisation, the mean of h_t²: keeps activations small.
 
-    S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017, who take it of the
-    output behind dropout. S. Merity, N. Keskar, R. Socher, "Regularizing and optimizing LSTM language models", 2018,
-    add it with a factor of 2.
+    S. Merity, B. McCann, R. Socher, "Revisiting activation regularization for language RNNs", 2017, where it is taken
+    of the output after dropout. S. Merity, N. Keskar, R. Socher, "Regularizing and optimizing LSTM language models",
+    2018, adds it to the loss with a factor of 2.
 
     Args:
         output: `[T, B, H]`; `[B, T, H]` with batch_first.
-        lengths: integer `[B]`; the padding then does not count. No host sync.
+        lengths: integer `[B]`; the padding then does not count. The values are not read back from a GPU.
 
     Returns:
         A scalar, of output's dtype.
+
+    Raises:
+        ValueError: lengths has another shape.
     """
     output = output.transpose(0, 1) if batch_first else output
     return _mean(output.square(), _real(output, lengths))
@@ -51,15 +57,18 @@ def temporal_activation(
 ) -> Tensor:
     """Temporal activation regularisation, the mean of (h_t - h_{t-1})²: keeps the state from jumping.
 
-    The papers of `activation`, who take it of the output before dropout; with a factor of 1.
+    The papers are those of `activation`: they take it of the output before dropout, with a factor of 1.
 
     Args:
-        output: `[T, B, H]`; `[B, T, H]` with batch_first. Where no sequence has two steps the result is 0.
+        output: `[T, B, H]`; `[B, T, H]` with batch_first. If no sequence has two steps, the result is 0.
         lengths: integer `[B]`; pairs that reach into the padding then do not count.
         reset_mask: bool `[T, B]` (`[B, T]` with batch_first); pairs across the start of a segment then do not count.
 
     Returns:
         A scalar, of output's dtype.
+
+    Raises:
+        ValueError: lengths or reset_mask has another shape.
     """
     output = output.transpose(0, 1) if batch_first else output
     real = _real(output[1:], None if lengths is None else lengths - 1)
@@ -72,18 +81,18 @@ def temporal_activation(
 
 
 def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], hx=None) -> Tensor:
-    """Pascanu's Ω: how far every step back is from keeping the norm of the gradient.
+    """Pascanu's Ω: the deviation of every step back from keeping the norm of the gradient.
 
         Ω = Σ_t (‖δ_{t+1} ∂s_{t+1}/∂s_t‖ / ‖δ_{t+1}‖ - 1)²,   δ_{t+1} = ∂L/∂s_{t+1},   the mean over the samples
 
-    s is the state, h or the pair (h, c), so that the fraction is the gain of `report.py`; a sample whose δ_{t+1} is
-    zero has no term there. As in the paper, where this is called the immediate derivative, s_t and δ_{t+1} are held
-    constant: the result can be differentiated with respect to the parameters (and the input), through the one step
-    from s_t to s_{t+1} and not through how they shape the states before or the gradient behind. The paper's x_t is the
-    pre-activation, ours the state: for an RNN its Jacobian is W diag(φ'(x_t)), ours diag(φ'(x_{t+1})) W, and φ' is
-    differentiated along.
+    s is the state, h or the pair (h, c), so that the fraction is the gain of `monitoring/diagnosis.py`. A step and
+    sample whose δ_{t+1} is zero has no term. As in the paper, which calls this the immediate derivative, s_t and
+    δ_{t+1} are held constant: the result can be differentiated with respect to the parameters (and the input) through
+    the one step from s_t to s_{t+1}, but not through their effect on earlier states and later gradients. The paper's
+    x_t is the pre-activation, ours is the state: for an RNN the paper's Jacobian is W diag(φ'(x_t)), ours is
+    diag(φ'(x_{t+1})) W, and φ' is differentiated, too.
 
-    It takes T forward calls of one step for δ, and one call of one step on T * B samples for the Jacobians, on the
+    The cost is T forward calls of one step for δ, and one call of one step on T * B samples for the Jacobians, on the
     reference backend, whose backward can be differentiated again.
     R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks", 2013, eq. 9 and 10.
 
@@ -91,25 +100,26 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         module: a fastrnn LSTM, GRU or RNN of one layer and one direction, without projection, without clipping inside
             the recursion, and without masks that are drawn (they would differ between the two passes).
         input: `[T, B, I]`.
-        loss: from the outputs `[T, B, H]` to a scalar that is a sum over samples or a mean: a factor cancels.
+        loss: a function of the outputs `[T, B, H]`, a scalar that is a sum or a mean over samples (a factor cancels).
         hx: the initial state, as for the module.
 
     Returns:
         A scalar, to be added to the loss with a factor.
 
     Raises:
-        ValueError: the module or the input is of another kind.
+        ValueError: the module or the input is not as described.
     """
     _check_omega(module, input)
-    gated = module._cell == "lstm"
-    states = [tuple(input.new_zeros(1, input.shape[1], module.hidden_size) for _ in range(1 + gated))]
-    if hx is not None:
-        states[0] = tuple(hx) if gated else (hx,)
+    count = len(CELLS[module._cell].states)
+    if hx is None:
+        states = [(input.new_zeros(1, input.shape[1], module.hidden_size),) * count]
+    else:
+        states = [tuple(hx) if count > 1 else (hx,)]
 
     def step(x: Tensor, state):
-        # Not by __call__: a monitor's hooks shall not take these calls for the model's own.
-        _, after = module.forward(x, state if gated else state[0])
-        return after if gated else (after,)
+        # Not by __call__: a monitor's hooks must not take these calls for the model's own.
+        _, after = module.forward(x, state if count > 1 else state[0])
+        return after if count > 1 else (after,)
 
     with torch.enable_grad():
         for x in input.detach().split(1):
@@ -117,10 +127,9 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         flat = [s for state in states[1:] for s in state]
         found = torch.autograd.grad(loss(torch.cat([state[0] for state in states[1:]])), flat, allow_unused=True)
         found = [torch.zeros_like(s) if g is None else g for s, g in zip(flat, found, strict=True)]
-        kinds = 1 + gated
-        delta = tuple(torch.cat(found[kinds + k :: kinds], 1) for k in range(kinds))  # [1, (T-1)*B, H], of s_2 ..
+        delta = tuple(torch.cat(found[count + k :: count], 1) for k in range(count))  # [1, (T-1)*B, H], from s_2 on
         before = tuple(
-            torch.cat([state[k] for state in states[1:-1]], 1).detach().requires_grad_() for k in range(kinds)
+            torch.cat([state[k] for state in states[1:-1]], 1).detach().requires_grad_() for k in range(count)
         )
         with backend("reference"):
             after = step(input[1:].flatten(0, 1).unsqueeze(0), before)
@@ -165,18 +174,18 @@ class AdaptiveClip:
         clip.update(tap.grad)
 
     AutoClip (P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: adaptive gradient clipping for source
-    separation networks", 2020) for the state gradient: of every training step the history keeps one number, the largest
-    joint norm of (dL/dh_t, dL/dc_t) over t, its median over the samples; norms that are not finite are left out. Until
-    the first `update` nothing is clipped. The norms are those before clipping at their own step, and after clipping at
-    the steps behind.
+    separation networks", 2020) for the state gradient. The history keeps one number per training step: of each sample
+    the largest joint norm of (dL/dh_t, dL/dc_t) over t and layers, and of these the median over the samples. Norms that
+    are not finite are left out. Until the first `update` nothing is clipped. A norm is that before clipping at its own
+    step, and after clipping at all later steps.
 
-    Everything stays on the device: `threshold` is a 0-d float32 tensor, overwritten in place, so nothing waits and
-    nothing is compiled again. Update it between a backward and the next forward.
+    Everything stays on the device: `threshold` is a 0-d float32 tensor, overwritten in place, so that nothing waits for
+    the device and nothing is compiled again. Update it between a backward and the next forward.
 
     Args:
-        percentile: 0 to 100; the paper took 10 for the parameters' gradient.
-        window: training steps remembered; the paper remembers all.
-        device: where the model is.
+        percentile: 0 to 100; the paper takes 10 for the parameters' gradient.
+        window: the number of training steps in the history; the paper keeps all.
+        device: that of the model.
 
     Attributes:
         threshold: the bound.
@@ -197,12 +206,18 @@ class AdaptiveClip:
 
     @torch.no_grad()
     def update(self, norms: Tensor) -> None:
-        """Takes the norms of one training step, `[L*D, 2, S, T, B]`: the tap's gradient, or what
-        `GradientMonitor.norms_to` hands on. ValueError for another shape."""
-        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] not in (1, 2):
+        """Adds one training step to the history.
+
+        Args:
+            norms: `[L*D, 2, S, T, B]`, the tap's gradient, which `GradientMonitor.norms_to` also gives.
+
+        Raises:
+            ValueError: norms has another shape.
+        """
+        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] not in {len(c.states) for c in CELLS.values()}:
             raise ValueError(f"norms should be [layers * directions, 2, states, T, B], got {list(norms.shape)}")
         total = norms[:, 0].float()  # [L*D, S, T, B]
-        joint = total[:, 0] if total.shape[1] == 1 else torch.hypot(total[:, 0], total[:, 1])
+        joint = reduce(torch.hypot, total.unbind(1))  # [L*D, T, B]
         largest = torch.where(joint.isfinite(), joint, 0).amax((0, 1))  # [B]
         self._past[self._updates % self.window] = torch.where(largest > 0, largest, torch.nan).nanmedian()
         self._updates += 1
@@ -210,12 +225,12 @@ class AdaptiveClip:
         self.threshold.copy_(torch.where(bound.isnan(), self.threshold, bound))
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """The bound and what it follows from, to go on from a checkpoint."""
+        """The bound and the history, for a checkpoint."""
         return {"threshold": self.threshold.clone(), "past": self._past.clone(), "updates": self._updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Takes over what `state_dict` returned, in place. ValueError where that was of another window."""
+        """Restores the result of `state_dict`, in place. Raises ValueError if it is of another window."""
         if len(state["past"]) != self.window:
             raise ValueError(f"the state is of a window of {len(state['past'])} training steps, not {self.window}")
         self.threshold.copy_(state["threshold"])

@@ -1,4 +1,4 @@
-"""Layers, directions and masks: a whole network over `scan`, on input that `functional.py` has checked.
+"""Layers, directions and masks: a whole network over `scan`, on input that `checks.py` has checked.
 
 Everything here is plain PyTorch around the scan: the input GEMM and its layer norm, weight dropout, the masks that the
 scan applies, residual connections, dropout between the layers.
@@ -17,6 +17,7 @@ from .cells import CELLS, PAD, RESET, START, suffixes
 from .dispatch import BACKENDS
 from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
+from .packing import pack, packed_positions, pad
 from .reference import as_planes
 from .scan import scan
 
@@ -122,30 +123,6 @@ def _direction(
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), inputs, tap)
 
 
-def places(batch_sizes: Tensor) -> Tensor:
-    """Where the rows of a packed batch stand among the T*B of a padded one."""
-    sequences = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
-    return (sequences < batch_sizes.unsqueeze(1)).flatten().nonzero().squeeze(1)
-
-
-# As torch's pad_packed_sequence and pack_padded_sequence; but the gradient of the former takes time in proportion to
-# T*T*B where all lengths differ, more than the whole network.
-def padded(rows: PackedSequence, where: Tensor) -> Tensor:
-    """`[T, B, N]`, zeros behind the ends; `where` are the `places` of the rows."""
-    data, sizes = rows.data, rows.batch_sizes
-    T, B, N = len(sizes), int(sizes[0]), data.shape[-1]
-    return data.new_zeros(T * B, N).index_copy_(0, where.to(data.device), data).view(T, B, N)
-
-
-def packed(x: Tensor, batch_sizes: Tensor, where: Tensor) -> PackedSequence:
-    """The real rows of `x [T, B, N]`."""
-    return PackedSequence(x.flatten(0, 1).index_select(0, where.to(x.device)), batch_sizes)
-
-
-# What torch.compiler.disable does, without importing the compiler: PyTorch before 2.13 fails to trace them.
-places._torchdynamo_disable = padded._torchdynamo_disable = packed._torchdynamo_disable = True
-
-
 def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Over the last dimension. A CPU's own sums up the weights' gradients of a half type in that type."""
     if gx.device.type != "cpu":
@@ -156,15 +133,15 @@ def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _one(
-    x: Tensor | PackedSequence, layer: Direction, walk: Walk, where: Tensor | None = None, keep_c: bool = False
+    x: Tensor | PackedSequence, layer: Direction, walk: Walk, positions: Tensor | None = None, keep_c: bool = False
 ) -> ScanOutputs:
-    """One layer in one direction: `x [T, B, I]` -> ScanOutputs. `where`: the `places` of packed rows."""
+    """One layer in one direction: `x [T, B, I]` -> ScanOutputs. `positions`: the `packed_positions` of packed rows."""
     rows = x.data if isinstance(x, PackedSequence) else x
     gx = linear(rows, layer.w_ih, layer.b_ih if layer.ln_ih is None else None)
     if layer.ln_ih is not None:
         gx = _layer_norm(gx, layer.ln_ih, layer.b_ih)
     if isinstance(x, PackedSequence):
-        gx = padded(PackedSequence(gx, x.batch_sizes), where)  # torch.compile loses fields in x._replace
+        gx = pad(PackedSequence(gx, x.batch_sizes), positions)  # torch.compile loses fields in x._replace
     return scan(layer.inputs._replace(gx=gx), walk, tap=layer.tap, keep_c=keep_c)
 
 
@@ -196,7 +173,7 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
     return y * F.dropout(torch.ones_like(y[:1]), probability, training)
 
 
-def _to_next_layer(y: Tensor, sizes: Tensor | None, where: Tensor | None, options: Options):
+def _to_next_layer(y: Tensor, sizes: Tensor | None, positions: Tensor | None, options: Options):
     """y `[T, B, N]` behind the dropout between layers, as the next layer takes it and as it is added to its output."""
     drop = (options.dropout, options.training)
     if options.dropout and options.locked_dropout:
@@ -205,11 +182,11 @@ def _to_next_layer(y: Tensor, sizes: Tensor | None, where: Tensor | None, option
         y = F.dropout(y, *drop)
     if sizes is None:
         return y, y
-    x = packed(y, sizes, where)
+    x = pack(y, sizes, positions)
     if options.dropout and not options.locked_dropout:
         # For the rows that are there, as torch.nn draws: the same from the same seed.
         x = PackedSequence(F.dropout(x.data, *drop), sizes)
-        y = padded(x, where) if options.residual else y
+        y = pad(x, positions) if options.residual else y
     return x, y
 
 
@@ -229,7 +206,7 @@ def run(
     by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
     sizes = x.batch_sizes if by_rows else None
-    where = places(sizes) if by_rows else None
+    positions = packed_positions(sizes) if by_rows else None
     T, B, dtype = (sizes if by_rows else x).shape[0], states[0].shape[1], states[0].dtype
     acc = accumulate_dtype(dtype)
     directions = range(2 if options.bidirectional else 1)
@@ -256,13 +233,13 @@ def run(
         if side_by_side:
             outputs = _both_directions(x, each, walks[0], keep_c)
         else:
-            outputs = [_one(x, one, walk, where, keep_c) for one, walk in zip(each, walks, strict=True)]
+            outputs = [_one(x, one, walk, positions, keep_c) for one, walk in zip(each, walks, strict=True)]
         final += outputs
         y = torch.cat([out.y for out in outputs], -1) if len(outputs) > 1 else outputs[0].y
         if options.residual and layer > 0:
             y = y + before
         if layer < options.num_layers - 1:
-            x, before = _to_next_layer(y, sizes, where, options)
+            x, before = _to_next_layer(y, sizes, positions, options)
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     h_n = torch.stack([out.h_n for out in final])

@@ -1,10 +1,10 @@
 """Sequence tasks with a known answer to "how far back must the network remember?".
 
 Used by the demo, the tests and the experiments. Every tensor is time first. The synthetic tasks draw from the
-`torch.Generator` they are given, on its device, and leave PyTorch's global random state alone; the same
+`torch.Generator` that they are given, on its device, and leave PyTorch's global random state alone; the same
 generator state gives the same batch.
 
-| task                | input         | target          | what it takes                                 |
+| task                | input         | target          | the network must                              |
 |---------------------|---------------|-----------------|-----------------------------------------------|
 | `adding_problem`    | [T, B, 2]     | [B, 1] float    | hold a real number over up to T steps         |
 | `copy_memory`       | [T+20, B, 10] | [T+20, B] class | hold ten symbols over T steps                 |
@@ -25,19 +25,19 @@ ADDING_BASELINE = 1 / 6
 COPY_SYMBOLS = 8
 """Symbols of the copy task that carry data: classes 0 to 7."""
 COPY_LENGTH = 10
-"""How many of them have to be remembered."""
+"""The number of symbols to remember."""
 COPY_BLANK = 8
 """The class that fills every other step, in the input and in the target."""
 COPY_DELIMITER = 9
-"""Input only: "answer now"."""
+"""The class that means "answer now"; in the input only."""
 
 
 def adding_problem(batch: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The adding problem: two numbers of a long sequence are marked, and their sum is asked for at its end.
+    """The adding problem: two numbers of a long sequence are marked, and the target is their sum.
 
     The idea is experiment 4 of Hochreiter & Schmidhuber, "Long short-term memory", 1997. The variant is that
     of Arjovsky, Shah & Bengio, "Unitary evolution recurrent neural networks", 2016, which most later papers
-    use; in brackets what 1997 did instead.
+    use; the choices of 1997 are in brackets.
 
     - All sequences have length T (a random length in [T, 1.1 T]).
     - Values come from U[0, 1) ([-1, 1]); markers are 0 or 1 (also -1 at both ends).
@@ -72,7 +72,7 @@ def adding_problem(batch: int, T: int, generator: torch.Generator) -> tuple[Tens
 
 
 def copy_memory(batch: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Copy memory: see ten symbols, wait, and say them again in the same order when asked.
+    """Copy memory: read ten symbols, wait, and repeat them in the same order after a delimiter.
 
     The settings of Arjovsky, Shah & Bengio, "Unitary evolution recurrent neural networks", 2016 (the task
     goes back to Hochreiter & Schmidhuber, 1997): 10 symbols drawn from 8, then T - 1 blanks, one delimiter,
@@ -109,7 +109,7 @@ def copy_memory(batch: int, T: int, generator: torch.Generator) -> tuple[Tensor,
 def copy_memory_baseline(T: int) -> float:
     """Cross entropy of the copy task without memory, 10 ln 8 / (T + 20), in nats per step.
 
-    The mean over all T + 20 steps for a network that knows when to say blank, and guesses the symbols.
+    The mean over all T + 20 steps for a network that knows when the target is blank, and guesses the symbols.
     """
     return COPY_LENGTH * math.log(COPY_SYMBOLS) / (T + 2 * COPY_LENGTH)
 
@@ -117,10 +117,10 @@ def copy_memory_baseline(T: int) -> float:
 def temporal_order(batch: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Temporal order: two of the symbols are A or B, the rest is noise; classify AA, AB, BA or BB at the end.
 
-    Experiment 6a of Hochreiter & Schmidhuber, "Long short-term memory", 1997, as Pascanu, Mikolov & Bengio,
-    "On the difficulty of training recurrent neural networks", 2013, have it in their published code: fixed
-    length T (1997: 100 to 110, between a start and a trigger symbol), the first symbol's step uniform in
-    [T//10, 2*(T//10)), the second's in [T//2, T//2 + T//10), and every other step uniform over c, d, e, f.
+    Experiment 6a of Hochreiter & Schmidhuber, "Long short-term memory", 1997, in the form of the published code
+    of Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013: the length T
+    is fixed (1997: 100 to 110, between a start and a trigger symbol), the first symbol's step is uniform in
+    [T//10, 2*(T//10)), the second's in [T//2, T//2 + T//10), and every other step is uniform over c, d, e, f.
 
     Guessing scores 1/4, cross entropy ln 4.
 
@@ -157,21 +157,21 @@ class Digits(NamedTuple):
 
 
 def sequential_digits(test_fraction: float = 0.2, seed: int = 0, permutation_seed: int | None = None) -> Digits:
-    """Handwritten digits read one pixel per step: 1,797 images of 8 x 8, so T = 64, one label at the end.
+    """Handwritten digits read one pixel per step: 1,797 images of 8 x 8, so T = 64, with one label at the end.
 
-    The small sibling of sequential MNIST (Le, Jaitly & Hinton, "A simple way to initialize recurrent networks
+    A small version of sequential MNIST (Le, Jaitly & Hinton, "A simple way to initialize recurrent networks
     of rectified linear units", 2015). The images are scikit-learn's `load_digits` (the test part of UCI's
     "Optical recognition of handwritten digits", Alpaydin & Kaynak, 1998); they come inside scikit-learn, so
     nothing is downloaded. Pixels 0..16 become 0..1 and are read row by row.
 
-    The split is stratified: of each digit's n images, round(test_fraction * n), drawn at random, are for
-    testing. Within a part the images keep the order of the data set.
+    The split is stratified: of each digit's n images, round(test_fraction * n) are drawn at random for the test
+    part. Within a part the images keep the order of the data set.
 
     Args:
         test_fraction: between 0 and 1, both excluded.
         seed: of the split.
-        permutation_seed: of one permutation of the pixels, the same for all images of both parts ("permuted"
-            task, which has no local structure left); None reads them in order. It does not change the split.
+        permutation_seed: of one permutation of the pixels, the same for all images of both parts (the
+            "permuted" task, without local structure); None reads them in order. It does not change the split.
 
     Returns:
         Digits(x_train, y_train, x_test, y_test), on the CPU.

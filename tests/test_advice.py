@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import GradientMonitor, advice
+from fastrnn import GradientMonitor
+from fastrnn.monitoring import advice
 
 T, B, I, H = 100, 4, 2, 32
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import flow
 from fastrnn.__main__ import main, parser
+from fastrnn.monitoring import flow
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

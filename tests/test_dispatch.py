@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import dispatch, functional
+from fastrnn import aten, dispatch, functional
 from fastrnn.dispatch import BACKENDS, CPU_FIRST, MOST_ELEMENTS, WIDE_STEP, Request
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
@@ -85,13 +85,14 @@ def test_the_rest_of_the_plain_calls_and_short_packed_ones_stay_with_torch(gradi
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @with_and_without_gradients
 def test_what_goes_to_torch_directly_is_what_choose_leaves_to_torch(cell, projection, device, gradients):
-    """`gradients` as _directly knows it, by the mode alone: then nothing may require one."""
+    """`gradients` as a plain call knows it, by the mode alone: then nothing may require one."""
+    most_steps = dispatch.most_steps_of_torch(cell, projection, gradients)
     for steps in (1, 7, 8, 15, 16, 31, 32, 1000):
-        if dispatch.is_torchs(cell, steps, projection, gradients):
+        if steps <= most_steps:
             for batch, dtype in product((1, 1000), (torch.float32, torch.float64, torch.bfloat16)):
                 request = Request(cell, device, dtype, 8, projection, steps=steps, batch=batch)
                 assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
-    assert dispatch.is_torchs(cell, 1, projection, gradients) == (cell in dispatch.ATEN_CELLS)
+    assert (most_steps >= 1) == (cell in aten.KNOWN_CELLS)
 
 
 SMALL = {"input_size": 3, "hidden_size": 4}
@@ -108,20 +109,32 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def directly(monkeypatch):
+    """What a call gets from torch's kernels before `functional` checks anything; None where it goes on to that."""
+
+    def call(module, x, hx=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "recurrent", lambda *args, **options: None)
+            return module(x, hx)
+
+    return call
+
+
 @pytest.mark.parametrize(("kind", "settings"), PLAIN, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 3), (5, 3)], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
-def test_short_plain_calls_go_to_torch_directly_and_come_to_the_same(kind, settings, layout, shape, given):
+def test_short_plain_calls_go_to_torch_directly_and_come_to_the_same(kind, settings, layout, shape, given, directly):
     module, x = getattr(fastrnn, kind)(**SMALL, **settings, **layout), torch.randn(shape)
     hx = None
     if given:
         hx = module(x)[1]
     torch.manual_seed(0)
-    direct = module._directly(x, hx)
+    direct = directly(module, x, hx)
     assert direct is not None
     torch.manual_seed(0)
-    general = functional._recurrent(module._cell, x, hx, module._parameters_by_name(), None, **module._arguments())
+    general = functional.recurrent(module._cell, x, hx, module._parameters_by_name(), **module._arguments())
     for got, want in zip(tree_leaves(direct), tree_leaves(general), strict=True):
         assert torch.equal(got, want)
 
@@ -131,14 +144,14 @@ def test_short_plain_calls_go_to_torch_directly_and_come_to_the_same(kind, setti
     {"clip_state_grad_norm": torch.ones(())}, {"clip_state_grad_value": 1.0}, {"num_layers": 2, "residual": True},
     {"num_layers": 2, "dropout": 0.1, "locked_dropout": True},
 ], ids=str)  # fmt: skip
-def test_a_call_with_anything_else_does_not_go_there(settings, monkeypatch):
+def test_a_call_with_anything_else_does_not_go_there(settings, directly, monkeypatch):
     plain, other, x = fastrnn.GRU(**SMALL), fastrnn.GRU(**SMALL, **settings), torch.randn(2, 5, 3)
-    assert plain._directly(x, None) is not None
-    assert other._directly(x, None) is None
+    assert directly(plain, x) is not None
+    assert directly(other, x) is None
     with fastrnn.backend("reference"):
-        assert plain._directly(x, None) is None
+        assert directly(plain, x) is None
     monkeypatch.setenv("FASTRNN_BACKEND", "aten")
-    assert plain._directly(x, None) is None
+    assert directly(plain, x) is None
 
 
 @pytest.mark.parametrize("hx", [
@@ -146,9 +159,9 @@ def test_a_call_with_anything_else_does_not_go_there(settings, monkeypatch):
     (torch.zeros(1, 4),), (torch.zeros(1, 1, 4),) * 2, (torch.zeros(1, 4), torch.zeros(1, 5)),
     (torch.zeros(1, 4), torch.zeros(1, 4).double()),
 ], ids=str)  # fmt: skip
-def test_what_does_not_fit_does_not_go_there_either(hx):
+def test_what_does_not_fit_does_not_go_there_either(hx, directly):
     module, x = fastrnn.LSTM(**SMALL), torch.randn(5, 3)
-    assert module._directly(x, hx) is None
+    assert directly(module, x, hx) is None
     with pytest.raises(RuntimeError):
         module(x, hx)
 

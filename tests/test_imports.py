@@ -15,47 +15,56 @@ PACKAGE = Path(fastrnn.__file__).parent
 # installed beside each other in a wheel, side by side in the repository
 KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if p.is_dir()), None)
 
-# What each module may import of fastrnn. modules -> functional -> stack -> scan -> ops -> dispatch -> backends;
-# `cells` and `directions` are leaves, `tiles` and `reference` know `cells` only.
+# What each module may import of fastrnn.
+# modules -> functional -> checks -> stack -> scan -> ops -> dispatch -> aten and the backends.
 BELOW = {
     "cells": set(),
     "directions": set(),
     "tiles": {"cells"},
     "tasks": set(),
-    "reference": {"cells"},
-    "backends": {"cells", "directions", "tiles", "reference", "kernels", "_C", "backends"},
-    "dispatch": {"backends", "cells"},
-    "ops": {"dispatch", "cells", "directions", "reference"},
+    "packing": set(),
     "linear": set(),
-    "scan": {"ops", "linear", "cells", "directions", "reference"},
-    "stack": {"scan", "linear", "cells", "dispatch", "reference"},
-    "functional": {"stack", "scan", "linear", "dispatch", "cells", "reference"},
-    "modules": {"functional", "cells"},
-    "convert": {"modules", "functional", "dispatch"},
+    "equations": set(),
+    "arguments": {"cells", "equations"},
+    "reference": {"arguments", "cells", "equations"},
+    "aten": {"cells"},
+    "backends": {
+        *("arguments", "cells", "directions", "equations", "tiles", "reference", "kernels", "_C", "backends"),
+    },
+    "dispatch": {"backends", "aten", "arguments"},
+    "ops": {"dispatch", "arguments", "directions"},
+    "vmapping": set(),
+    "scan": {"ops", "vmapping", "linear", "arguments", "cells", "directions", "equations", "reference"},
+    "stack": {"scan", "linear", "arguments", "cells", "dispatch", "packing", "equations", "reference"},
+    "checks": {"stack", "dispatch", "aten", "linear", "cells", "equations"},
+    "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten"},
+    "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells"},
+    "convert": {"modules", "functional", "checks", "dispatch"},
     "init": {"modules", "cells"},
     # on top of everything: they may see all below, and nothing below sees them
-    "report": {"cells", "modules"},
-    "advice": {"cells", "modules", "report"},
-    "history": {"report"},
-    "calls": {"cells", "modules"},
-    "plots": {"history"},
-    "monitor": {"modules", "reference", "plots", "report", "advice", "history", "calls"},
-    "penalties": {"modules", "dispatch"},
-    "flow": {"modules", "monitor", "report", "plots", "init"},
-    "__main__": {
+    "penalties": {"modules", "dispatch", "cells"},
+    "monitoring.diagnosis": {"cells", "modules"},
+    "monitoring.advice": {"cells", "modules", "monitoring.diagnosis"},
+    "monitoring.history": {"monitoring.diagnosis"},
+    "monitoring.calls": {"cells", "modules"},
+    "monitoring.plots": {"monitoring.history"},
+    "monitoring.monitor": {
         "modules",
-        "functional",
+        "equations",
+        *(f"monitoring.{name}" for name in ("plots", "diagnosis", "advice", "history", "calls")),
+    },
+    "monitoring.flow": {"modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
+    "monitoring": {"monitoring.monitor", "monitoring.diagnosis", "monitoring.history"},
+    "__main__": {
         "dispatch",
         "cells",
-        "convert",
-        "monitor",
-        "report",
-        "plots",
         "tasks",
         "init",
-        "flow",
+        "monitoring",
+        "monitoring.flow",
+        "monitoring.plots",
     },
-    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitor", "penalties"},
+    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitoring", "penalties"},
 }
 LATE = {"matplotlib", "sklearn", "tqdm"}
 
@@ -64,16 +73,26 @@ def sources():
     return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
 
 
+def place(*parts):
+    """The name in BELOW of `fastrnn.part.part`: a module of monitoring for itself, otherwise the first part alone."""
+    if parts[0] == "monitoring" and len(parts) > 1 and (PACKAGE / "monitoring" / f"{parts[1]}.py").exists():
+        return ".".join(parts[:2])
+    return parts[0]
+
+
 def owner(path):
     """The name in BELOW of a source file."""
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+    return (
+        place(*path.relative_to(PACKAGE).with_suffix("").parts)
+        if path.stem != "__init__"
+        else (path.parent.name if path.parent != PACKAGE else "__init__")
+    )
 
 
 def imported(path, top_level_only=False):
     """Every name that a file imports: `fastrnn.x` as ('fastrnn', 'x'), others as ('torch', None)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    depth = len(path.relative_to(PACKAGE).parts) - 1 if path.is_relative_to(PACKAGE) else 0
+    folder = path.relative_to(PACKAGE).parts[:-1] if path.is_relative_to(PACKAGE) else ()
     late = set()
     if top_level_only:
         for node in ast.walk(tree):
@@ -85,21 +104,17 @@ def imported(path, top_level_only=False):
             continue
         if isinstance(node, ast.Import):
             for name in node.names:
-                head, _, rest = name.name.partition(".")
-                found.add((head, rest.split(".")[0] or None) if head == "fastrnn" else (head, None))
+                head, *rest = name.name.split(".")
+                found.add((head, place(*rest) if rest else None) if head == "fastrnn" else (head, None))
         elif isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level == 0:
-                head, *rest = parts
-                if head != "fastrnn":
-                    found.add((head, None))
-                else:
-                    found.update(("fastrnn", rest[0]) for _ in (0,) if rest)
-                    found.update(("fastrnn", n.name) for n in node.names if not rest)
-            elif node.level == depth + 1:  # relative to the package
-                found.update([("fastrnn", parts[0])] if parts else [("fastrnn", n.name) for n in node.names])
-            else:  # relative to a folder inside the package
-                found.add(("fastrnn", path.relative_to(PACKAGE).parts[0]))
+            parts = node.module.split(".") if node.module else []
+            if node.level == 0 and parts[0] != "fastrnn":
+                found.add((parts[0], None))
+                continue
+            # relative to the folder of the file, or to one above it
+            start = folder[: len(folder) + 1 - node.level] if node.level else parts[:1] and ()
+            parts = [*start, *(parts if node.level else parts[1:])]
+            found.update(("fastrnn", place(*parts, name.name)) for name in node.names)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import stack
+from fastrnn import packing, stack
 from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.scan import scan
@@ -138,16 +138,16 @@ def nodes(node, seen):
 def test_padding_and_packing_are_torchs(lengths):
     x, lengths = random(7, len(lengths), I), torch.tensor(lengths)
     rows = pack_padded_sequence(x, lengths)
-    where = stack.places(rows.batch_sizes)
-    assert torch.equal(stack.padded(rows, where), pad_packed_sequence(rows)[0])
-    assert torch.equal(stack.packed(x, rows.batch_sizes, where).data, rows.data)
+    where = packing.packed_positions(rows.batch_sizes)
+    assert torch.equal(packing.pad(rows, where), pad_packed_sequence(rows)[0])
+    assert torch.equal(packing.pack(x, rows.batch_sizes, where).data, rows.data)
 
 
 def test_the_gradient_through_padding_takes_no_step_per_length():
     """As does that of torch's, each over the whole padded tensor: T*T*B for as many lengths as steps."""
     batch_sizes = torch.arange(50, 0, -1)
     rows = PackedSequence(random(int(batch_sizes.sum()), I), batch_sizes)
-    padded = stack.padded(rows, stack.places(batch_sizes))
+    padded = packing.pad(rows, packing.packed_positions(batch_sizes))
     assert len(nodes(padded.grad_fn, set())) < 10
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import GradientMonitor, monitor, plots
+from fastrnn import GradientMonitor
+from fastrnn.monitoring import diagnosis, monitor, plots
 
 T, B, I, H = 12, 4, 3, 6
 
@@ -234,7 +235,7 @@ def test_sequences_of_one_length_have_the_plain_median_as_horizon():
     everywhere, nowhere = torch.ones(60, 9, dtype=torch.bool), torch.zeros(60, 9, dtype=torch.bool)
     kept = (log_gain[1:].cumsum(0) >= math.log(0.01)).cumprod(0).sum(0)
     assert int(kept.max()) < 59  # all fall
-    _, horizon, longest, *_ = fastrnn.report._judge(log_gain, everywhere, nowhere)
+    _, horizon, longest, *_ = diagnosis._judge(log_gain, everywhere, nowhere)
     assert (horizon, longest) == (int(kept.median()), 60)
 
 

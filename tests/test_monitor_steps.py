@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn import GradientMonitor, history
+from fastrnn import GradientMonitor
+from fastrnn.monitoring import Report, history
 
 T, B, I, H = 12, 4, 3, 6
 
@@ -236,7 +237,7 @@ def test_history_is_thinned_evenly(monkeypatch):
     monkeypatch.setattr(history, "ROOM", 8)
     past = history.History()
     for step in range(100):
-        past.append(step, fastrnn.report.Report())
+        past.append(step, Report())
         assert len(past) < 8
         assert len({b - a for a, b in zip(past.steps, past.steps[1:], strict=False)}) <= 1
     assert past.steps == [0, 16, 32, 48, 64, 80, 96]

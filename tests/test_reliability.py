@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import GradientMonitor, history
+from fastrnn import GradientMonitor
 from fastrnn.dispatch import BACKENDS, Request
+from fastrnn.monitoring import history
 
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1, 1))
 needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")

@@ -1,7 +1,7 @@
 """`python -m fastrnn flow`: cells and remedies side by side, before any training, on one long sequence.
 
-Every arm reads the same noise, N(0, 1), and has its loss at the last step only, so that what is seen at step t is what
-came back over T - 1 - t steps.
+Every arm reads the same noise, N(0, 1), and has its loss at the last step only, so that the norm at step t is that of a
+gradient which came back over T - 1 - t steps.
 """
 
 import math
@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import init
-from .modules import GRU, LSTM, RNN
+from .. import init
+from ..modules import GRU, LSTM, RNN
+from .diagnosis import Record, Report, table
 from .monitor import GradientMonitor
-from .report import Record, Report, table
 
 INPUTS = 8
 LARGE = 2.0
-"""W_hh drawn from N(0, LARGE² / H). Above 1 a wide tanh network without input is chaotic, so that its gradient explodes
-(H. Sompolinsky, A. Crisanti, H. Sommers, "Chaos in random neural networks", 1988); noise at the input takes more."""
+"""W_hh is drawn from N(0, LARGE² / H). Above 1 a wide tanh network without input is chaotic, so that its gradient
+explodes (H. Sompolinsky, A. Crisanti, H. Sommers, "Chaos in random neural networks", 1988); noise at the input raises
+that threshold."""
 LAYERS = 4
 
 Initialise = Callable[[nn.Module, int], object]
@@ -32,11 +33,11 @@ class Arm(NamedTuple):
     name: str
     cell: type[nn.Module]
     settings: dict
-    initialise: Initialise  # of the module and T
+    initialise: Initialise  # called with the module and T
 
 
 def _as_torch(module: nn.Module, T: int) -> None:
-    """torch.nn's U(-1/sqrt(H), 1/sqrt(H)), as the constructor left it."""
+    """Leaves torch.nn's U(-1/sqrt(H), 1/sqrt(H)), drawn by the constructor."""
 
 
 def _large(module: nn.Module, T: int) -> None:
@@ -81,7 +82,7 @@ ARMS = (
 
 
 class Flow(NamedTuple):
-    """What became of an arm's gradient."""
+    """The gradient of an arm."""
 
     arm: Arm
     norms: Tensor  # float64 [T], of the bottom layer's joint state gradient; 1 is the top layer's at the last step
@@ -115,12 +116,12 @@ def flow(arm: Arm, T: int, hidden: int, batch: int, seed: int) -> Flow:
 
 
 def joint(report: Report, layer: int) -> Tensor:
-    """Norms over all states of one layer, `[T]`."""
+    """The joint norm over all states of one layer, `[T]`."""
     return torch.stack([r.total for r in report if r.layer == layer]).norm(dim=0)
 
 
 def by_network(flows: list[Flow]) -> dict[str, dict[str, list[float]]]:
-    """As `plots.flows` takes them."""
+    """The argument of `plots.flows`."""
     networks: dict[str, dict[str, list[float]]] = {}
     for f in flows:
         networks.setdefault(f.arm.network, {})[f"{f.arm.name}: {f.outcome}"] = f.norms.tolist()

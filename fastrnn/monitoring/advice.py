@@ -1,6 +1,6 @@
-"""From a record to words: what a layer suffers from, and what may help, each piece of advice with the number behind it.
+"""From a record to words: a summary of a layer's gradient, and advice that quotes the numbers it rests on.
 
-The advice is a table, `RULES`: a rule speaks about some cells, under a condition on the numbers, and quotes them.
+The advice is a table, `RULES`: a rule is about some cells, under a condition on the numbers.
 """
 
 import math
@@ -11,21 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS
-from .modules import _Recurrent
-from .report import HORIZON_FRACTION, Finding, Record
+from ..cells import CELLS
+from ..modules import _Recurrent
+from .diagnosis import HORIZON_FRACTION, Finding, Record
 
 MEMORY_GATE = {"lstm": "f", "gru": "z"}
-"""The gate whose sigmoid is the share of the state that is kept."""
+"""The gate whose sigmoid is the share of the state that a step keeps."""
 KEEPS_LENGTH = 0.95
 """A W_hh whose mean singular value is above this does not explain a vanishing gradient: 0.95^90 is 1 %."""
 CLIPPED_THROUGHOUT = 0.9
-"""Where more than this share of the (step, sample) pairs is clipped, the bound decides how long the gradient is."""
+"""Where more than this share of the (step, sample) pairs is clipped, the bound decides the norm of the gradient."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules look at and quote, about one layer in one direction."""
+    """The numbers that the rules test and quote, about one layer in one direction."""
 
     cell: str  # as in the cell table
     bias: bool
@@ -37,22 +37,25 @@ class Facts:
     growth: float
     clip_rate: float | None
     start: float  # the norm at the step where the backward starts
-    nonfinite: int | None
-    forward: int | None  # from which step on the forward pass was not finite
-    finite_weights: bool  # as far as they can be read here
+    nonfinite: int | None  # the first step, walking back, whose norm was not finite
+    forward: int | None  # the first step whose output was not finite
+    finite_weights: bool  # of the weights that this process can read
     sigma: float  # largest singular value of W_hh, of any gate's block; NaN where it is sharded or not finite
-    mean_sigma: float  # root mean square of all of them: what a vector of random direction keeps of its length
+    mean_sigma: float  # root mean square of all singular values: the gain of a vector of random direction
     ln_gain: float  # mean size of the layer norm's weight on W_hh h; NaN without one
-    memory: float  # 1 / (1 - sigmoid(b)), in steps, of the unit that the biases let keep its state longest; or NaN
+    memory: float  # 1 / (1 - sigmoid(b)) in steps, of the unit whose bias b keeps its state longest; or NaN
 
     @property
     def doubling(self) -> float:
+        """Steps in which the gradient doubles."""
         return math.log(2) / math.log(self.gain)
 
 
 class Rule(NamedTuple):
+    """A piece of advice, and where it applies."""
+
     verdict: str
-    cells: str | tuple[str, ...]  # what their names in the cell table start with
+    cells: str | tuple[str, ...]  # prefixes of names in the cell table
     applies: Callable[[Facts], bool]
     text: str  # a format string; `f` is the facts
 
@@ -95,7 +98,7 @@ SUMMARIES = (
     ),
     Rule(HEALTHY, ANY, _always, "gain {f.gain:.3f} a step, {f.horizon} of {f.T} steps within reach"),
 )  # fmt: skip
-"""The first that applies is the summary."""
+"""The first rule that applies is the summary."""
 
 RULES = (
     # A step back multiplies by W_hh and by slopes of at most 1 (Pascanu, Mikolov & Bengio 2013, section 2.1).
@@ -194,12 +197,13 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
 
 
 def matching(rules: tuple[Rule, ...], verdict: str, facts: Facts) -> list[Rule]:
+    """The rules that apply, in their order."""
     return [r for r in rules if r.verdict == verdict and facts.cell.startswith(r.cells) and r.applies(facts)]
 
 
 @torch.no_grad()
 def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
-    """The facts about one layer and direction, from the records of its states."""
+    """The facts about one layer and direction, from the records of its states and from its weights."""
     record, gates = states[0], CELLS[module._cell].gates
     reverse = record.direction == "reverse"
     suffix = f"l{record.layer}" + ("_reverse" if reverse else "")
@@ -210,7 +214,7 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
     if module._cell in MEMORY_GATE and (not module.bias or all(b is not None for b in biases)):
         rows = gates.index(MEMORY_GATE[module._cell])
         bias = sum(b.chunk(len(gates))[rows] for b in biases) if module.bias else torch.zeros(1)
-        memory = 1 + float(bias.max().exp())  # = 1 / (1 - sigmoid(bias)), which a large bias divides by 0
+        memory = 1 + float(bias.max().exp())  # = 1 / (1 - sigmoid(bias)), which divides by 0 for a large bias
     sigmas = torch.full((1,), math.nan)
     if w_hh is not None:
         sigmas = torch.stack([torch.linalg.svdvals(block) for block in w_hh.chunk(len(gates))])
@@ -236,7 +240,7 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
 
 
 def _readable(parameter: Tensor | None) -> Tensor | None:
-    """In float64; None where it is not there, not finite, or sharded over ranks, so that reading it is a collective."""
+    """In float64; None if it does not exist, is not finite, or is sharded over ranks (reading it is a collective)."""
     if parameter is None or hasattr(parameter, "full_tensor") or not bool(parameter.isfinite().all()):
         return None
     return parameter.double()

@@ -1,4 +1,4 @@
-"""From the norms of a backward to what they mean: gains, horizons and verdicts, one record per layer and state.
+"""From the norms of a backward to gains, horizons and verdicts: one record per layer, direction and state.
 
     gain_t = carried_t / total_{t+1}          t + 1: the next step of the scan (t - 1 in the reverse direction)
 
@@ -9,27 +9,28 @@ networks", 2013, eq. 5-7). The totals alone cannot tell: a loss at every step ke
 
 import math
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .cells import CELLS
-from .modules import _Recurrent
+from ..cells import CELLS
+from ..modules import _Recurrent
 
 HORIZON_FRACTION = 0.01
-"""The share of its norm that a gradient must keep to count as arriving. At 1 % a step that matters as much as the last
-one moves the weights a hundred times less, below the noise between minibatches."""
+"""The share of its norm that a gradient must keep to count as arriving. With 1 % of it, a step that matters as much as
+the last one moves the weights a hundred times less, which is below the noise between minibatches."""
 VANISHING_SPAN = 0.5
-"""Vanishing: the horizon covers less than this part of the longest way that a gradient could have gone, so the network
-cannot relate one half of such a sequence to the other."""
+"""Vanishing: the horizon covers less than this part of the longest way back that a gradient could have taken, so the
+network cannot relate one half of such a sequence to the other."""
 EXPLODING_GROWTH = 1 / HORIZON_FRACTION
-"""Exploding: on its way back the gradient outgrows its start by this factor, the mirror image of the horizon's; early
-steps then drown the late ones as thoroughly as they would be drowned themselves."""
+"""Exploding: on its way back the gradient outgrows its start by this factor, the reciprocal of the horizon's; the late
+steps then have as little effect beside the early ones as early steps have beyond the horizon."""
 LOG_NOTHING = -1e4
-"""Stands for the logarithm of a gain of 0; no float64 comes near it."""
+"""In place of the logarithm of a gain of 0, which is infinite; the logarithm of no positive float64 is this low."""
 GAIN_RESOLUTION = 1e-6
-"""A mean log gain within this of 0 is not shrinking: float32 norms round at about 1e-7 a step."""
+"""A mean log gain this close to 0 does not count as shrinking: float32 norms round at about 1e-7 a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +38,18 @@ class Record:
     """The norms of one state tensor of one layer and direction in the last backward; T steps, index t is the input's.
 
     Every number is the median over the samples (of all calls of the module) that a gradient reached: padding, where
-    both norms are exactly zero, does not count. The gain, and what follows from it, is taken over all states of the
-    cell together, so an LSTM's h and c share it.
+    both norms are exactly zero, does not count. The gain, and the fields that follow from it, are taken over all states
+    of the cell together, so an LSTM's h and c share them.
 
-    A way back begins where the loss, or h_n, meets a sequence, and ends at its start or at a reset. The horizon is the
-    median over these ways, of which a short one only tells that it was kept as far as it went: of the ways that come k
-    steps back, the share that is lost there, multiplied up over k (the estimator of E. Kaplan and P. Meier,
-    "Nonparametric estimation from incomplete observations", 1958). A padded batch so has the horizon of its long
-    sequences, not that of its padding. `verdict` counts the same way: vanishing, where the horizon is under half of
-    `longest`; exploding, where half of the ways grow by EXPLODING_GROWTH, or a norm is not finite; unknown, where no
-    gradient went from one step to another, or the forward pass was not finite itself.
+    A way back begins where the loss, or h_n, enters a sequence, and ends at its start or at a reset. The horizon is the
+    median over these ways. A short way only tells that the gradient was kept to its end, so the median is estimated
+    after E. Kaplan and P. Meier ("Nonparametric estimation from incomplete observations", 1958): among the ways that
+    are at least k steps long, the share that survives step k, multiplied up over k. A padded batch thereby has the
+    horizon of its long sequences, not that of its padding.
+
+    The verdict counts the same way: vanishing, where the horizon is under half of `longest`; exploding, where half of
+    the ways grow by EXPLODING_GROWTH, or a norm is not finite; unknown, where no gradient passed from one step to
+    another, or the forward pass itself was not finite.
     """
 
     module: str
@@ -59,26 +62,26 @@ class Record:
     gain_median: float  # geometric mean over the steps; NaN without any gain
     valid: Tensor  # int64 [T], samples that a gradient reached
     half_life: float | None  # steps in which a gradient halves; None when it does not shrink
-    horizon: int | None  # steps back until it is under HORIZON_FRACTION; longest if never, None where it is unknown
+    horizon: int | None  # steps back until under HORIZON_FRACTION is left; longest if never, None where unknown
     longest: int  # steps of the longest way back in the batch; 0 where no gradient arrives
-    growth: float  # the largest factor by which it outgrew its start on the way; at least 1
+    growth: float  # the largest factor by which the gradient outgrew its start on the way; at least 1
     clipped: int | None  # (step, sample) pairs over clip_state_grad_norm; None without it
     clip_rate: float | None  # their share of the pairs that a gradient reached
-    first_nonfinite: int | None  # where, walking back, the first infinite or NaN norm turns up
-    forward_nonfinite: int | None  # then also: the first step whose output (the module's) was not finite, if any
+    first_nonfinite: int | None  # the step of the first infinite or NaN norm, walking back
+    forward_nonfinite: int | None  # if there is one: the first step whose output (the module's) was not finite, if any
     verdict: str  # "vanishing", "exploding", "healthy" or "unknown"
 
     @property
     def name(self) -> str:
-        """`module.l0`, `module.l0_reverse`: as the parameters are called."""
+        """`module.l0`, `module.l0_reverse`: as in the names of the parameters."""
         return f"{self.module}.l{self.layer}" + ("_reverse" if self.direction == "reverse" else "")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a layer and direction suffers from and what may help, in words; see `advice.py`."""
+    """The verdict on a layer and direction in words, with advice that may help; see `advice.py`."""
 
-    name: str  # as of `Record`
+    name: str  # `Record.name`
     verdict: str
     summary: str
     advice: tuple[str, ...]
@@ -121,7 +124,7 @@ class Report(list):
     def as_dict(self) -> dict:
         """`{"records": [..], "findings": [..]}` of plain numbers, lists and strings, as `json.dumps` takes them.
 
-        What JSON has no word for (NaN, infinity) is None.
+        NaN and infinity, which JSON lacks, are None.
         """
         records = [{"name": r.name, **{key: _plain(value) for key, value in vars(r).items()}} for r in self]
         return {"records": records, "findings": [{**asdict(f), "advice": list(f.advice)} for f in self.findings]}
@@ -129,8 +132,8 @@ class Report(list):
     def scalars(self) -> dict[str, float]:
         """The records as numbers for a logger, under names like `fastrnn/lstm.l0/h/gain_median`.
 
-        total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding` and `nonfinite` as 0
-        or 1; gain_median, half_life, horizon, clipped and clip_rate where there is one.
+        They are total_max and total_min (over the steps that a gradient reached), `vanishing`, `exploding` and
+        `nonfinite` (0 or 1), and gain_median, half_life, horizon, clipped and clip_rate where they are known.
         """
         values: dict[str, float] = {}
         for r in self:
@@ -154,7 +157,7 @@ class Report(list):
 
 
 def table(rows) -> str:
-    """Rows of strings, the first one the head, in columns."""
+    """Rows of strings (the first one is the head) as text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -166,14 +169,14 @@ def _plain(value):
 
 
 class Norms(NamedTuple):
-    """The tap of one call, on the CPU and in units of the loss itself."""
+    """The norms of one call, on the CPU, and divided by the loss scale."""
 
     norms: Tensor  # float64 [L*D, 2, S, T, B], total and carried
     resets: Tensor | None  # bool [T, B]
     lengths: Tensor  # int64 [B]
-    bound: float  # clip_state_grad_norm as it was; infinite without one
-    tiny: float  # the smallest norm with all its digits
-    forward_nonfinite: int | None  # the first step with an output that is not finite; sought if a norm is not
+    bound: float  # clip_state_grad_norm at the time of the call; infinite without one
+    tiny: float  # the smallest norm that is not subnormal
+    forward_nonfinite: int | None  # the first step whose output is not finite; sought only if a norm is not finite
 
 
 def unscaled(
@@ -184,9 +187,15 @@ def unscaled(
     lengths: Tensor | None = None,
     bad_outputs: Tensor | None = None,
 ) -> Norms:
-    """A tap's gradient as `Norms`: whatever comes out of a loss times `scale` is divided by it.
+    """A tap's gradient as `Norms`, divided by the loss scale.
 
-    `bad_outputs`: bool [T], or None where nobody looked.
+    Args:
+        norms: `[L*D, 2, S, T, B]`.
+        bound: clip_state_grad_norm.
+        scale: the loss scale.
+        resets: bool `[T, B]`, or None.
+        lengths: integer `[B]`, or None: all are T.
+        bad_outputs: bool `[T]`, True where the output is not finite; None where that is not known.
     """
     on_cpu, T = norms.double().cpu() / scale, norms.shape[-2]
     bad = [] if bad_outputs is None or bool(on_cpu.isfinite().all()) else bad_outputs.nonzero().flatten().tolist()
@@ -201,8 +210,15 @@ def unscaled(
 
 
 def pool(calls: list[Norms], trim: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-    """Calls side by side along the batch: norms `[L*D, 2, S, T, N]`, resets `[T, N]` or None, lengths `[N]`, bound
-    `[N]`, and tiny."""
+    """Several calls as one batch of N samples, padded to the longest.
+
+    Args:
+        calls: of one module.
+        trim: cut T down to the last step that a gradient reached, and take lengths from the norms.
+
+    Returns:
+        norms `[L*D, 2, S, T, N]`, resets `[T, N]` or None, lengths `[N]`, bound `[N]`, and tiny.
+    """
     T = max(call.norms.shape[-2] for call in calls)
     norms = torch.cat([nn.functional.pad(c.norms, (0, 0, 0, T - c.norms.shape[-2])) for c in calls], -1)
     resets = None
@@ -268,7 +284,7 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
 
 
 def _cuts(resets: Tensor | None, reverse: bool, like: Tensor) -> Tensor:
-    """bool `[T, N]`, True where nothing comes from the next step of the scan because of a reset between the two."""
+    """bool `[T, N]`, True where a reset keeps the gradient of the next step of the scan from coming back to this."""
     cuts = torch.zeros_like(like, dtype=torch.bool)
     if resets is not None:
         (cuts[1:] if reverse else cuts[:-1])[:] = resets[1 : len(cuts)]
@@ -276,24 +292,23 @@ def _cuts(resets: Tensor | None, reverse: bool, like: Tensor) -> Tensor:
 
 
 def log_gains(norms: Tensor, cuts: Tensor, reverse: bool, tiny: float, passed_on: Tensor) -> Tensor:
-    """log(carried_t / total_{t+1}) over all states of the cell, float64 `[T, N]`; NaN where there is none.
+    """log(carried_t / total_{t+1}) over all states of the cell, float64 `[T, N]`; NaN where there is no gain.
 
-    For an LSTM sqrt(carried_h² + carried_c²)_t / sqrt(total_h² + carried_c²)_{t+1}, because total_c already holds what
-    came through h_t. Where step t + 1 was clipped, the total is taken after it, so the cure does not pass for the
-    network vanishing. No gain: at the last step (what is carried there came through h_n), where no gradient reached the
-    next step or one too small to have all its digits (below `tiny`), at a non-finite norm, where `cuts` says so.
+    For an LSTM it is sqrt(carried_h² + carried_c²)_t / sqrt(total_h² + carried_c²)_{t+1}, because total_c already
+    contains the part through h_t. Where step t + 1 was clipped, the total after clipping is taken: the clipping must
+    not look like a vanishing gradient. There is no gain at the last step (the gradient carried to it came through h_n),
+    where no gradient reached the next step or only a subnormal one (below `tiny`), at a norm that is not finite, and
+    where `cuts` is True.
 
     Args:
         norms: float64 `[2, S, T, N]`, total and carried.
         cuts: bool `[T, N]`.
+        tiny: the smallest norm that is not subnormal.
         passed_on: float64 `[T, N]`, the share of the total that clipping by norm let through.
     """
     (total, carried), T = norms, norms.shape[2]
-    if len(total) == 2:
-        total, carried = torch.hypot(total[0], carried[1]), torch.hypot(carried[0], carried[1])
-    else:
-        total, carried = total[0], carried[0]
-    total = total * passed_on
+    total = reduce(torch.hypot, (total[0], *carried[1:])) * passed_on
+    carried = reduce(torch.hypot, carried)
     here, ahead = (slice(1, T), slice(0, T - 1)) if reverse else (slice(0, T - 1), slice(1, T))
     carried, total = carried[here], total[ahead]
     known = (total >= tiny) & total.isfinite() & carried.isfinite() & ~cuts[here]
@@ -306,20 +321,20 @@ def _judge(log_gain: Tensor, reached: Tensor, cuts: Tensor) -> tuple[float, int 
     """Mean log gain (NaN without any), horizon, longest, growth and verdict; see `Record`.
 
     Args:
-        log_gain: `[T, N]`, in backward order like all of them: step k came out of step k - 1.
-        reached: bool `[T, N]`, by a gradient.
-        cuts: bool `[T, N]`, where a reset lies between k - 1 and k, and in the padding.
+        log_gain: `[T, N]`, in backward order as all three: step k comes after step k - 1.
+        reached: bool `[T, N]`, whether a gradient reached the step.
+        cuts: bool `[T, N]`, True where a reset lies between k - 1 and k, and in the padding.
     """
     known = ~log_gain.isnan()
     before = reached.cumsum(0) - reached.long()
-    starting = before <= torch.where(cuts, before, 0).cummax(0).values  # nothing reached this stretch so far
+    starting = before <= torch.where(cuts, before, 0).cummax(0).values  # no gradient has reached this stretch yet
     k = torch.arange(len(log_gain)).unsqueeze(1)
     start = torch.where(starting, k, 0).cummax(0).values
-    gone = k - start  # steps of the way back that have been gone at k
+    gone = k - start  # the number of steps of the way back up to k
     longest = int(gone.max()) + 1 if bool(reached.any()) else 0
     if not bool(known.any()):
         return math.nan, None, longest, 1.0, "unknown"
-    # A gain of exactly 0 ends the horizon, but would swallow the mean over the other steps.
+    # A gain of exactly 0 ends the horizon; in the mean, its logarithm would outweigh all other steps.
     mean = torch.where(log_gain.isfinite(), log_gain, math.nan).nanmean(0)
     counted = known.any(0)
     mean = torch.where(mean.isnan() & counted, -math.inf, mean)
@@ -336,15 +351,15 @@ def _judge(log_gain: Tensor, reached: Tensor, cuts: Tensor) -> tuple[float, int 
 
 
 def _median_passage(crossed: Tensor, known: Tensor, start: Tensor, gone: Tensor) -> int | None:
-    """After how many steps half of the ways have crossed, before the step that crosses; None if they never do."""
+    """The number of steps that half of the ways go without crossing (see `Record`); None if fewer ever cross."""
     so_far = crossed.cumsum(0)
     at_risk = known & (so_far - crossed.long() == so_far.gather(0, start))
     there, lost = (torch.bincount(gone[v], minlength=len(gone)) for v in (at_risk, at_risk & crossed))
     left = (1 - lost.double() / there.clamp(min=1)).cumprod(0)
-    passed = (left < 0.5 + 1e-9).nonzero()  # half, and what rounding adds to it
+    passed = (left < 0.5 + 1e-9).nonzero()  # half, plus rounding
     return int(passed[0]) - 1 if len(passed) else None
 
 
 def _median(values: Tensor, valid: Tensor) -> Tensor:
-    """`[T, N]` -> `[T]`, over the valid; NaN where there is none."""
+    """`[T, N]` -> `[T]`, over the valid values; NaN where there is none."""
     return torch.where(valid, values, math.nan).nanmedian(-1).values

@@ -1,6 +1,6 @@
 """Pictures: the state gradient's norm against the time step and over training, and learning curves.
 
-matplotlib is imported late.
+matplotlib is imported by the functions that need it.
 """
 
 import math
@@ -9,20 +9,20 @@ from pathlib import Path
 
 from .history import History
 
-# Two hues of Okabe & Ito's palette, which people with any colour vision tell apart; solid and dashed says it again.
+# Two hues of Okabe & Ito's palette, which people with any colour vision can tell apart; solid and dashed say it again.
 COLORS = {"h": "#0072B2", "c": "#D55E00"}
 TRAIN, TEST = "#0072B2", "#D55E00"
-HEAT, NOTHING = "cividis", "#E8E8E8"  # for eyes without red or green; grey where no gradient arrives
+HEAT, NOTHING = "cividis", "#E8E8E8"  # readable without red or green; grey where no gradient arrives
 # Five more of Okabe & Ito's hues and as many strokes, for the lines of one panel.
 FLOW_STYLES = (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#000000", ":"))
 FLOW_RANGE, FLOW_LEGEND = (1e-12, 1e12), "upper left"
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 MAX_DECADES = 30
-"""Norms this many powers of ten below the largest in the picture are left out: float32 ends near 38."""
+"""Norms that are more powers of ten below the largest in the picture are left out. float32 reaches down to 1e-38."""
 
 
 def figure_class():
-    """matplotlib's Figure; without pyplot, so no display and no global state is touched."""
+    """matplotlib's Figure, without pyplot: that would touch a display and global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,7 +47,7 @@ def gradient_norms(path, reports) -> None:
     """Writes the norms of dL/dh_t (and dL/dc_t) against the time step t, log axis.
 
     Args:
-        path: where to, PNG unless its ending names another format of matplotlib's; folders are made.
+        path: of the picture: PNG, unless its ending names another format of matplotlib's; folders are created.
         reports: `{title: report}`, the reports of a `GradientMonitor` on one model; one column of panels each, one row
             per layer and direction.
 
@@ -92,8 +92,8 @@ def layers(folder, report, history: History) -> list[Path]:
     The last row: the gain at every time step of that step, and its mean over the time steps through training.
 
     Args:
-        folder: where to; it is made.
-        report: the last observed step's.
+        folder: of the pictures; it is created.
+        report: of the last observed step.
         history: of the same monitor.
 
     Returns:
@@ -128,7 +128,7 @@ def layers(folder, report, history: History) -> list[Path]:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """The borders between rows that stand at `steps`, and outside of the first and last one."""
+    """The borders between the rows of a heat map whose centres are `steps`, and the outer borders."""
     between = [(a + b) / 2 for a, b in pairwise(steps)]
     first, last = (between[0] - steps[0], steps[-1] - between[-1]) if between else (0.5, 0.5)
     return [steps[0] - first, *between, steps[-1] + last]
@@ -168,7 +168,7 @@ def _gains(now, through_training, history: History, record) -> None:
 def _norm_lines(axes, record) -> None:
     color = COLORS[record.state]
     total, carried = (v.masked_fill(~(v > 0) | ~v.isfinite(), float("nan")) for v in (record.total, record.carried))
-    # A norm without neighbours has no line to show itself by.
+    # A line needs two points: single norms are shown as dots.
     dots = {"marker": "o", "markersize": 3} if (total > 0).sum() < 3 else {}
     label = rf"$\partial L/\partial {record.state}_t$"
     axes.plot(total.tolist(), color=color, linewidth=3.2, alpha=0.4, label=f"{label}, total", **dots)
@@ -190,7 +190,7 @@ def _summary(record) -> str:
 
 
 def _log_scale(axes, reports) -> None:
-    """A log axis of at most MAX_DECADES, so that one underflow does not flatten the rest; if anything is positive."""
+    """A log axis of at most MAX_DECADES, so that one underflow does not flatten the rest; if any norm is positive."""
     values = [v for report in reports.values() for r in report for v in (*r.total.tolist(), *r.carried.tolist())]
     values = [v for v in values if 0 < v < float("inf")]
     if values:
@@ -203,8 +203,9 @@ def flows(path, networks: dict[str, dict[str, list[float]]]) -> None:
     """Writes a panel per network, a line per remedy: the state gradient's norm against the time step, on one log axis.
 
     Args:
-        path: where to; folders are made.
-        networks: by title of the panel and label of the line, the norms by time step in units of the one at the loss.
+        path: of the picture; folders are created.
+        networks: `{title of the panel: {label of the line: norms}}`, the norms by time step, relative to that at the
+            loss.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -236,7 +237,7 @@ def learning_curves(path, history, title: str = "") -> None:
     """Writes loss and accuracy against the epoch as a picture.
 
     Args:
-        path: where to; folders are made.
+        path: of the picture; folders are created.
         history: one dict per epoch: `train_loss` and `test_loss` (cross entropy, nats), `train_accuracy` and
             `test_accuracy` (0 to 1).
         title: one line above both panels.

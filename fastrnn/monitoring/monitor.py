@@ -1,7 +1,8 @@
-"""`GradientMonitor`: what the gradient does on its way back through time, module by module and step by step.
+"""`GradientMonitor`: the norms of the gradient on its way back through time, by module and step.
 
-Inside the monitor every `fastrnn.LSTM`, `GRU` and `RNN` of a model gets a tap per call, whose "gradient" is the norms
-that the backward scan reduces as it goes; `report.py` turns them into gains and verdicts, `advice.py` into words.
+Inside the monitor every `fastrnn.LSTM`, `GRU` and `RNN` of a model gets a tap per call: a leaf whose "gradient" is the
+norms that the backward scan reduces as it goes. `diagnosis.py` turns them into gains and verdicts, `advice.py` into
+advice.
 """
 
 import math
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..equations import accumulate_dtype
+from ..modules import _Cell, _Recurrent
 from . import calls
-from .equations import accumulate_dtype
+from .diagnosis import Norms, Record, Report, records, unscaled
 from .history import History
-from .modules import _Cell, _Recurrent
-from .report import Norms, Record, Report, records, unscaled
 
 
 class GradientMonitor:
@@ -26,36 +27,39 @@ class GradientMonitor:
             loss_of(model(x)).backward()
         print(monitor.report())
 
-    A training step is one `backward()`, or `accumulate` of them; `report()` is about the last one that was observed,
-    `history` about all of them. Several calls of one module in a step are pooled as further samples (a shorter call
-    counts as padded). Calls that need no gradient are left alone. A tap that the caller passes himself is read along.
-    The single-step cells have no tap, and the gradient between two calls, as of a decoder that is called step by step,
-    is not seen: each call's way back ends at its own first step. Off, and in the steps that `every` leaves out, no call
-    has a tap and plain calls go to torch's own kernels; in an observed step they go through the scan, and its end waits
-    for the device. A deep copy made inside is not watched. Inside, save the `state_dict`: a module with hooks on it
-    cannot be pickled.
+    A training step is one `backward()`, or `accumulate` of them. `report()` is about the last observed step, `history`
+    about all of them. Several calls of one module in a step are pooled as further samples; a shorter call counts as
+    padded. Calls that need no gradient are left alone. A tap that the caller passes is read, too.
+
+    Not seen: the single-step cells, which have no tap, and the gradient between two calls, as in a decoder that is
+    called step by step. Each call's way back ends at its own first step. A deep copy made inside is not watched.
+
+    In an observed step plain calls run on the scan instead of torch's own kernels, and the end of the step waits for
+    the device. Outside the monitor, and in the steps that `every` leaves out, nothing changes. Inside, save the
+    `state_dict`: a module with hooks cannot be pickled.
 
     Under DistributedDataParallel each rank's monitor sees its own samples and its own loss; `report(all_ranks=True)`
     pools them. Under activation checkpointing the gradient is seen once, whichever variant.
 
-    A compiled forward cannot create a leaf, so for `torch.compile` the taps are allocated here, for up to `max_steps`
-    steps and `batch` sequences, and stay in the graph whatever `every` says. Enter the monitor before the first call.
-    One call per module and backward then (norms of several would add up), T is counted up to the last step that a
-    gradient reached, resets look like gain 0, and the outputs are not looked at where a gradient is not finite.
+    A compiled forward cannot create a leaf, so for `torch.compile` the monitor allocates the taps, for up to
+    `max_steps` steps and `batch` sequences; they stay in the graph whatever `every` says. Enter the monitor before the
+    first call, and call each module once per backward (the norms of several calls would add up). T is then counted up
+    to the last step that a gradient reached, resets look like gain 0, and where a gradient is not finite the outputs
+    are not searched for the cause.
 
     Args:
         model: any module, compiled or not.
-        every: observe the first of every so many training steps. In those left out, `torch.autograd.grad` through a
-            module counts as a backward.
+        every: observe the first of every so many training steps. In the others, `torch.autograd.grad` through a module
+            counts as a backward.
         accumulate: backwards per training step, for gradient accumulation.
-        loss_scale: what the loss was multiplied by before `backward()`, a number or a `torch.amp.GradScaler`; the norms
-            are divided by it.
+        loss_scale: the factor by which the loss was multiplied before `backward()`, a number or a
+            `torch.amp.GradScaler`; the norms are divided by it.
         max_steps, batch: largest T and B, both or neither; only for compiled models.
 
     Raises:
-        ValueError: there is nothing to watch in the model, only one of max_steps and batch is given, a count is below
-            1, or loss_scale is no positive number.
-        TypeError: a count is no int.
+        ValueError: the model holds no fastrnn LSTM, GRU or RNN, only one of max_steps and batch is given, a count is
+            below 1, or loss_scale is not a positive number.
+        TypeError: a count is not an int.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class GradientMonitor:
         self._modules: dict[str, _Recurrent] = {}
         for name, module in model.named_modules():
             if isinstance(module, _Recurrent):
-                name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # of what is compiled
+                name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
             cells = any(isinstance(module, _Cell) for module in model.modules())
@@ -95,15 +99,15 @@ class GradientMonitor:
         self._norm_sinks: list[Callable[[str, Tensor], None]] = []
         self._backwards = 0
         self._observing = True
-        self._running: int | None = None  # the engine's number of the backward under way
-        # Of that backward: module, norms [L*D, 2, S, T, B], and what `unscaled` wants to know of the call.
+        self._running: int | None = None  # the engine's number of the running backward
+        # Of the running backward: module, norms [L*D, 2, S, T, B], and the call's arguments for `unscaled`.
         self._taps: list[tuple[str, Tensor, dict[str, Tensor | None]]] = []
-        self._tapped: dict[str, Tensor | None] | None = None  # the same of the call under way
-        self._open: dict[str, list[Norms]] = {}  # of the training step under way
-        self._norms: dict[str, list[Norms]] = {}  # of the last one
+        self._tapped: dict[str, Tensor | None] | None = None  # of the running forward: the arguments for `unscaled`
+        self._open: dict[str, list[Norms]] = {}  # of the training step that has begun
+        self._norms: dict[str, list[Norms]] = {}  # of the last complete one
 
     def enable(self) -> None:
-        """Installs the hooks; `with` does it for you."""
+        """Installs the hooks, as entering the `with` block does."""
         if self._handles:
             return
         for name, module in self._modules.items():
@@ -115,7 +119,7 @@ class GradientMonitor:
                     self._handles.append(module.register_forward_hook(self._count_untapped))
 
     def disable(self) -> None:
-        """Removes the hooks. What has been recorded stays readable."""
+        """Removes the hooks. The records stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -134,7 +138,7 @@ class GradientMonitor:
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break("a GradientMonitor in a compiled graph needs max_steps= and batch=")
             if module is not self._modules[name]:
-                return None  # a deep copy, which took the hook along
+                return None  # a deep copy, which has a copy of the hook
             self._before_call()
             sizes = calls.steps_and_batch(module, args, kwargs)
             if not self._observing or sizes is None or not calls.needs_gradient(module, args, kwargs):
@@ -142,11 +146,11 @@ class GradientMonitor:
             tap = kwargs.get("tap")
             if tap is None:
                 x = calls.data(args, kwargs)
-                tap = torch.zeros(*calls.rows(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
+                tap = torch.zeros(*calls.tap_shape(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
                 tap.requires_grad_()
             elif not getattr(tap, "requires_grad", False):
                 return None  # the module refuses it
-            # Read through a view: it dies with the graph, so nothing is held for calls that never go backward.
+            # The hook is on a view, which dies with the graph: a call without a backward leaves nothing behind.
             view = tap.view_as(tap)
             call = {"resets": calls.resets(module, args, kwargs), "lengths": calls.lengths(args, kwargs)}
             self._tapped = call
@@ -160,7 +164,7 @@ class GradientMonitor:
         max_steps, max_batch = self._sizes
         dtype = accumulate_dtype(weight.dtype)
         leaf = torch.zeros(
-            *calls.rows(module), max_steps, max_batch, dtype=dtype, device=weight.device, requires_grad=True
+            *calls.tap_shape(module), max_steps, max_batch, dtype=dtype, device=weight.device, requires_grad=True
         )
 
         def collect(leaf):
@@ -181,13 +185,13 @@ class GradientMonitor:
         return hook
 
     def _look_at_output(self, module, args, output) -> None:
-        """Not waiting for the device; whoever finds a gradient that is not finite reads it."""
+        """Marks the outputs that are not finite, without waiting for the device: read only if a norm is not finite."""
         if self._tapped is not None:
             self._tapped["bad_outputs"] = calls.bad_outputs(module, output)
             self._tapped = None
 
     def _count_untapped(self, module, args, output) -> None:
-        """In the steps that `every` leaves out, a backward is known by the outputs that it comes through."""
+        """In the steps that `every` leaves out, hooks on the outputs detect a backward."""
         if self._observing or torch._C._functorch.peek_interpreter_stack() is not None:
             return
         y, *states = output
@@ -198,8 +202,8 @@ class GradientMonitor:
 
     def _before_call(self) -> None:
         if torch._C._current_graph_task_id() != -1:
-            self._enter_backward()  # a checkpoint computes again, in a backward inside of the one under way
-        elif self._running is not None:  # which therefore ended in an exception
+            self._enter_backward()  # a checkpoint recomputes its forward, in a backward inside the running one
+        elif self._running is not None:  # that backward has ended, in an exception
             self._running = None
             self._taps.clear()
 
@@ -209,9 +213,10 @@ class GradientMonitor:
             self._taps.append((name, norms.detach(), call))
 
     def _enter_backward(self) -> None:
-        """Called by everything that happens in a backward; the first time it asks to be told of the end."""
+        """Called by every hook of a backward; the first call registers a callback for the end of that backward."""
         task = torch._C._current_graph_task_id()
-        nested = self._sizes is None  # the only way to meet another number; in compiled models one that ended early
+        # Another number is a nested backward (a checkpoint's); in compiled models, the one after an exception.
+        nested = self._sizes is None
         if self._running is None or (task != self._running and not nested):
             self._running = task
             self._taps.clear()
@@ -247,18 +252,19 @@ class GradientMonitor:
         return [r for name, m in self._modules.items() if name in norms for r in records(name, m, norms[name], trim)]
 
     def report(self, *, all_ranks: bool = False) -> Report:
-        """The records of the last observed step, by module (in the model's order), layer, direction and state; and one
-        finding per layer and direction, with advice from the weights as they are now.
+        """The records of the last observed step, by module (in the model's order), layer, direction and state.
+
+        It also has one finding per layer and direction, with advice from the weights as they are now.
 
         Args:
-            all_ranks: over the samples of all processes of torch.distributed's default group, as if they were one
-                batch; B and T may differ between them, and every rank gets the same report. A collective: every rank
-                must call it. The norms are those of each rank's own loss, before DDP averages the gradients.
+            all_ranks: pool the samples of all processes of torch.distributed's default group into one batch; B and T
+                may differ between them, and every rank gets the same report. This is a collective: every rank must
+                call it. The norms are those of each rank's own loss, before DDP averages the gradients.
 
         Raises:
             RuntimeError: all_ranks without an initialised process group.
         """
-        from . import advice  # late, like the pictures: `import fastrnn` stays light
+        from . import advice  # late, as plots below: `import fastrnn` stays light
 
         found = self._last_records(all_ranks)
         return Report(found, advice.findings(self._modules, found))
@@ -271,11 +277,11 @@ class GradientMonitor:
         """Sends `Report.scalars()` to `sink` at the end of every observed step.
 
         Args:
-            sink: anything with TensorBoard's `add_scalar(name, value, step)`; or a callable, which gets a dict that
-                also holds the training step under `fastrnn/step`, like `wandb.log` or `list.append`.
+            sink: an object with TensorBoard's `add_scalar(name, value, step)`; or a callable like `wandb.log` or
+                `list.append`, which gets a dict that also holds the training step under `fastrnn/step`.
 
         Raises:
-            TypeError: it is neither.
+            TypeError: the sink is neither.
         """
         if hasattr(sink, "add_scalar"):
             self._sinks.append(lambda step, r: [sink.add_scalar(k, v, step) for k, v in r.scalars().items()])
@@ -287,20 +293,24 @@ class GradientMonitor:
     def norms_to(self, sink: Callable[[str, Tensor], None]) -> None:
         """Calls `sink(module's name, norms [L*D, 2, S, T, B])` for every call, at the end of an observed backward.
 
-        The norms are on the device, not yet unscaled; `penalties.AdaptiveClip.update` takes them.
+        The norms are on the device and not yet divided by the loss scale; `penalties.AdaptiveClip.update` takes them.
         """
         self._norm_sinks.append(sink)
 
     def plot(self, path) -> None:
-        """Writes the norms of the last observed step against the time step as a picture: PNG, or what the ending of the
-        path says, as `.pdf` (needs matplotlib)."""
+        """Writes a picture of the norms of the last observed step against the time step (needs matplotlib).
+
+        The format is PNG, unless the ending of the path names another one, like `.pdf`.
+        """
         from . import plots
 
         plots.gradient_norms(path, {"": self.report()})
 
     def plot_layers(self, folder) -> list[Path]:
-        """Writes one picture per layer and direction, `folder/lstm.l0.png`: norms of h and of c in the last observed
-        step, their heat maps over training step and time step, and the gain (needs matplotlib).
+        """Writes one picture per layer and direction, `folder/lstm.l0.png` (needs matplotlib).
+
+        It shows the norms of each state in the last observed step, their heat maps over training step and time step,
+        and the gain.
 
         Returns:
             The paths.

@@ -1,26 +1,26 @@
-"""What a call of a `fastrnn.LSTM`, `GRU` or `RNN` is about, read off its arguments by the monitor's hooks."""
+"""Facts about a call of a `fastrnn.LSTM`, `GRU` or `RNN`, which the monitor's hooks read off its arguments."""
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .cells import CELLS
-from .modules import _Recurrent
+from ..cells import CELLS
+from ..modules import _Recurrent
 
 
 def data(args, kwargs):
-    """The input tensor of a call; None where there is none."""
+    """The input tensor of a call; None if there is none."""
     x = args[0] if args else kwargs.get("input")
     return x.data if isinstance(x, PackedSequence) else x
 
 
-def rows(module: _Recurrent) -> tuple[int, int, int]:
-    """`L*D, 2, S`."""
+def tap_shape(module: _Recurrent) -> tuple[int, int, int]:
+    """The leading dimensions of a tap: `L*D, 2, S`."""
     return module.num_layers * (2 if module.bidirectional else 1), 2, len(CELLS[module._cell].states)
 
 
 def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
-    """T and B of a call; None for input that the module is about to refuse, and for an empty batch."""
+    """T and B of a call; None for an empty batch, and for input that the module will refuse."""
     x = args[0] if args else kwargs.get("input")
     if isinstance(x, PackedSequence):
         return len(x.batch_sizes), int(x.batch_sizes[0])
@@ -33,6 +33,7 @@ def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
 
 
 def needs_gradient(module: _Recurrent, args, kwargs) -> bool:
+    """Whether a backward may follow the call; False under torch.func, whose gradients a tap does not see."""
     if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     hx = args[1] if len(args) > 1 else kwargs.get("hx")
@@ -53,7 +54,7 @@ def resets(module: _Recurrent, args, kwargs) -> Tensor | None:
 
 
 def lengths(args, kwargs) -> Tensor | None:
-    """`[B]`, where the sequences of a call have lengths of their own."""
+    """int `[B]`, if the sequences of a call have lengths."""
     x, given = args[0] if args else kwargs.get("input"), kwargs.get("lengths")
     if not isinstance(x, PackedSequence):
         return None if given is None else torch.as_tensor(given)
@@ -62,7 +63,7 @@ def lengths(args, kwargs) -> Tensor | None:
 
 
 def bad_outputs(module: _Recurrent, output) -> Tensor:
-    """bool `[T]`, on the device: at which steps the output of a call is not finite."""
+    """bool `[T]`, on the device: True at the steps whose output is not finite."""
     y = output[0]
     if isinstance(y, PackedSequence):
         y, _ = pad_packed_sequence(y)

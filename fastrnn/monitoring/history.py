@@ -1,18 +1,20 @@
-"""What a `GradientMonitor` remembers of training: the records of the steps that it observed, evenly thinned."""
+"""The memory of a `GradientMonitor`: the records of the training steps that it observed, evenly thinned."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .report import Record, Report
+from .diagnosis import Record, Report
 
 ROOM = 256
 """Observed steps that are kept: as many rows as a heat map can show. Each takes 32 bytes per state and time step."""
 
 
 class History:
-    """Reports by training step; when ROOM is full every second one is dropped, and of later steps every second is kept.
+    """Reports by training step.
+
+    When ROOM is full, every second report is dropped, and from then on only every second step is kept.
 
     Attributes:
         steps: the training steps (counted from 0) of `reports`.
@@ -39,10 +41,11 @@ class History:
 
     @property
     def names(self) -> list[str]:
-        """The layers and directions that occur, as `Record.name`."""
+        """The `Record.name` of every layer and direction that occurs."""
         return list(dict.fromkeys(record.name for report in self.reports for record in report))
 
     def states(self, name: str) -> list[str]:
+        """The states of which there are records under a `Record.name`: "h", "c"."""
         return list(dict.fromkeys(r.state for report in self.reports for r in report if r.name == name))
 
     def _records(self, name: str, state: str) -> list[Record | None]:
@@ -62,7 +65,7 @@ class History:
         return table
 
     def curve(self, name: str, state: str, quantity: str = "gain_median") -> list[float]:
-        """A number of every observed step, like `gain_median`, `horizon` or `clip_rate`; NaN where there is none.
+        """One number per observed step, like `gain_median`, `horizon` or `clip_rate`; NaN where there is none.
 
         ValueError for a name or state that was never observed.
         """

@@ -1,0 +1,138 @@
+"""torch's own kernels (cuDNN, MIOpen, oneDNN): which calls they take, whole calls, single steps, and a fast path."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .cells import CELLS, suffixes
+
+KNOWN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def why_not(request) -> str | None:
+    """Why torch's kernels cannot run a call (`dispatch.Request`), or None. They take packed input and projections."""
+    extras = request.features - {"projection"}
+    if extras:
+        return f"torch's own kernels take only plain calls; this one has {', '.join(sorted(extras))}"
+    if request.cell not in KNOWN_CELLS:
+        return f"torch has no {request.cell}"
+    return None
+
+
+def refused_by_cudnn(x: Tensor, training: bool) -> bool:
+    """Whether a gradient may follow a forward in eval mode, which cuDNN does not compute."""
+    return x.is_cuda and not training and x.requires_grad and torch.is_grad_enabled()
+
+
+def network(options, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], batch_sizes: Tensor | None):
+    """A whole call.
+
+    Args:
+        options: `stack.Options`; those that torch.nn lacks are off.
+        x: `[T, B, I]`; `[rows, I]` with `batch_sizes`, those of a PackedSequence.
+        states: h `[L*D, B, P]`, and for the LSTM c `[L*D, B, H]`.
+        params: by torch.nn's names.
+
+    Returns:
+        The output, shaped as x, and the final states, shaped as `states`.
+    """
+    names = [name for layer in suffixes(options.num_layers, options.bidirectional) for name in layer]
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    weights = [params[f"{kind}_{name}"] for name in names for kind in kinds if f"{kind}_{name}" in params]
+    hx = states if len(states) > 1 else states[0]
+    head = (x, hx) if batch_sizes is None else (x, batch_sizes, hx)
+    tail = (options.num_layers, options.dropout, options.training, options.bidirectional)
+    if batch_sizes is None:
+        tail = (*tail, False)  # batch_first
+    y, *states = getattr(torch, options.cell)(*head, weights, "bias_ih_l0" in params, *tail)
+    return y, tuple(states)
+
+
+def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights) -> tuple[Tensor, ...]:
+    """The states `[B, H]` after one step on `x [B, I]`; no `states` are zeros. `weights`: as in torch.nn's cells.
+
+    A few operations, which can be traced and transformed. A whole call would prepare the weights for many steps.
+    """
+    count = len(CELLS[cell].states)
+    w_ih, w_hh, *biases = weights
+    if not states:
+        states = (x.new_zeros(x.shape[0], w_hh.shape[1]),) * count
+    new = getattr(torch, f"{cell}_cell")(x, states if count > 1 else states[0], w_ih, w_hh, *biases)
+    return new if count > 1 else (new,)
+
+
+def directly(module: nn.Module, input, hx, most_steps: float):
+    """Fast path: runs a valid plain call of up to `most_steps` steps at once; returns None for any other.
+
+    `functional` would choose the same kernels, but its checks alone take as long as a short call.
+
+    Args:
+        module: a fastrnn LSTM, GRU or RNN whose extras are off.
+        input, hx: as of its forward, unchecked.
+        most_steps: from `dispatch.most_steps_of_torch`.
+    """
+    if not isinstance(input, Tensor) or input.dim() not in (2, 3):
+        return None
+    cell = module._cell
+    pair, batched, batch_dim = cell == "lstm", input.dim() == 3, 0 if module.batch_first else 1
+    states = () if hx is None else hx if pair else (hx,)
+    if pair and not isinstance(states, (tuple, list)):
+        return None
+    if not batched:
+        if any(state.dim() != 2 for state in states):
+            return None
+        input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
+    sizes = input.shape
+    steps, batch = sizes[1 - batch_dim], sizes[batch_dim]
+    if not 0 < steps <= most_steps or (input.is_cuda and refused_by_cudnn(input, module.training)):
+        return None
+    weights, stored, shapes = [], module._parameters, module._shapes()
+    for layer in shapes:
+        for name, shape in layer:
+            weight = stored.get(name)  # a weight that is computed at every call is no parameter
+            if weight is None or weight.shape != shape:
+                return None
+            weights.append(weight)
+    # torch's kernels check for themselves that all weights are on one device.
+    dtype, device = weights[0].dtype, weights[0].device
+    if sizes[2] != module.input_size or input.dtype != dtype or input.device != device:
+        return None
+    hidden_size, proj_size = module.hidden_size, module.proj_size
+    shape_h = (len(shapes), batch, proj_size or hidden_size)
+    state_shapes = (shape_h, (len(shapes), batch, hidden_size)) if pair else (shape_h,)
+    if hx is None:
+        states = [input.new_zeros(shape) for shape in state_shapes]
+    elif len(states) != len(state_shapes):
+        return None
+    else:
+        for state, shape in zip(states, state_shapes, strict=True):
+            if state.shape != shape or state.dtype != dtype or state.device != device:
+                return None
+    y, *states = getattr(torch, cell)(
+        input, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
+        module.training, module.bidirectional, module.batch_first,
+    )  # fmt: skip
+    if not batched:
+        y, states = y.squeeze(batch_dim), [state.squeeze(1) for state in states]
+    return y, tuple(states) if pair else states[0]
+
+
+def flatten_weights(module: nn.Module) -> None:
+    """Lays the weights of a fastrnn LSTM, GRU or RNN out in the one chunk that cuDNN wants, where it can run them."""
+    # Only stored weights: a computed one may not exist yet, or change when it is read (spectral norm).
+    weights = [module._parameters.get(name) for layer in module.all_names for name in layer]
+    first = weights[0]
+    if module.layer_norm or module._cell not in KNOWN_CELLS:
+        return
+    if not all(type(w) is Parameter and w.is_cuda and w.dtype == first.dtype for w in weights):
+        return
+    if not torch.backends.cudnn.is_acceptable(first) or len({w.data_ptr() for w in weights}) != len(weights):
+        return
+    mode = torch.backends.cudnn.rnn.get_cudnn_mode(module.mode)
+    with torch.cuda.device_of(first), torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(
+            weights, len(module.all_names[0]), module.input_size, mode, module.hidden_size, module.proj_size,
+            module.num_layers, module.batch_first, module.bidirectional,
+        )  # fmt: skip

@@ -1,0 +1,382 @@
+"""The checks of every call and constructor: user input is refused here.
+
+Exceptions are of the type that torch.nn raises for the same mistake. They name the argument, what came and what was
+expected. Values on a GPU are never read back just to be checked.
+"""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .aten import refused_by_cudnn
+from .cells import CELLS, NONLINEARITIES, network_shapes
+from .dispatch import Request
+from .equations import accumulate_dtype
+from .linear import in_forward_mode, tracing
+from .stack import Options
+
+# ---------------------------------------------------------------------------------------------------- constructors
+
+
+def check_sizes(**sizes) -> None:
+    """Each a positive int."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
+
+
+def check_flags(**flags) -> None:
+    """Each a bool."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+
+
+def check_projection(proj_size: int, hidden_size: int) -> None:
+    """0, or less than the hidden size."""
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+
+
+def without_projection(args: tuple, kwargs: dict) -> tuple:
+    """The positional arguments of a GRU or RNN constructor, with a proj_size of 0 in its place.
+
+    torch.nn documents none for them, but its constructors take a 0 there.
+    """
+    projected = "proj_size" in kwargs
+    if len(args) > 7 and isinstance(args[7], int):
+        projected = projected or args[7] != 0
+    elif len(args) > 7:
+        args = (*args[:7], 0, *args[7:])
+    if projected:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    return args
+
+
+def rnn_cell(nonlinearity: str) -> str:
+    """The name in the cell table of an RNN with this nonlinearity."""
+    if nonlinearity not in NONLINEARITIES:
+        raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from {', '.join(map(repr, NONLINEARITIES))}.")
+    return f"rnn_{nonlinearity}"
+
+
+def check_probability(name: str, p) -> float:
+    """Within [0, 1]."""
+    if type(p) is float and 0 <= p <= 1:
+        return p
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1], a probability, but got {p!r}")
+    return float(p)
+
+
+def check_zoneout(cell: str, zoneout) -> tuple[float, ...]:
+    """The probability for each state of the cell, h first. A pair is given as (p_c, p_h)."""
+    states = len(CELLS[cell].states)
+    if not isinstance(zoneout, (tuple, list)):
+        return (check_probability("zoneout", zoneout),) * states
+    if states != 2 or len(zoneout) != 2:
+        raise ValueError(f"zoneout takes one probability, or (p_c, p_h) for the LSTM, but got {zoneout!r} for {cell}")
+    p_c, p_h = zoneout
+    return check_probability("zoneout", p_h), check_probability("zoneout", p_c)
+
+
+def check_bound(name: str, bound, tensor: bool = False):
+    """A positive and finite number, None, or with `tensor` a 0-d tensor, whose value is read on a CPU only."""
+    if bound is None:
+        return None
+    if tensor and isinstance(bound, Tensor):
+        if bound.dim() != 0 or not bound.is_floating_point():
+            raise ValueError(f"{name} should be a float or a 0-d float tensor, got {bound.dtype} {list(bound.shape)}")
+        if bound.device.type == "cpu" and not tracing() and not bool(bound > 0):
+            raise ValueError(f"{name} should be positive, but got {bound!r}; None clips nothing")
+        return bound
+    if isinstance(bound, bool) or not isinstance(bound, Real) or not 0 < bound < math.inf:
+        hint = "pass its .threshold" if isinstance(getattr(bound, "threshold", None), Tensor) else "None clips nothing"
+        raise ValueError(f"{name} should be a positive number, and finite, but got {bound!r}; {hint}")
+    return bound if type(bound) in (int, float) else float(bound)
+
+
+def check_options(
+    cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
+    weight_dropout, clip_norm, clip_value,
+) -> Options:  # fmt: skip
+    """The options of a network, checked but for the sizes and flags."""
+    return Options(
+        cell, num_layers, bidirectional, check_probability("dropout", dropout), training, residual, locked_dropout,
+        check_probability("recurrent_dropout", recurrent_dropout), check_zoneout(cell, zoneout),
+        check_probability("weight_dropout", weight_dropout),
+        check_bound("clip_state_grad_norm", clip_norm, tensor=True), check_bound("clip_state_grad_value", clip_value),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- calls of networks
+
+
+class Call(NamedTuple):
+    """A checked call: time first, batched, and in the order of the packed batch where the input is packed."""
+
+    x: Tensor  # [T, B, I]; of packed input its rows, [sum of lengths, I]
+    states: tuple[Tensor, ...]  # h [L*D, B, P], every other one [L*D, B, H]
+    options: Options
+    request: Request
+    lengths: Tensor | None  # [B]
+    reset_mask: Tensor | None  # bool [T, B]
+    tap: Tensor | None  # [L*D, 2, S, T, B]
+    packed: PackedSequence | None
+
+
+def check(
+    cell: str,
+    input,
+    hx,
+    params: Mapping[str, Tensor],
+    *,
+    batch_first: bool = False,
+    lengths=None,
+    reset_mask=None,
+    tap=None,
+    return_cells: bool = False,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    training: bool = False,
+    dropout: float = 0.0,
+    residual: bool = False,
+    locked_dropout: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout=0.0,
+    weight_dropout: float = 0.0,
+    clip_state_grad_norm=None,
+    clip_state_grad_value=None,
+) -> Call:
+    """Checks a call and brings it into one form; arguments as of `functional.lstm`.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: the type that torch.nn raises for the same mistake.
+    """
+    options = check_options(
+        cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
+        weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+    )  # fmt: skip
+    spec = CELLS[cell]
+    if return_cells and len(spec.states) == 1:
+        raise ValueError(f"return_cells needs a cell with a cell state; {cell} has none")
+    weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
+    rows, size = weight_hh.shape
+    hidden_size = rows // len(spec.gates)
+    packed = input if isinstance(input, PackedSequence) else None
+    x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
+    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_hh_l0" in params
+    parameters = _check_parameters(
+        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params, layer_norm,
+        num_layers, bidirectional,
+    )  # fmt: skip
+    batched = packed is not None or input.dim() == 3
+    stacked = num_layers * (2 if bidirectional else 1)
+    expected = [(stacked, batch, size), *[(stacked, batch, hidden_size)] * (len(spec.states) - 1)]
+    states = _check_states(cell, x, hx, expected, batched)
+    T = len(packed.batch_sizes) if packed is not None else x.shape[0]
+    if lengths is not None:
+        lengths = _check_lengths(lengths, T, batch, x, packed)
+    if reset_mask is not None:
+        reset_mask = _check_reset_mask(reset_mask, T, batch, x, batched, batch_first)
+    if tap is not None:
+        _check_tap(tap, (stacked, 2, len(spec.states), T, batch), x)
+    if packed is not None and packed.sorted_indices is not None:
+        order = packed.sorted_indices
+        states = tuple(s.index_select(1, order) for s in states)
+        tap = None if tap is None else tap.index_select(-1, order)
+        reset_mask = None if reset_mask is None else reset_mask.index_select(1, order)
+    traced, forward_mode = tracing(), in_forward_mode()
+    features = (
+        *options.features(),
+        ("tap", tap is not None),
+        ("lengths", lengths is not None),
+        ("resets", reset_mask is not None),
+        ("return_cells", return_cells),
+        ("layer_norm", layer_norm),
+        ("projection", projection > 0),
+        ("eval_gradient", refused_by_cudnn(x, training)),
+        ("tracing", traced and not forward_mode),  # the scan has no forward mode, torch's own kernels have
+    )
+    # A compiled graph must not be tied to its sizes.
+    known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
+    filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
+    gradients = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *states, *parameters)])
+    request = Request(
+        cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
+        known_T, known_batch, filled, gradients,
+    )  # fmt: skip
+    return Call(x, states, options, request, lengths, reset_mask, tap, packed)
+
+
+def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool):
+    """The input tensor, time first and batched (or packed), and the batch size."""
+    x = input if packed is None else packed.data
+    if packed is None and x.dim() not in (2, 3):
+        raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+    if not x.is_floating_point():
+        raise ValueError(f"input should be a real floating tensor, got {x.dtype}")
+    if x.dtype != weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight_ih.dtype}). "
+            f"Convert input: input.to({weight_ih.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.shape[-1] != weight_ih.shape[1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {weight_ih.shape[1]}, got {x.shape[-1]}"
+        )
+    if x.device != weight_ih.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, "
+            f"found input tensor at {x.device} and parameter tensor at {weight_ih.device}"
+        )
+    if packed is not None:
+        return x, int(packed.batch_sizes[0])
+    if x.dim() == 2:
+        x = x.unsqueeze(1)
+    elif batch_first:
+        x = x.transpose(0, 1)
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return x, x.shape[1]
+
+
+def _check_parameters(params: Mapping[str, Tensor], device: torch.device, *network) -> list[Tensor]:
+    """The parameters of a network, each present, of its shape and on the device; `network`: of `network_shapes`."""
+    # torch.compile would warn of the cache.
+    shapes = network_shapes.__wrapped__ if torch.compiler.is_compiling() else network_shapes
+    found = []
+    for row in shapes(*network):
+        for name, shape in row:
+            parameter = params.get(name)
+            if parameter is None:
+                raise TypeError(f"{name} should be a tensor of shape {list(shape)}, got None")
+            if parameter.shape != shape:
+                raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(parameter.shape)}")
+            if parameter.device != device:
+                raise RuntimeError(f"{name} is on device {parameter.device}, but input on {device}")
+            found.append(parameter)
+    return found
+
+
+def _check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Tensor, ...]:
+    """The initial states, batched: `hx` checked, or zeros."""
+    if hx is None:
+        return tuple(x.new_zeros(shape) for shape in expected)
+    if len(expected) == 1:
+        states = (hx,)
+    elif isinstance(hx, (tuple, list)) and len(hx) == len(expected):
+        states = tuple(hx)
+    else:
+        name = "an LSTM" if cell == "lstm" else cell
+        raise RuntimeError(f"hx of {name} should be {_tuple_of_states(cell, '0')}, got {type(hx).__name__}")
+    for k, (state, shape) in enumerate(zip(states, expected, strict=True)):
+        if state.dim() != (3 if batched else 2):
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            raise RuntimeError(f"For {kind} input, hx should also be {3 if batched else 2}-D but got {state.dim()}-D")
+        if not batched:
+            state = state.unsqueeze(1)
+        if tuple(state.shape) != shape:
+            raise RuntimeError(f"Expected hidden[{k}] size {shape}, got {list(state.shape)}")
+        if state.device != x.device:
+            raise RuntimeError(f"hx[{k}] is on {state.device}, but input on {x.device}")
+        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"hx[{k}] has dtype {state.dtype}, but input has {x.dtype}")
+    return states if batched else tuple(state.unsqueeze(1) for state in states)
+
+
+def _check_lengths(lengths, T: int, batch: int, x: Tensor, packed) -> Tensor:
+    """`lengths [B]` on x's device and within [0, T]."""
+    if packed is not None:
+        raise ValueError("lengths: a PackedSequence already has its own; pass one or the other")
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths should be of an integer dtype, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths should have shape ({batch},), one per sequence, got {tuple(lengths.shape)}")
+    if lengths.device.type == "cpu" and not tracing() and bool(((lengths < 0) | (lengths > T)).any()):
+        raise ValueError(f"lengths should lie within [0, {T}], the number of steps, got {lengths.tolist()}")
+    return lengths.to(x.device, non_blocking=True).clamp(0, T)
+
+
+def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
+    """`reset_mask`, bool `[T, B]`."""
+    transposed = batched and batch_first
+    shape = (batch, T) if transposed else (T, batch)
+    if not isinstance(reset_mask, Tensor):
+        reset_mask = torch.as_tensor(reset_mask, device=x.device)
+    if not batched and reset_mask.dim() == 1:
+        reset_mask = reset_mask.unsqueeze(1)
+    if reset_mask.dtype != torch.bool:
+        raise ValueError(f"reset_mask should be of dtype torch.bool, got {reset_mask.dtype}")
+    if tuple(reset_mask.shape) != shape:
+        raise ValueError(f"reset_mask should have shape {shape}, got {tuple(reset_mask.shape)}")
+    if reset_mask.device != x.device:
+        raise RuntimeError(f"reset_mask is on {reset_mask.device}, but input on {x.device}")
+    return reset_mask.transpose(0, 1) if transposed else reset_mask
+
+
+def _check_tap(tap: Tensor, shape, x: Tensor) -> None:
+    dtype = accumulate_dtype(x.dtype)
+    if not isinstance(tap, Tensor):
+        raise TypeError(f"tap should be a tensor of zeros that requires grad, of shape {shape}, got {tap!r}")
+    if tuple(tap.shape) != shape:
+        raise ValueError(
+            f"tap should have shape [layers * directions, 2, states, T, B] = {shape}, got {list(tap.shape)}"
+        )
+    if tap.dtype != dtype:
+        raise ValueError(f"tap should be of dtype {dtype} for {x.dtype} input, got {tap.dtype}")
+    if tap.device != x.device:
+        raise RuntimeError(f"tap is on {tap.device}, but input on {x.device}")
+    if not tap.requires_grad and torch.is_grad_enabled() and not tracing():
+        raise ValueError("tap should require grad: its gradient is where the norms are written")
+
+
+def _tuple_of_states(cell: str, suffix: str = "") -> str:
+    """`a pair (h0, c0)`."""
+    states = CELLS[cell].states
+    return f"a {'pair' if len(states) == 2 else 'tuple'} ({', '.join(state + suffix for state in states)})"
+
+
+# -------------------------------------------------------------------------------------------------- calls of cells
+
+
+def check_cell_call(
+    name: str, cell: str, hidden_size: int, dtype: torch.dtype, input: Tensor, hx
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Input `[B, I]` and states `[B, H]` of a single-step cell; no states are zeros. `dtype`: of its weights."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+    count = len(CELLS[cell].states)
+    if count > 1 and hx is not None and (states is not hx or len(hx) != count):
+        found = f"{len(hx)} states" if states is hx else type(hx).__name__
+        raise RuntimeError(f"{name}: hx should be {_tuple_of_states(cell)}, got {found}")
+    if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"{name}: input has dtype {input.dtype}, but the weights have {dtype}")
+    x = input if input.dim() == 2 else input.unsqueeze(0)  # torch.atleast_2d takes longer, which a small cell feels
+    shape, batched = (x.shape[0], hidden_size), []
+    for k, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
+        batched.append(state if state.dim() == 2 else state.unsqueeze(0))
+        if batched[k].shape != shape:
+            expected = [*input.shape[:-1], hidden_size]
+            raise RuntimeError(f"{name}: Expected hx[{k}] of shape {expected}, got {list(state.shape)}")
+    return x, tuple(batched)
+
+
+def check_step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Call:
+    """A step of a cell as the call of a network; `x [B, I]`, states `[B, H]` or none."""
+    hx = tuple(s.unsqueeze(0) for s in states)
+    return check(cell, x.unsqueeze(0), (hx if len(hx) > 1 else hx[0]) if hx else None, params)
