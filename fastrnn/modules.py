@@ -1,4 +1,4 @@
-"""LSTM, GRU, RNN and their single-step cells: torch.nn's modules, with the extras of `functional.py`.
+"""LSTM, GRU, RNN and their single-step cells: torch.nn's modules, with further options.
 
 Parameter names, order, shapes and default initialisation are torch.nn's, so state dicts go both ways with
 `strict=True` as long as the extras that own parameters (layer norm) are off.
