@@ -107,7 +107,7 @@ def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatc
 
 def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = False):
     """A whole call on a scan: the output, the final states, and with `return_cells` c of every step, else None."""
-    x, (h0, *cells), lengths = call.x, call.states, call.lengths
+    x, (h0, *others), lengths = call.x, call.states, call.lengths
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
@@ -123,10 +123,10 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
         params = {name: p.to(dtype) for name, p in params.items()}
     with without_autocast(device):
         y, states, c = stack.run(
-            x, (h0, *cells), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
+            x, (h0, *others), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
             keep_c=return_cells, backend=backend,
         )  # fmt: skip
-    y, states = y.to(h_dtype), (states[0].to(h_dtype), *(c_n.to(c_dtype) for c_n in states[1:]))
+    y, states = y.to(h_dtype), (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
         y, c = (v if v is None else pack(v, call.packed.batch_sizes, positions).data for v in (y, c))
