@@ -14,7 +14,7 @@ from .cells import CELLS
 SHARED_MEMORY_SM80 = 163 * 1024  # bytes that one program can have; sm_90 has 227 KB
 WORKSPACE = 6 * 1024  # what a local program needs in shared memory besides W_hh, at 16 rows
 PROCESSORS_H100 = 132  # multiprocessors
-MODES = ("local", "grouped", "stepwise", "rows")
+MODES = ("local", "grouped", "stepwise", "gemm")
 
 
 class Tile(NamedTuple):
@@ -35,12 +35,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-class RowTile(NamedTuple):
-    """The same in mode "rows", where PyTorch multiplies (kernels/rows.py): `block_b` rows of the batch, all of H."""
+class GemmTile(NamedTuple):
+    """The same in mode "gemm", where PyTorch multiplies (kernels/gemm_step.py): `block_b` rows of the batch, all of H."""
 
     block_b: int
     warps: int
-    mode = "rows"
+    mode = "gemm"
 
 
 # (gates, bytes per element): rows of (largest H, block_h, warps), the first that H and shared memory allow is taken.
@@ -87,17 +87,17 @@ STEPWISE = {
     ),
 }
 
-# Rows of (largest H, tile), in mode "rows". Beyond 2048, the backward with layer norm spills.
-ROWS = (
-    (64, RowTile(4, 4)),
-    (512, RowTile(1, 4)),
-    (1024, RowTile(1, 8)),
-    (None, RowTile(1, 16)),
+# Rows of (largest H, tile), in mode "gemm". Beyond 2048, the backward with layer norm spills.
+GEMM = (
+    (64, GemmTile(4, 4)),
+    (512, GemmTile(1, 4)),
+    (1024, GemmTile(1, 8)),
+    (None, GemmTile(1, 16)),
 )
 
 
-def _rows(hidden_size: int) -> RowTile:
-    return next(tile for largest, tile in ROWS if largest is None or hidden_size <= largest)
+def _gemm(hidden_size: int) -> GemmTile:
+    return next(tile for largest, tile in GEMM if largest is None or hidden_size <= largest)
 
 
 def _local(gates: int, size: int, hidden_size: int, tensor_cores: bool, shared_memory: int) -> Tile | None:
@@ -145,7 +145,7 @@ def choose(
     mode: str | None = None,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = PROCESSORS_H100,
-) -> Tile | RowTile:
+) -> Tile | GemmTile:
     """The tile for one layer: local where W_hh fits one program, else stepwise; or of the `mode` that was asked for.
 
     precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
@@ -160,8 +160,8 @@ def choose(
         tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
     if mode == "grouped":
         tile = _grouped(gates, size, hidden_size, batch_size, tensor_cores, shared_memory, processors)
-    if mode == "rows":
-        tile = _rows(hidden_size)
+    if mode == "gemm":
+        tile = _gemm(hidden_size)
     if mode == "stepwise" or (mode is None and tile is None):
         tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
     if tile is None:

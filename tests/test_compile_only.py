@@ -25,25 +25,25 @@ PLAIN = {
     "forward": ["gx", "w", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": ["dy", "dh_in", "dc_in", "saved", "y", "h0", "w", "dh_out", "dgx", "dgh", "c", "c0", "dc_out"],
 }
-# The same where PyTorch multiplies: the kernels of kernels/rows.py.
-PLAIN_ROWS = {
+# The same where PyTorch multiplies: the kernels of kernels/gemm_step.py.
+PLAIN_GEMM = {
     "forward": ["gx", "gh", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": [*PLAIN["backward"], "product"],
-    "settle": ["projected", "h_in", "h_out", "y"],
-    "settle_backward": ["dy", "product", "dh_in", "dh_out", "dh_new"],
-    "initial": ["product", "rest", "dh0"],
+    "forward_projected": ["projected", "h_in", "h_out", "y"],
+    "backward_projected": ["dy", "product", "dh_in", "dh_out", "dh_new"],
+    "initial": ["product", "past_weights", "dh0"],
 }
-BETWEEN_PROGRAMS = {"local": [], "stepwise": ["sent"], "grouped": ["sent", "arrived", "report"]}
-FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "bound", "sent_x", "sent_h", "parts"]
-FLOAT32 += ["gh", "projected", "gh_hat", "gh_rstd", "product", "cell", "reported", "norm_h", "scales", "rest"]
-OTHER_TYPES = {"flags": "u8", "arrived": "i32", "report": "i32"}
+BETWEEN_PROGRAMS = {"local": [], "stepwise": ["operand"], "grouped": ["operand", "arrived", "timeout_flag"]}
+FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "clip_norm", "unscaled_x", "unscaled_h", "partial_norms"]
+FLOAT32 += ["gh", "projected", "gh_hat", "gh_rstd", "product", "dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
+OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
 KILOBYTE = 1024
 LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
 
 
-def tile_of(case: dict) -> tiles.Tile | tiles.RowTile:
-    return (tiles.RowTile if case["rows"] else tiles.Tile)(*case["tile"])
+def tile_of(case: dict) -> tiles.Tile | tiles.GemmTile:
+    return (tiles.GemmTile if case["gemm"] else tiles.Tile)(*case["tile"])
 
 
 def signature(kernel, case: dict) -> tuple[dict, dict]:
@@ -57,10 +57,10 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
         BLOCK_B=tile.block_b,
     )  # fmt: skip
-    if case["rows"]:
+    if case["gemm"]:
         width = 1 << (H - 1).bit_length()
         constants |= dict(BLOCK_H=width, P=H, BLOCK_P=width)
-        present = {*PLAIN_ROWS[case["kernel"]], *case["extras"]}
+        present = {*PLAIN_GEMM[case["kernel"]], *case["extras"]}
     else:
         count = -(-H // tile.block_h)
         constants |= dict(
@@ -68,7 +68,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
             PRECISION=case["precision"],
         )  # fmt: skip
         present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
-    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "sent_h"))
+    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "unscaled_h"))
     types = {}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")
@@ -114,7 +114,7 @@ def weights_in_loop(ttgir: str) -> list[str]:
     return [line for inside, line in lines_of(ttgir, ["w"], "local_load|dot") if inside and re.search(moves, line)]
 
 
-EXCHANGED = {"forward": ["sent"], "backward": ["dgx", "dgh", "sent_x", "sent_h", "parts"]}
+EXCHANGED = {"forward": ["operand"], "backward": ["dgx", "dgh", "unscaled_x", "unscaled_h", "partial_norms"]}
 
 
 def exchange(ttgir: str, pointers: list[str]) -> str:
@@ -177,13 +177,13 @@ def compiled(case: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn.kernels import rows, scan
+    from fastrnn.kernels import gemm_step, scan
 
-    kernel, tile = getattr(rows if case["rows"] else scan, f"{case['kernel']}_kernel"), tile_of(case)
+    kernel, tile = getattr(gemm_step if case["gemm"] else scan, f"{case['kernel']}_kernel"), tile_of(case)
     types, values = signature(kernel, case)
     aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
-    options = dict(num_warps=tile.warps, num_stages=1 if case["rows"] else tile.stages, enable_fp_fusion=False)
+    options = dict(num_warps=tile.warps, num_stages=1 if case["gemm"] else tile.stages, enable_fp_fusion=False)
     if tile.mode == "grouped":
         options["launch_cooperative_grid"] = True
     binary = triton.compile(source, target=GPUTarget(*case["target"]), options=options)
@@ -192,8 +192,8 @@ def compiled(case: dict) -> dict:
         "shared": binary.metadata.shared,
         "weights_in_loop": weights_in_loop(ttgir),
         "arithmetic": arithmetic(ttgir),
-        "exchange": exchange(ttgir, [] if case["rows"] else EXCHANGED[case["kernel"]]),
-        "fetched": "" if case["rows"] else fetched(ttgir, OWN[case["kernel"]]),
+        "exchange": exchange(ttgir, [] if case["gemm"] else EXCHANGED[case["kernel"]]),
+        "fetched": "" if case["gemm"] else fetched(ttgir, OWN[case["kernel"]]),
         "copies_in_loop": [line.strip() for inside, line in marked_lines(ttgir) if inside and "async" in line],
     }
     if case["target"][0] == "cuda":
@@ -234,28 +234,28 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
     tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, batch_size, precision, mode, LIMITS[arch])
     return dict(
         kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, precision=precision,
-        rows=False, target=(target, arch, 32 if target == "cuda" else 64),
+        gemm=False, target=(target, arch, 32 if target == "cuda" else 64),
     )  # fmt: skip
 
 
 MASKS = ("flags", "recurrent", "zone_h", "zone_c")
-# What each kernel of kernels/rows.py can have at once: with layer norm, with projection, and the parts around that.
-ROW_EXTRAS = {
+# What each kernel of kernels/gemm_step.py can have at once: with layer norm, with projection, and the parts around that.
+GEMM_EXTRAS = {
     "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
     "backward": (
-        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "draw", "dh_new", "bound", "clip_value",
+        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm", "clip_value",
         "norms", "dc",
     ),
-    "settle": (*MASKS[:3], "operand"),
-    "settle_backward": (*MASKS[:3], "clip_value", "scales", "unclamped", "norm_h", "norms"),
+    "forward_projected": (*MASKS[:3], "operand"),
+    "backward_projected": (*MASKS[:3], "clip_value", "scales", "dh_new_unclamped", "norm_h", "norms"),
     "initial": (*MASKS[:2], "scales"),
 }  # fmt: skip
 
 
-def make_row_case(kernel, arch, cell, dtype, hidden_size, extras=()):
-    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, 1, mode="rows")
+def make_gemm_case(kernel, arch, cell, dtype, hidden_size, extras=()):
+    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, 1, mode="gemm")
     return dict(
-        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, rows=True,
+        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, gemm=True,
         target=("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32),
     )  # fmt: skip
 
@@ -282,7 +282,7 @@ def check(case, found, arch):
     # seen, at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all on their way at once); a tile
     # that is too large spills hundreds. Grouped and clipping by norm, it also keeps a dozen addresses there that do
     # not change over time (40 bytes were seen).
-    limit = 64 if tile.mode == "grouped" and "bound" in case["extras"] else 32
+    limit = 64 if tile.mode == "grouped" and "clip_norm" in case["extras"] else 32
     assert found.get("spilled", 0) <= limit, f"{what}: {found['registers']} registers, {found['spilled']} bytes spilled"
 
 
@@ -336,7 +336,7 @@ def test_grouped(size, tmp_path):
 MASKS = ("flags", "recurrent", "zone_h", "zone_c")
 EVERY_EXTRA = {
     "forward": MASKS,
-    "backward": (*MASKS, "norms", "bound", "clip_value", "dc", "sent_x", "sent_h", "parts"),
+    "backward": (*MASKS, "norms", "clip_norm", "clip_value", "dc", "unscaled_x", "unscaled_h", "partial_norms"),
 }
 
 
@@ -358,15 +358,15 @@ def test_every_extra_at_once_grouped(cell, tmp_path):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_whole_rows(arch, tmp_path):
     """The kernels beside PyTorch's products, plain and with everything at once: no spills to H = 2048."""
-    cases = [make_row_case(kernel, arch, "lstm", "float32", 2048, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
-    # With a projection, the gradient of h comes from settle_backward_kernel.
-    parted = {*ROW_EXTRAS["backward"], "cell", "reported", "norm_h", "scales"} - {"dh_new"}
-    cases.append(make_row_case("backward", arch, "lstm", "bfloat16", 2048, (*parted,)))
+    cases = [make_gemm_case(kernel, arch, "lstm", "float32", 2048, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
+    # With a projection, the gradient of h comes from backward_projected_kernel.
+    parted = {*GEMM_EXTRAS["backward"], "dh_cell", "dh_cell_unclamped", "norm_h", "scales"} - {"dh_new"}
+    cases.append(make_gemm_case("backward", arch, "lstm", "bfloat16", 2048, (*parted,)))
     for kernel in ("forward", "backward"):
-        cases.append(make_row_case(kernel, arch, "gru", "bfloat16", 1024, ROW_EXTRAS[kernel]))
-        cases.append(make_row_case(kernel, arch, "lstm", "float16", 512, ROW_EXTRAS[kernel]))
-        cases.append(make_row_case(kernel, arch, "lstm", "bfloat16", 1500))
-        cases.append(make_row_case(kernel, arch, "rnn_tanh", "float32", 1))
+        cases.append(make_gemm_case(kernel, arch, "gru", "bfloat16", 1024, GEMM_EXTRAS[kernel]))
+        cases.append(make_gemm_case(kernel, arch, "lstm", "float16", 512, GEMM_EXTRAS[kernel]))
+        cases.append(make_gemm_case(kernel, arch, "lstm", "bfloat16", 1500))
+        cases.append(make_gemm_case(kernel, arch, "rnn_tanh", "float32", 1))
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         what = f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
         assert found["shared"] <= LIMITS[arch], what
@@ -383,7 +383,7 @@ def test_amd(tmp_path):
         for kernel in ("forward", "backward")
         for size in sizes
     ]
-    rows = [make_row_case(kernel, "gfx942", "lstm", "bfloat16", 512, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
+    rows = [make_gemm_case(kernel, "gfx942", "lstm", "bfloat16", 512, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
     found = read_compiled([*cases, *rows], tmp_path)
     for case, result in zip(cases, found, strict=False):
         check(case, result, "gfx942")
