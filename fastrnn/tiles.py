@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 
 class GemmTile(NamedTuple):
-    """The same in mode "gemm", where PyTorch multiplies (kernels/gemm_step.py): `block_b` rows of the batch, all of H."""
+    """The same in mode "gemm", where PyTorch multiplies: `block_b` rows of the batch, all of H."""
 
     block_b: int
     warps: int

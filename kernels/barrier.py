@@ -10,10 +10,10 @@ the other programs.
   sets `timeout_flag_ptr`, for the host. It goes on without waiting; from then on it computes NaN, and so does every
   program that uses its results.
 
-The two functions are in assembly, because a Triton `while` around a scalar atomic takes two barriers and a broadcast per
-poll. The memory model is that of the PTX manual, "Memory consistency model": the CTA barrier and the release make all
-stores of the program visible to the thread that acquires the counter; the CTA barrier after it makes them visible to all
-threads of that program. The L1 cache is not coherent, so exchanged data is loaded with `.cg`.
+The two functions are in assembly, because a Triton `while` around a scalar atomic takes two barriers and a broadcast
+per poll. The memory model is that of the PTX manual, "Memory consistency model": the CTA barrier and the release make
+all stores of the program visible to the thread that acquires the counter; the CTA barrier after it makes them visible
+to all threads of that program. The L1 cache is not coherent, so exchanged data is loaded with `.cg`.
 """
 
 import triton

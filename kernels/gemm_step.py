@@ -1,8 +1,8 @@
 """The kernels of a step whose products are GEMMs of a library. A program takes a few rows of the batch and all of H.
 
-A GEMM computes `W_hh h` for the whole batch, and one kernel does the rest of the step: reset, layer norm, cell, zoneout,
-padding, and in the backward also norms and clipping. A reduction over H stays inside a program. A projection is a second
-GEMM in the middle of a step; it splits the kernel in two.
+A GEMM computes `W_hh h` for the whole batch, and one kernel does the rest of the step: reset, layer norm, cell,
+zoneout, padding, and in the backward also norms and clipping. A reduction over H stays inside a program. A projection
+is a second GEMM in the middle of a step; it splits the kernel in two.
 
     forward:  h W_hhᵀ -> forward_kernel [-> out W_hrᵀ -> forward_projected_kernel]
     backward: [backward_projected_kernel -> dh_new W_hr ->] backward_kernel -> dgh W_hh; at last initial_kernel
@@ -287,7 +287,6 @@ def backward_kernel(
     next_step = -batch if REVERSE else batch
 
     saved = load_planes(saved_ptr, tile.row, tile, K, H)
-    dh_clamped = None
     if dh_cell_ptr is None:
         ptrs, initial_ptrs = (y_ptr, c_ptr), (h0_ptr, c0_ptr)
         carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_ptr, tile, next_step, H)
@@ -295,10 +294,8 @@ def backward_kernel(
     else:  # an LSTM, which does not read h: c is loaded in its place
         ptrs, initial_ptrs = (c_ptr, c_ptr), (c0_ptr, c0_ptr)
         carry_h = zero_tile(tile)
-        dh_clamped = load_tile(dh_cell_ptr, tile.origin, tile, H)
-        dh = dh_clamped
-        if dh_cell_unclamped_ptr is not None:
-            dh = load_tile(dh_cell_unclamped_ptr, tile.origin, tile, H)
+        unclamped_ptr = dh_cell_ptr if dh_cell_unclamped_ptr is None else dh_cell_unclamped_ptr
+        dh = load_tile(unclamped_ptr, tile.origin, tile, H)
     before = previous_states(ptrs, initial_ptrs, i, tile.row - next_step, flags, tile, S, H)
     carry, dstate = (carry_h,), (dh,)
     if S == 2:
@@ -310,8 +307,8 @@ def backward_kernel(
         ln_c = layer_norm_c(lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H)
 
     to_cell, past_cell, total, dtotal = state_gradient(
-        dstate, carry, dh_clamped, saved, before, ln_c, zone_ptrs, clip_value, offset(norms_ptr, tile.row), T * batch,
-        flags, tile, CELL_TOTAL, S, H,
+        dstate, carry, dh_cell_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, tile.row, T * batch, flags,
+        tile, CELL_TOTAL, S, H,
     )  # fmt: skip
     if clip_norm_ptr is not None:
         if norm_h_ptr is None:

@@ -106,28 +106,30 @@ def cell_total(
 
 @triton.jit
 def state_gradient(
-    dstate, carry, dh_clamped, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, state_stride, flags, tile,
+    dstate, carry, dh_clamped_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row, state_stride, flags,
+    tile,
     CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the states after a step to those that the cell's `backward` takes.
 
     dstate: carry, the gradients carried back from the next step, plus those of the outputs. Their norms go to
-    `norms_ptr`, and after that they are clamped. With a projection, the kernel before this one has done both to h, and
-    dstate[0] is the gradient of the cell's own h, `dh_clamped` what it is once clamped.
+    `norms_ptr`, and after that they are clamped. With a projection, the kernel before this one has done both to h;
+    dstate[0] is the gradient of the cell's own h, and `dh_clamped_ptr [B, H]` has the same after clamping.
 
     Returns dL/d(cell's outputs), the part that goes past the cell, the cell's `total`, and dL/d(state) of each state.
     """
-    FIRST: tl.constexpr = 0 if dh_clamped is None else 1  # the first state whose norms are taken here
+    FIRST: tl.constexpr = 0 if dh_clamped_ptr is None else 1  # the first state whose norms are taken here
     to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
     if norms_ptr is not None:
         for s in tl.static_range(FIRST, S):
-            store_norm(norms_ptr + s * state_stride, dstate[0] if s == 0 else total[s], flags, tile)
+            store_norm(norms_ptr + norms_row + s * state_stride, dstate[0] if s == 0 else total[s], flags, tile)
+        norms_row += S * state_stride
         for s in tl.static_range(FIRST, S):
-            store_norm(norms_ptr + (S + s) * state_stride, carry[s], flags, tile)
+            store_norm(norms_ptr + norms_row + s * state_stride, carry[s], flags, tile)
     if clip_value is not None:
         dstate = clamp(dstate, clip_value, S)
-        if dh_clamped is not None:
-            dstate = (dh_clamped,) + dstate[1:]
+        if dh_clamped_ptr is not None:
+            dstate = (load_tile(dh_clamped_ptr, tile.origin, tile, H),) + dstate[1:]
         to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
     return to_cell, past_cell, total, (dstate[0],) + total[1:]
 

@@ -1,7 +1,7 @@
 """Layer norm of complete rows, over all planes of a row jointly (Ba et al. 2016).
 
-The variance is biased, eps is 1e-5; the caller applies weight and bias. The rows are COUNT tiles `[R, N]`, one per plane,
-with H elements in each row, those `inside`. The results are zero outside.
+The variance is biased, eps is 1e-5; the caller applies weight and bias. The rows are COUNT tiles `[R, N]`, one per
+plane, with H elements in each row, those `inside`. The results are zero outside.
 """
 
 import triton

@@ -83,7 +83,7 @@ def each_row(i, rows):
 
 @triton.jit
 def load_stored(ptr, row, tile, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
-    """The tiles of all planes from row `row` on, in the dtype they are stored in; zero outside. CACHE: see `tl.load`."""
+    """The tiles of all planes from `row` on, in the dtype they are stored in; zero outside. CACHE: see `tl.load`."""
     planes = ()
     for k in tl.static_range(PLANES):
         offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]

@@ -1,7 +1,7 @@
 """Row norms that neither overflow nor underflow, and the last reduction, over the tiles of a row.
 
-The norm of a row is the norm of the norms of its tiles. So a program writes one number per tile of a row, and the reader
-takes `row_norm` of those numbers: no atomics, a fixed order, and no pair (maximum, sum) to carry.
+The norm of a row is the norm of the norms of its tiles. So a program writes one number per tile of a row, and the
+reader takes `row_norm` of those numbers: no atomics, a fixed order, and no pair (maximum, sum) to carry.
 """
 
 import triton

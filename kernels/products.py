@@ -1,7 +1,7 @@
 """The products with W_hh: from weights on the chip (local, grouped), or with both operands streamed (stepwise).
 
-All modes add the same tiles in the same order, so they give the same bits. Data that the programs of a group exchange is
-loaded with `.cg`, past the L1 cache, which does not see the writes of other programs.
+All modes add the same tiles in the same order, so they give the same bits. Data that the programs of a group exchange
+is loaded with `.cg`, past the L1 cache, which does not see the writes of other programs.
 """
 
 import triton

@@ -12,7 +12,7 @@ Steps are counted in scan order: `i` counts up, and t is T - 1 - i where the sca
 negative step, and takes `num_stages=1`, so that nothing written in one step is fetched ahead of the write.
 
 A grid holds all directions of a layer. A program walks one direction, with the weights of that direction: back if the
-number of the direction is odd, or even under `reverse`. The programs of different directions do not wait for each other.
+number of the direction is odd, or even under `reverse`. Programs of different directions do not wait for each other.
 
 Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. Row indices are 64 bits wide.
 """
@@ -248,9 +248,9 @@ def backward_kernel(
     MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
     PRECISION: tl.constexpr,
 ):
-    """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1. Unless local, and for t_end < T, only the part
+    """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1; unless local, and if t_end < T, only the part
     that did not pass through W_hh. `dh_out`, `dc_out`, which may be the same memory: the same of the states before step
-    t_begin. Only t_begin = -1 (0 if local) makes them complete."""
+    t_begin, complete if t_begin is -1 (if local, 0)."""
     LOCAL: tl.constexpr = MODE == "local"
     GROUPED: tl.constexpr = MODE == "grouped"
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -308,9 +308,9 @@ def backward_kernel(
             for s in tl.static_range(S):
                 dstate = dstate + (carry[s] + direct[s],)
             norms_row = (2 * S * T * direction + t) * batch * H_TILES + (first + n) * batch + first_row
-            to_cell, past_cell, total, dtotal = state_gradient(
-                dstate, carry, None, saved, before, None, zone_ptrs, clip_value, offset(norms_ptr, norms_row),
-                T * H_TILES * batch, flags, tile, CELL_TOTAL, S, H,
+            _, past_cell, total, dtotal = state_gradient(
+                dstate, carry, None, saved, before, None, zone_ptrs, clip_value, norms_ptr, norms_row,
+                T * batch * H_TILES, flags, tile, CELL_TOTAL, S, H,
             )  # fmt: skip
             if clip_norm_ptr is not None:
                 for s in tl.static_range(S):
@@ -339,7 +339,9 @@ def backward_kernel(
                 carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_ptr, tile, S, H),)
         else:
             tile = hidden_tile(now, first, BLOCK_H, H)
-            publish_gate_grads(gates_x[0], gates_h[0], partial_norms, i, gate_grads, tile, first, G, S, H, WIDTH, GROUPED)
+            publish_gate_grads(
+                gates_x[0], gates_h[0], partial_norms, i, gate_grads, tile, first, G, S, H, WIDTH, GROUPED
+            )
             arrive(arrived)
             carries = pasts
 

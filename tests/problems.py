@@ -114,7 +114,10 @@ def check_against_reference(problem, tile, dtype=torch.float64, tolerance=FLOAT3
     want = problem.forward(reference, dtype)
     check(forward, want, tolerance)
     y, c, _, _, saved = want
-    rounded = [None if x is None else x.to(like.dtype) for x, like in zip((y, c, saved), (forward.y, forward.c, forward.saved), strict=True)]
+    rounded = [
+        None if x is None else x.to(like.dtype)
+        for x, like in zip((y, c, saved), (forward.y, forward.c, forward.saved), strict=True)
+    ]
     backward = problem.backward(launcher, *rounded, tile=tile)
     check(backward, problem.backward(reference, y, c, saved, dtype), tolerance)
     return forward + backward

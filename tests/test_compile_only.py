@@ -34,8 +34,32 @@ PLAIN_GEMM = {
     "initial": ["product", "past_weights", "dh0"],
 }
 BETWEEN_PROGRAMS = {"local": [], "stepwise": ["operand"], "grouped": ["operand", "arrived", "timeout_flag"]}
-FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "clip_norm", "unscaled_x", "unscaled_h", "partial_norms"]
-FLOAT32 += ["gh", "projected", "gh_hat", "gh_rstd", "product", "dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
+FLOAT32 = [
+    "c_in",
+    "c_out",
+    "c",
+    "c0",
+    "dc_in",
+    "dc_out",
+    "dc",
+    "norms",
+    "clip_norm",
+    "unscaled_x",
+    "unscaled_h",
+    "partial_norms",
+]
+FLOAT32 += [
+    "gh",
+    "projected",
+    "gh_hat",
+    "gh_rstd",
+    "product",
+    "dh_cell",
+    "dh_cell_unclamped",
+    "norm_h",
+    "scales",
+    "past_weights",
+]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
 KILOBYTE = 1024
@@ -239,12 +263,12 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
 
 
 MASKS = ("flags", "recurrent", "zone_h", "zone_c")
-# What each kernel of kernels/gemm_step.py can have at once: with layer norm, with projection, and the parts around that.
+# What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
 GEMM_EXTRAS = {
     "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
     "backward": (
-        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm", "clip_value",
-        "norms", "dc",
+        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm",
+        "clip_value", "norms", "dc",
     ),
     "forward_projected": (*MASKS[:3], "operand"),
     "backward_projected": (*MASKS[:3], "clip_value", "scales", "dh_new_unclamped", "norm_h", "norms"),

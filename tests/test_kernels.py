@@ -491,7 +491,9 @@ def _wait_in_vain(x_ptr, arrived_ptr, timeout_flag_ptr, N: tl.constexpr):
 @pytest.mark.gpu
 def test_a_wait_in_vain_ends_in_nan_and_an_error(device):
     x, arrived = torch.ones(4, 64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    _wait_in_vain[(4,)](x_ptr=x, arrived_ptr=arrived, timeout_flag_ptr=sequence.timeout_flag(), N=64, launch_cooperative_grid=True)
+    _wait_in_vain[(4,)](
+        x_ptr=x, arrived_ptr=arrived, timeout_flag_ptr=sequence.timeout_flag(), N=64, launch_cooperative_grid=True
+    )
     torch.cuda.synchronize()
     assert x.isnan().all()
     problem = Problem("lstm", device)

@@ -1,7 +1,7 @@
 """Launches of Triton kernels that differ in the step only: the first goes Triton's own way, the others repeat it.
 
-`kernel[grid](...)` binds, specialises and looks up some 40 arguments at each launch. That takes longer than a small step
-takes on the GPU. In a call that launches a kernel per step, nothing changes from step to step but the step's numbers.
+`kernel[grid](...)` binds, specialises and looks up some 40 arguments at each launch. That takes longer than a small
+step takes on the GPU. In a call that launches a kernel per step, only the step's numbers change from step to step.
 """
 
 import os

@@ -72,9 +72,7 @@ def _device(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def forward(
-    inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None
-) -> ScanOutputs:
+def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
     tile = tile or _tile_of(inputs, walk)
