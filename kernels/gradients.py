@@ -106,8 +106,8 @@ def cell_total(
 
 @triton.jit
 def state_gradient(
-    dstate, carry, dh_clamped_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row, state_stride, flags,
-    tile,
+    dstate, carry, dh_clamped_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row, state_stride,
+    flags, tile,
     CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the states after a step to those that the cell's `backward` takes.

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not there, at the tiles that `tiles.py` chooses.
+"""The Triton kernels compiled for GPUs that this machine does not have, at the tiles that `tiles.py` chooses.
 
 A group of kernels compiles in a process of its own, without Triton's interpreter: this file, run as a script with
 the cases as JSON, prints what it read from each compiled kernel as JSON.
@@ -20,12 +20,12 @@ from fastrnn.cells import CELLS
 from scripts import without_interpreter
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# The pointers of a call without extras. The others are None, but for those that a case names.
+# The pointers of a call without extras. The other pointers are None, unless a case names them.
 PLAIN = {
     "forward": ["gx", "w", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": ["dy", "dh_in", "dc_in", "saved", "y", "h0", "w", "dh_out", "dgx", "dgh", "c", "c0", "dc_out"],
 }
-# The same where PyTorch multiplies: the kernels of kernels/gemm_step.py.
+# The same of the kernels of kernels/gemm_step.py.
 PLAIN_GEMM = {
     "forward": ["gx", "gh", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": [*PLAIN["backward"], "product"],
@@ -133,7 +133,7 @@ def lines_of(ttgir: str, pointers: list[str], until: str) -> Iterator[tuple[bool
 
 
 def weights_in_loop(ttgir: str) -> list[str]:
-    """Lines in a loop that load W_hh from global memory or move it to another place on the chip but the registers."""
+    """Lines in a loop that load W_hh from global memory, or move it to a place on the chip other than the registers."""
     moves = r"tt\.load|buffer_load|local_alloc|async_copy|local_store"
     return [line for inside, line in lines_of(ttgir, ["w"], "local_load|dot") if inside and re.search(moves, line)]
 
@@ -142,8 +142,8 @@ EXCHANGED = {"forward": ["operand"], "backward": ["dgx", "dgh", "unscaled_x", "u
 
 
 def exchange(ttgir: str, pointers: list[str]) -> str:
-    """What happens in the time loop to what the programs of a group exchange, a letter each in order: w(ait), l(oad),
-    L(oad out of the L1 cache), s(tore), a(rrive)."""
+    """The operations of the time loop on data that the programs of a group exchange, a letter each, in order: w(ait),
+    l(oad), L(oad from the L1 cache), s(tore), a(rrive)."""
     moves = {line for _, line in lines_of(ttgir, pointers, r"tt\.load") if re.search(r"tt\.(load|store)", line)}
     letters = ""
     for inside, line in marked_lines(ttgir):
@@ -156,19 +156,19 @@ def exchange(ttgir: str, pointers: list[str]) -> str:
     return letters
 
 
-OWN = {"forward": "gx", "backward": "saved"}  # what a step reads in several planes ahead of the others
+PREFETCHED = {"forward": "gx", "backward": "saved"}  # the pointer to several planes that a step reads first
 
 
 def fetched(ttgir: str, pointer: str) -> str:
-    """What becomes of the planes at the pointer in the time loop, a letter each: l(oaded), c(onverted), which waits."""
+    """The operations of the time loop on the planes at the pointer: l(oad), and c(onversion), which waits for its load."""
     lines = [line for inside, line in lines_of(ttgir, [pointer], "convert_layout|local_alloc") if inside]
     moves = [re.search(r"tt\.(l)oad|ttg\.(c)onvert_layout|ttg\.lo(c)al_alloc", line) for line in lines]
     return "".join(move[1] or move[2] or move[3] for move in moves if move)
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)")
-# A letter for each that says when memory is read and written: asynchronous copy, report to the host, arrival, wait,
-# barrier, load of what others wrote, any other load, store.
+# A letter for each instruction that reads or writes memory or waits: asynchronous copy, report to the host, arrival,
+# wait, barrier, load of data of other programs, any other load, store.
 MACHINE = [
     (r"LDGSTS|UTMA|UBLKCP", "*"), (r"STG.*STRONG\.SYS", "r"), (r"REDG?\..*ADD", "a"), (r"BAR\.RED", "w"), (r"BAR", "b"),
     (r"LDG.*STRONG\.GPU", "x"), (r"LDG", "l"), (r"STG", "s"),
@@ -184,7 +184,7 @@ def machine(sass: str) -> str:
 
 
 def arithmetic(ttgir: str) -> list[str]:
-    """What the order of sums depends on, each kind once: a product's types and instruction, a reduction's layout."""
+    """All that the order of sums depends on: the types and instruction of products, the layout of reductions."""
     layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.M))
     kinds = set()
     for line in ttgir.splitlines():
@@ -196,7 +196,7 @@ def arithmetic(ttgir: str) -> list[str]:
 
 
 def compiled(case: dict) -> dict:
-    """What there is to read from one kernel, compiled."""
+    """Compiles one kernel and reads from it the properties that the tests check."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -217,7 +217,7 @@ def compiled(case: dict) -> dict:
         "weights_in_loop": weights_in_loop(ttgir),
         "arithmetic": arithmetic(ttgir),
         "exchange": exchange(ttgir, [] if case["gemm"] else EXCHANGED[case["kernel"]]),
-        "fetched": "" if case["gemm"] else fetched(ttgir, OWN[case["kernel"]]),
+        "fetched": "" if case["gemm"] else fetched(ttgir, PREFETCHED[case["kernel"]]),
         "copies_in_loop": [line.strip() for inside, line in marked_lines(ttgir) if inside and "async" in line],
     }
     if case["target"][0] == "cuda":
@@ -287,25 +287,25 @@ def make_gemm_case(kernel, arch, cell, dtype, hidden_size, extras=()):
 def check(case, found, arch):
     tile, what = case["tile"], f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
     assert found["shared"] <= LIMITS[arch], what
-    # All planes are on their way before the first is waited for.
+    # The loads of all planes are issued before the first wait for one.
     if tile.mode == "grouped":
         assert re.fullmatch("l+c*", found["fetched"]), f"{what}: {found['fetched']}"
     if tile.mode != "stepwise":
         assert not found["weights_in_loop"], f"{what}: W_hh is loaded in the time loop"
-        # What a step wrote may only be fetched after it was written.
+        # Data that a step writes must not be fetched before the write.
         assert not found["copies_in_loop"], f"{what}: copied asynchronously in the time loop"
     else:
         assert found["weights_in_loop"], f"{what}: W_hh is streamed, but no load of it was found"
     if tile.mode == "grouped":
-        # Nothing of the others is read before they arrived, nor out of L1; all that they wait for is there by then.
+        # Data of other programs is read after they arrived, and not from L1; all stores come before the arrival.
         assert re.fullmatch(r"w[ls]*l[ls]*s[ls]*a", found["exchange"]), f"{what}: {found['exchange']}"
-        # The same of the machine code, where the first x is the poll; and between the last store and the arrival, of
-        # one thread for all, stands a barrier.
+        # The same of the machine code, where the first x is the poll. Between the last store and the arrival, which one
+        # thread signals for all, there is a barrier.
         assert re.fullmatch(r"[lbs]*xrw[lbsx]*x[lbsx]*s[lb]*ba[lbs]*", found["machine"]), f"{what}: {found['machine']}"
-    # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
-    # seen, at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all on their way at once); a tile
-    # that is too large spills hundreds. Grouped and clipping by norm, it also keeps a dozen addresses there that do
-    # not change over time (40 bytes were seen).
+    # ptxas spills a few values to lower the register count to where one more program fits (at most 24 bytes were seen,
+    # at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all loaded at once). A tile that is too large
+    # spills hundreds of bytes. Grouped and clipping by norm, a dozen addresses that do not change over time are
+    # spilled too (48 bytes were seen).
     limit = 64 if tile.mode == "grouped" and "clip_norm" in case["extras"] else 32
     assert found.get("spilled", 0) <= limit, f"{what}: {found['registers']} registers, {found['spilled']} bytes spilled"
 
@@ -324,7 +324,7 @@ def test_nvidia(arch, kernel, tmp_path):
 
 NORMS = {"forward": (), "backward": ("norms",)}
 
-# cell, dtype, H, B, architecture: what a group can hold there.
+# cell, dtype, H, B, architecture on which a group can hold W_hh.
 GROUPED = [
     ("lstm", "bfloat16", 512, 64, 80),
     ("lstm", "float16", 768, 16, 90),
@@ -339,7 +339,8 @@ GROUPED = [
 
 
 def check_group(size, extras, cache):
-    """And step by step at the same tile: the same instructions and reductions, so that the bits can be the same."""
+    """Grouped kernels; the stepwise ones at the same tile have the same instructions and reductions, so that the bits can
+    be equal."""
     *size, arch = size
     cases = []
     for kernel in extras:
@@ -380,12 +381,12 @@ def test_every_extra_at_once_grouped(cell, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_whole_rows(arch, tmp_path):
-    """The kernels beside PyTorch's products, plain and with everything at once: no spills to H = 2048."""
+def test_gemm_step(arch, tmp_path):
+    """The kernels of kernels/gemm_step.py, plain and with everything at once, do not spill up to H = 2048."""
     cases = [make_gemm_case(kernel, arch, "lstm", "float32", 2048, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
     # With a projection, the gradient of h comes from backward_projected_kernel.
-    parted = {*GEMM_EXTRAS["backward"], "dh_cell", "dh_cell_unclamped", "norm_h", "scales"} - {"dh_new"}
-    cases.append(make_gemm_case("backward", arch, "lstm", "bfloat16", 2048, (*parted,)))
+    projected = {*GEMM_EXTRAS["backward"], "dh_cell", "dh_cell_unclamped", "norm_h", "scales"} - {"dh_new"}
+    cases.append(make_gemm_case("backward", arch, "lstm", "bfloat16", 2048, (*projected,)))
     for kernel in ("forward", "backward"):
         cases.append(make_gemm_case(kernel, arch, "gru", "bfloat16", 1024, GEMM_EXTRAS[kernel]))
         cases.append(make_gemm_case(kernel, arch, "lstm", "float16", 512, GEMM_EXTRAS[kernel]))
@@ -407,15 +408,15 @@ def test_amd(tmp_path):
         for kernel in ("forward", "backward")
         for size in sizes
     ]
-    rows = [make_gemm_case(kernel, "gfx942", "lstm", "bfloat16", 512, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
-    found = read_compiled([*cases, *rows], tmp_path)
+    gemm = [make_gemm_case(kernel, "gfx942", "lstm", "bfloat16", 512, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
+    found = read_compiled([*cases, *gemm], tmp_path)
     for case, result in zip(cases, found, strict=False):
         check(case, result, "gfx942")
     assert all(result["shared"] <= LIMITS["gfx942"] for result in found)
 
 
 def table():
-    """What docs/kernels.md says of the grouped kernels."""
+    """Prints the table of grouped kernels in docs/kernels.md."""
     print("| | sm | tile | shared KB | registers | spilled bytes | barriers |\n|---|---|---|---|---|---|---|")
     for *size, arch in GROUPED:
         cell, dtype, hidden_size, batch_size = size

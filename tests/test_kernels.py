@@ -13,7 +13,7 @@ from fastrnn import tiles
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs
 from fastrnn.backends import gemm_step, reference, sequence
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, CellSpec
 from fastrnn.dispatch import FEATURES, Request
 from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
@@ -386,6 +386,26 @@ def test_the_table_has_a_tile_for_everything(dtype, precision):
                 assert tile.mode != "grouped"  # until a measurement speaks for it
                 assert tile.mode != "local" or tile.block_h == tile.block_k
                 assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gates", [2, 5, 8])
+def test_any_number_of_gates_has_a_tile_or_a_reason(gates, dtype, monkeypatch):
+    spec = CellSpec("other", gates=tuple("abcdefgh"[:gates]), states=("h",), saved=("a",))
+    monkeypatch.setitem(CELLS, "other", spec)
+    for hidden_size in (1, 100, 1000):
+        assert tiles.choose("other", dtype, hidden_size, 64).mode in ("local", "stepwise")
+        for mode in tiles.MODES:
+            try:
+                assert tiles.choose("other", dtype, hidden_size, 64, mode=mode).mode == mode
+            except ValueError as reason:
+                assert f"mode {mode!r}" in str(reason) and "other" in str(reason)
+    local = tiles.choose("other", dtype, 16, 64)
+    assert local.mode == ("local" if gates == 2 else "stepwise")
+    with pytest.raises(ValueError, match="float64"):
+        tiles.choose("other", torch.float64, 16, 64)
+    with pytest.raises(ValueError, match=r"'stepwise'.*other"):
+        tiles.choose("other", dtype, 16, 64, mode="stepwise", shared_memory=1024)
 
 
 # --------------------------------------------------------------------------------------------------- grouped programs
