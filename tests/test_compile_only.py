@@ -34,32 +34,9 @@ PLAIN_GEMM = {
     "initial": ["product", "past_weights", "dh0"],
 }
 BETWEEN_PROGRAMS = {"local": [], "stepwise": ["operand"], "grouped": ["operand", "arrived", "timeout_flag"]}
-FLOAT32 = [
-    "c_in",
-    "c_out",
-    "c",
-    "c0",
-    "dc_in",
-    "dc_out",
-    "dc",
-    "norms",
-    "clip_norm",
-    "unscaled_x",
-    "unscaled_h",
-    "partial_norms",
-]
-FLOAT32 += [
-    "gh",
-    "projected",
-    "gh_hat",
-    "gh_rstd",
-    "product",
-    "dh_cell",
-    "dh_cell_unclamped",
-    "norm_h",
-    "scales",
-    "past_weights",
-]
+FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "clip_norm"]
+FLOAT32 += ["unscaled_x", "unscaled_h", "partial_norms", "gh", "projected", "gh_hat", "gh_rstd", "product"]
+FLOAT32 += ["dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
 KILOBYTE = 1024
@@ -160,7 +137,7 @@ PREFETCHED = {"forward": "gx", "backward": "saved"}  # the pointer to several pl
 
 
 def fetched(ttgir: str, pointer: str) -> str:
-    """The operations of the time loop on the planes at the pointer: l(oad), and c(onversion), which waits for its load."""
+    """The operations of the time loop on the planes at the pointer: l(oad), c(onversion), which waits for a load."""
     lines = [line for inside, line in lines_of(ttgir, [pointer], "convert_layout|local_alloc") if inside]
     moves = [re.search(r"tt\.(l)oad|ttg\.(c)onvert_layout|ttg\.lo(c)al_alloc", line) for line in lines]
     return "".join(move[1] or move[2] or move[3] for move in moves if move)
@@ -339,8 +316,8 @@ GROUPED = [
 
 
 def check_group(size, extras, cache):
-    """Grouped kernels; the stepwise ones at the same tile have the same instructions and reductions, so that the bits can
-    be equal."""
+    """Grouped kernels. The stepwise ones at the same tile have the same instructions and reductions, so that the bits
+    can be equal."""
     *size, arch = size
     cases = []
     for kernel in extras:
