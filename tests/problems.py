@@ -3,11 +3,11 @@
 import copy
 
 import torch
+from setups import MASKS, random_incoming, random_inputs
 
 from fastrnn.arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, has_directions
 from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.directions import each_direction
 
 T, B, H = 3, 3, 17
@@ -15,54 +15,19 @@ T, B, H = 3, 3, 17
 FLOAT32 = 2e-5
 
 
-def make_flags(generator, T, B, reverse):
-    """Lengths (one of them zero if there is room, one full) and resets, for the direction in which the scan walks."""
-    lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0] = T
-    if B > 2:
-        lengths[-1] = 0
-    t = torch.arange(T)[:, None]
-    flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=generator) < 0.25)
-    if reverse:
-        flags += START * (t == lengths - 1)
-    return flags.to(torch.uint8)
-
-
 class Problem:
-    """Random arguments of one forward and one backward call. `extras`: names of what goes beyond the plain call."""
+    """Random arguments of one forward and one backward call. extras: FEATURES of setups.py, "clip_value", "norms"."""
 
-    ALL = ("flags", "recurrent_mask", "zone_h", "zone_c", "clip_norm", "clip_value", "norms")
+    ALL = (*MASKS, "clip_norm", "clip_value", "norms")
 
     def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        (T, B, H), G, has_c = sizes, len(CELLS[cell].gates), "c" in CELLS[cell].states
-        P = (H + 1) // 2 if "projection" in extras and has_c else H
-
-        def randn(*shape, dtype=dtype):
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
+        inputs = random_inputs(cell, extras, sizes=sizes, reverse=reverse, dtype=dtype, device=device, seed=seed)
+        if inputs.clip_norm is not None:
+            inputs = inputs._replace(clip_norm=inputs.clip_norm * scale)
+        vars(self).update(inputs._asdict())
+        vars(self).update(random_incoming(inputs, scale=scale, seed=seed + 100)._asdict())
         self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
-        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, P) / P**0.5, randn(G * H)
-        self.h0, self.c0 = randn(B, P), randn(B, H, dtype=torch.float32) if has_c else None
-        self.dy, self.dh_n = randn(T, B, P) * scale, randn(B, P) * scale
-        self.dc = randn(T, B, H, dtype=torch.float32) * scale if has_c else None
-        self.dc_n = randn(B, H, dtype=torch.float32) * scale if has_c else None
-        self.dsaved = None
-        self.flags = make_flags(generator, T, B, reverse).to(device) if "flags" in extras else None
-        keep = torch.rand(B, P, generator=generator) < 0.5
-        self.recurrent_mask = (2.0 * keep).to(device, dtype) if "recurrent_mask" in extras else None
-        zones = torch.rand(2, T, B, H, generator=generator).round(decimals=1).to(device, dtype)
-        self.zone_h = zones[0, ..., :P] if "zone_h" in extras else None
-        self.zone_c = zones[1] if "zone_c" in extras and has_c else None
-        # Bounds that some of the gradients exceed.
-        self.clip_norm = torch.tensor(0.9 * H**0.5 * scale, device=device) if "clip_norm" in extras else None
-        self.clip_value = 1.1 * scale if "clip_value" in extras else None
-        self.w_hr = randn(P, H) / H**0.5 if P < H else None
-        self.ln_hh, self.ln_c_weight, self.ln_c_bias = 1 + 0.3 * randn(G * H), 1 + 0.3 * randn(H), 0.3 * randn(H)
-        if "layer_norm" not in extras:
-            self.ln_hh = None
-        if "layer_norm" not in extras or not has_c:
-            self.ln_c_weight = self.ln_c_bias = None
+        self.clip_value = 1.1 * scale if "clip_value" in extras else None  # a bound that some of the gradients exceed
 
     def of(self, kind, dtype=None):
         """The named tuple `kind` of the problem's tensors, converted to `dtype`."""
