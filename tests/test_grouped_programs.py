@@ -1,9 +1,9 @@
 """The programs of a grouped launch side by side, walking all steps, without a GPU: each in a process of its own.
 
-Triton's interpreter runs programs in turn, so that one cannot wait for another, and it knows no assembly. Here every
-program of a grid is a forked process that interprets it alone; the tensors lie in shared memory, and the barrier's two
-functions count in the same word as the assembly of kernels/barrier.py does. Processes stop at random on the way, so
-that a tile that is read too early, or overwritten too soon, shows.
+Triton's interpreter runs programs in turn, so one cannot wait for another, and it has no assembly. Here every program
+of a grid is a forked process that interprets it alone. The tensors are in shared memory, and the barrier's two
+functions count in the same word as the assembly of kernels/barrier.py does. Processes sleep at random times, so a tile
+that is read too early, or overwritten too soon, shows.
 """
 
 import ctypes
@@ -149,7 +149,7 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
 
 
 def test_a_barrier_too_few_shows(monkeypatch, request):
-    """That this file can fail: without waiting, the programs do not agree."""
+    """Shows that this file can fail: without waiting, the programs do not agree."""
     problem = Problem("lstm", "cpu", sizes=(6, 3, 40))
     want = stepwise(problem, TILE, monkeypatch)
     request.getfixturevalue("side_by_side")  # launches fork from here on

@@ -21,20 +21,20 @@ from fastrnn.kernels.norms import row_norm
 from fastrnn.tiles import GemmTile, Tile
 from problems import FLOAT32, B, Problem, check, check_against_reference, everything, in_one_call, same_bits
 
-# numpy, under the interpreter, tells of what the kernels count on: 1 / 0 and exp of a large number are infinite.
+# numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
 GEMM = GemmTile(2, 4)
 MODES = {**SMALL, "gemm": GEMM}
-# Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
-# truncates where hardware rounds, so several units in the last place: 8 bits for bfloat16, 11 for float16.
+# Against the reference in the same type, several units in the last place (8 bits in bfloat16, 11 in float16): some
+# roundings may fall to the other side of a tie, and the interpreter truncates where hardware rounds.
 HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory from torch.empty and its kin holds NaN, and float32 is multiplied as float32."""
+    """Memory from torch.empty and the like holds NaN, and float32 is multiplied as float32."""
 
     def poison(make):
         def made(*args, **kwargs):
@@ -54,8 +54,8 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
     problem = Problem(cell, device, reverse=reverse, extras=extras)
-    local, stepwise, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
-    assert same_bits(local, stepwise) and same_bits(local, grouped)
+    local, by_steps, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, by_steps) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
@@ -86,8 +86,8 @@ def test_odd_sizes(cell, B, H, mode, device):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_types(cell, dtype, device):
     problem = Problem(cell, device, dtype=dtype, extras=Problem.ALL)
-    local, stepwise, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
-    assert same_bits(local, stepwise) and same_bits(local, grouped)
+    local, by_steps, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
+    assert same_bits(local, by_steps) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
@@ -174,7 +174,7 @@ def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
 @pytest.mark.parametrize("mode", ["stepwise", "gemm"])
 @pytest.mark.parametrize("steps", [1, 6])
 def test_one_step_and_more_than_two_kinds_of_launches(steps, mode, device):
-    """The first step, the last, and between them those that take turns with two buffers, launched again and again."""
+    """The first step, the last, and the steps between them, which alternate between two buffers and repeat launches."""
     extras = WHOLE if mode == "gemm" else Problem.ALL
     check_against_reference(Problem("lstm", device, sizes=(steps, 2, 5), extras=extras, reverse=True), MODES[mode])
 
@@ -240,7 +240,7 @@ def test_each_extra_beside_layer_norm_or_projection(shape, extras, device):
     check_against_reference(problem, GEMM)
 
 
-# Of one unit of an LSTM nearly all the gradient cancels in the layer norm, and what is left is rounding.
+# Not an LSTM of one unit: nearly all of its gradient cancels in the layer norm, and the rest is rounding.
 @pytest.mark.parametrize(
     ("cell", "B", "H"), [("rnn_tanh", 1, 1), ("gru", 5, 3), ("lstm", 4, 63), ("rnn_relu", 3, 130), ("lstm", 2, 257)]
 )
@@ -383,7 +383,7 @@ def test_the_table_has_a_tile_for_everything(dtype, precision):
         for hidden_size in (1, 16, 17, 64, 100, 128, 200, 256, 1000, 4096):
             for batch_size in (1, 64, 5000):
                 tile = tiles.choose(cell, dtype, hidden_size, batch_size, precision)
-                assert tile.mode != "grouped"  # until a measurement speaks for it
+                assert tile.mode != "grouped"  # until it has been measured
                 assert tile.mode != "local" or tile.block_h == tile.block_k
                 assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs
 
@@ -425,23 +425,23 @@ def test_a_mode_that_was_asked_for_is_taken_or_refused(monkeypatch, device):
         tiles.choose("lstm", torch.bfloat16, 512, 16, mode="columns")
 
 
-def beside(tile):
-    """The same tile, step by step."""
+def stepwise(tile):
+    """The same tile in mode stepwise."""
     return tile._replace(mode="stepwise")
 
 
 @pytest.mark.parametrize("extras", [Problem.ALL, ()], ids=["all", "plain"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_a_group_of_the_table_equals_the_reference(cell, extras, device):
-    """Several programs with several tiles of weights each, of which the last are cut off."""
+    """Several programs with several tiles of weights each; the last tiles are partly outside."""
     tile = tiles.choose(cell, torch.bfloat16, 70, 17, mode="grouped")
     problem = Problem(cell, device, sizes=(2, 17, 70), extras=extras, reverse=True)
-    grouped, stepwise = (check_against_reference(problem, t) for t in (tile, beside(tile)))
-    assert same_bits(grouped, stepwise)
+    grouped, by_steps = (check_against_reference(problem, t) for t in (tile, stepwise(tile)))
+    assert same_bits(grouped, by_steps)
 
 
 def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monkeypatch):
-    """One program is its own group, so it walks several steps in the interpreter, too."""
+    """A single program is a group of its own, so it walks several steps in the interpreter too."""
     problem = Problem("lstm", device, sizes=(7, 3, 5), extras=Problem.ALL)
     tile = Tile("grouped", 16, 16, 16, 4, 1)
     want = everything(problem, tile)
@@ -458,9 +458,9 @@ def test_grouped_equals_stepwise_bit_for_bit(cell, dtype, extras, device, monkey
     for sizes in ((9, 5, 200), (33, 37, 256), (5, 16, 512)):
         problem = Problem(cell, device, dtype, sizes, reverse=bool(extras), extras=extras)
         tile = tiles.choose(cell, dtype, sizes[2], sizes[1], mode="grouped")
-        grouped, stepwise = (everything(problem, t) for t in (tile, beside(tile)))
+        grouped, by_steps = (everything(problem, t) for t in (tile, stepwise(tile)))
         assert all(x.isfinite().all() for x in grouped)
-        assert same_bits(grouped, stepwise)
+        assert same_bits(grouped, by_steps)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
-"""What the launches of a call hand over to Triton's launch function, on a driver that only takes notes.
+"""The arguments that the launches of a call hand to Triton's launch function, on a driver that only takes notes.
 
-Kernels compile for a GPU that is not there, so this runs in a process of its own, without Triton's interpreter: this
-file, as a script with the cases as JSON. `python tests/test_launch.py time` measures what a launch costs the CPU.
+Kernels compile for a GPU that this machine does not have, so this runs in a process of its own, without Triton's
+interpreter: this file, as a script with the cases as JSON. `python tests/test_launch.py time` measures what a launch costs the CPU.
 """
 
 import itertools
@@ -90,14 +90,14 @@ def run_case(mode, cell, dtype, extras, misaligned=False, directions=(True,)):
 
 
 def noted(launch: tuple) -> list:
-    """What a launch handed over, in a form that compares: tensors as addresses, what hooks are told as its items."""
+    """The arguments of a launch in a form that compares: tensors as addresses, the metadata of hooks as its items."""
     *head, function, metadata, told, enter, leave = launch[:10]
     arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in launch[10:]]
     return [*head, function, metadata, told.get(), enter, leave, *arguments]
 
 
 def watch(notes: Notes, case: dict) -> dict:
-    """The case run with every launch of ours beside Triton's own way of the same; what came of it."""
+    """Runs the case, and after each of our launches the same launch Triton's own way; returns what differed."""
     import triton
 
     from fastrnn.backends.launch import Launch
@@ -165,7 +165,7 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
     # Bound by Triton: the step at either end, and each of the others the first time its pointers occur.
     assert stepwise["bound"] == [2, 3]
     assert gemm["bound"] == [2 * 4, 2 * 4 + 1]
-    # A state of the caller's that does not lie on 16 bytes has a kernel of its own; the others keep theirs.
+    # A state of the caller's that is not aligned to 16 bytes has a kernel of its own; the other pointers keep theirs.
     misaligned, both_directions = found["watched"][5:]
     assert misaligned["different"] == [] and misaligned["functions"] == stepwise["functions"] + 1
     assert both_directions["different"] == [] and both_directions["launches"] == [T, T + 1]
@@ -173,7 +173,7 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
 
 
 def measure():
-    """What docs/kernels.md says of a launch's time on the CPU, with a launch function that does nothing."""
+    """Prints the table of launch times in docs/kernels.md: CPU time, with a launch function that does nothing."""
     import triton
 
     from fastrnn.backends.launch import Launch
