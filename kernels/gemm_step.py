@@ -98,7 +98,7 @@ def gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.
 
 @triton.jit
 def store_h(
-    h, flags, recurrent_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P: tl.constexpr
+    h, flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P: tl.constexpr
 ):  # fmt: skip
     """Zoneout and padding turn the cell's h into the state after the step. Stores it, the output, and the operand of
     the next product."""
@@ -109,7 +109,7 @@ def store_h(
     store_tile(h_out_ptr, tile.origin, tile, state, P)
     store_tile(y_ptr, tile.row, tile, choose(flags, PAD, 0.0, state), P)
     if operand_ptr is not None:
-        store_tile(operand_ptr, tile.origin, tile, recurrent_operand(state, None, recurrent_ptr, tile, P), P)
+        store_tile(operand_ptr, tile.origin, tile, recurrent_operand(state, None, recurrent_mask_ptr, tile, P), P)
 
 
 @triton.jit(do_not_specialize=["B", "t"])
@@ -121,7 +121,7 @@ def forward_kernel(
     ln_c_weight_ptr,  # [H] or None
     ln_c_bias_ptr,  # [H] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, H] or None
+    recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, H] or None
     h_in_ptr,  # [B, H]: the h before the step; with projection, h is left to forward_projected_kernel
@@ -169,7 +169,7 @@ def forward_kernel(
         if c_ptr is not None:
             store_tile(c_ptr, tile.row, tile, choose(flags, PAD, 0.0, c), H)
     if out_ptr is None:
-        store_h(cell_states[0], flags, recurrent_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, H)
+        store_h(cell_states[0], flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, H)
     else:
         store_tile(out_ptr, tile.origin, tile, cell_states[0], H)
 
@@ -178,7 +178,7 @@ def forward_kernel(
 def forward_projected_kernel(
     projected_ptr,  # [B, P] float32: W_hr times the cell's h
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, P] or None
     zone_h_ptr,  # [T, B, P] or None
     h_in_ptr,  # [B, P]
     h_out_ptr,  # [B, P], other memory
@@ -194,7 +194,7 @@ def forward_projected_kernel(
     tile = program_tile(B, t, BLOCK_B, BLOCK_P, P)
     flags = load_flags(flags_ptr, tile)
     h = load_tile(projected_ptr, tile.origin, tile, P)
-    store_h(h, flags, recurrent_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P)
+    store_h(h, flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P)
 
 
 # ------------------------------------------------------------------------------------------------------- backward
@@ -202,7 +202,7 @@ def forward_projected_kernel(
 
 @triton.jit
 def carried_dh(
-    past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_ptr, tile, next_step, P: tl.constexpr
+    past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P: tl.constexpr
 ):  # fmt: skip
     """dL/dh after the step of `tile`, carried back from the next step, `next_step` rows further on.
 
@@ -217,7 +217,7 @@ def carried_dh(
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + row + tile.rows, mask=tile.row_inside, other=1.0)
         product = load_tile(product_ptr, tile.origin, tile, P)
-        carry = carried_gradient(product, carry, scale, flags, recurrent_ptr, tile, 1, P)
+        carry = carried_gradient(product, carry, scale, flags, recurrent_mask_ptr, tile, 1, P)
     return carry[0]
 
 
@@ -247,7 +247,7 @@ def backward_kernel(
     ln_c_weight_ptr,  # [H] or None
     ln_c_bias_ptr,  # [H] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, H] or None
+    recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, H] or None
     clip_norm_ptr,  # [] or None
@@ -289,7 +289,7 @@ def backward_kernel(
     saved = load_planes(saved_ptr, tile.row, tile, K, H)
     if dh_cell_ptr is None:
         ptrs, initial_ptrs = (y_ptr, c_ptr), (h0_ptr, c0_ptr)
-        carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_ptr, tile, next_step, H)
+        carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, tile, next_step, H)
         dh = carry_h + load_states((dy_ptr,), tile.row, tile, 1, H)[0]
     else:  # an LSTM, which does not read h: c is loaded in its place
         ptrs, initial_ptrs = (c_ptr, c_ptr), (c0_ptr, c0_ptr)
@@ -347,7 +347,7 @@ def backward_kernel(
 def backward_projected_kernel(
     dy_ptr,  # [T, B, P] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, P] or None
     zone_h_ptr,  # [T, B, P] or None
     clip_value,  # float or None
     product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the next step; None at the last step
@@ -373,7 +373,7 @@ def backward_projected_kernel(
     batch = B.to(tl.int64)
     next_step = -batch if REVERSE else batch
 
-    carry = carried_dh(dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_ptr, tile, next_step, P)
+    carry = carried_dh(dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P)
     dh = carry + load_states((dy_ptr,), tile.row, tile, 1, P)[0]
     if norms_ptr is not None:
         store_norm(norms_ptr + tile.row, dh, flags, tile)
@@ -394,7 +394,7 @@ def backward_projected_kernel(
 @triton.jit(do_not_specialize=["T", "B"])
 def initial_kernel(
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, P] or None
     product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the first step
     scales_ptr,  # [T, B] float32 or None
     past_weights_ptr,  # [B, P] float32: the rest of dL/dh before it
@@ -410,5 +410,5 @@ def initial_kernel(
     tile = program_tile(B, T if REVERSE else -1, BLOCK_B, BLOCK_P, P)
     batch = B.to(tl.int64)
     next_step = -batch if REVERSE else batch
-    dh0 = carried_dh(past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_ptr, tile, next_step, P)
+    dh0 = carried_dh(past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P)
     store_tile(dh0_ptr, tile.origin, tile, dh0, P)

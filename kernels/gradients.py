@@ -153,13 +153,13 @@ def drop_padded(planes, flags, COUNT: tl.constexpr):
 
 
 @triton.jit
-def carried_gradient(product, past_weights, scale, flags, recurrent_ptr, tile, S: tl.constexpr, H: tl.constexpr):
+def carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S: tl.constexpr, H: tl.constexpr):
     """The gradients of the states before a step: the part that passed through W_hh, `product`, and the part past it.
 
     scale: the factors of clipping by norm, which `product` has already; None without clipping.
     """
-    if recurrent_ptr is not None:
-        product = product * load_tile(recurrent_ptr, tile.origin, tile, H)
+    if recurrent_mask_ptr is not None:
+        product = product * load_tile(recurrent_mask_ptr, tile.origin, tile, H)
     clipped = scaled(past_weights, scale, S)
     carry = ()
     for s in tl.static_range(S):
@@ -246,7 +246,7 @@ def publish_gate_grads(
 
 @triton.jit
 def gather_gate_grads(
-    past_weights, alive, i, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_ptr, tile,
+    past_weights, alive, i, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr, tile,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -277,7 +277,7 @@ def gather_gate_grads(
     else:
         product = streamed_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)
     product = unless_stuck(alive, (product,), 1)[0]
-    return carried_gradient(product, past_weights, scale, flags, recurrent_ptr, tile, S, H)
+    return carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S, H)
 
 
 @triton.jit

@@ -73,11 +73,11 @@ def load_weights(
 
 
 @triton.jit
-def recurrent_operand(h, flags, recurrent_ptr, tile, H: tl.constexpr):
+def recurrent_operand(h, flags, recurrent_mask_ptr, tile, H: tl.constexpr):
     """The operand of W_hh: h, zero after a reset, times the mask of recurrent dropout; in h's own dtype."""
     operand = choose(flags, RESET, 0.0, h.to(tl.float32))
-    if recurrent_ptr is not None:
-        operand = operand * load_tile(recurrent_ptr, tile.origin, tile, H)
+    if recurrent_mask_ptr is not None:
+        operand = operand * load_tile(recurrent_mask_ptr, tile.origin, tile, H)
     return operand.to(h.dtype)
 
 

@@ -88,7 +88,7 @@ def forward_kernel(
     w_ptr,  # [D, G*H, H]
     b_ptr,  # [D, G*H] or None
     flags_ptr,  # [D, T, B] uint8 or None
-    recurrent_ptr,  # [D, B, H] or None
+    recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
     zone_c_ptr,  # [D, T, B, H] or None
     h_in_ptr,  # [D, B, H]: the states before step t_begin
@@ -156,7 +156,7 @@ def forward_kernel(
         if LOCAL:
             for n in tl.static_range(TILES):
                 tile = hidden_tile(now, n, BLOCK_H, H)
-                operands = operands + (recurrent_operand(states[n][0], flags, recurrent_ptr, tile, H),)
+                operands = operands + (recurrent_operand(states[n][0], flags, recurrent_mask_ptr, tile, H),)
         states_after = ()
         for n in tl.static_range(TILES):
             tile = hidden_tile(now, first + n, BLOCK_H, H)
@@ -183,7 +183,7 @@ def forward_kernel(
             states_after = states_after + (state,)
             if not LOCAL:
                 # The programs that read this slot did so at step i - 1, before they arrived. All of them have arrived.
-                operand = recurrent_operand(state[0], flags_next, recurrent_ptr, tile, H)
+                operand = recurrent_operand(state[0], flags_next, recurrent_mask_ptr, tile, H)
                 store_tile(operand_ptr + (i + 1) % 2 * slot * H, origin, tile, operand, H)
                 arrive(arrived)
             store_tile(y_ptr, row, tile, choose(flags, PAD, 0.0, state[0]), H)
@@ -213,7 +213,7 @@ def backward_kernel(
     c0_ptr,  # [D, B, H] float32 or None
     w_ptr,  # [D, G*H, H]
     flags_ptr,  # [D, T, B] uint8 or None
-    recurrent_ptr,  # [D, B, H] or None
+    recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
     zone_c_ptr,  # [D, T, B, H] or None
     clip_norm_ptr,  # [] or None
@@ -300,7 +300,7 @@ def backward_kernel(
                 alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
                 gathered = gather_gate_grads(
-                    carry, alive, i + 1, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_ptr,
+                    carry, alive, i + 1, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr,
                     hidden_tile(following, first, BLOCK_H, H), G, S, H, BLOCK_K, WIDTH, GROUPED, PRECISION,
                 )  # fmt: skip
                 carry = where_all(i + 1 < T, gathered, carry, S)
@@ -336,7 +336,7 @@ def backward_kernel(
             for n in tl.static_range(TILES):
                 tile = hidden_tile(now, first + n, BLOCK_H, H)
                 product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
-                carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_ptr, tile, S, H),)
+                carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_mask_ptr, tile, S, H),)
         else:
             tile = hidden_tile(now, first, BLOCK_H, H)
             publish_gate_grads(

@@ -84,7 +84,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
 
 
 def marked_lines(ttgir: str) -> Iterator[tuple[bool, str]]:
-    """Each line of the kernel, and whether it stands in a loop."""
+    """Each line of the kernel, and whether it is in a loop."""
     depth, loop_depth = 0, None
     for line in ttgir.splitlines():
         if loop_depth is None and " scf.for " in line:
@@ -239,7 +239,7 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
     )  # fmt: skip
 
 
-MASKS = ("flags", "recurrent", "zone_h", "zone_c")
+MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
 # What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
 GEMM_EXTRAS = {
     "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
@@ -335,7 +335,6 @@ def test_grouped(size, tmp_path):
     check_group(size, NORMS, tmp_path)
 
 
-MASKS = ("flags", "recurrent", "zone_h", "zone_c")
 EVERY_EXTRA = {
     "forward": MASKS,
     "backward": (*MASKS, "norms", "clip_norm", "clip_value", "dc", "unscaled_x", "unscaled_h", "partial_norms"),

@@ -1,7 +1,8 @@
 """The arguments that the launches of a call hand to Triton's launch function, on a driver that only takes notes.
 
 Kernels compile for a GPU that this machine does not have, so this runs in a process of its own, without Triton's
-interpreter: this file, as a script with the cases as JSON. `python tests/test_launch.py time` measures what a launch costs the CPU.
+interpreter: this file, as a script with the cases as JSON. `python tests/test_launch.py time` measures the CPU time of
+a launch.
 """
 
 import itertools

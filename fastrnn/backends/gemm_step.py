@@ -93,7 +93,7 @@ class _ForwardSteps(_Steps):
 
         x, (h, c), (h_after, c_after) = self.inputs, self.after(i - 1), self.after(i)
         of_h = dict(
-            flags_ptr=x.flags, recurrent_ptr=x.recurrent_mask, zone_h_ptr=x.zone_h, h_in_ptr=h, h_out_ptr=h_after,
+            flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, zone_h_ptr=x.zone_h, h_in_ptr=h, h_out_ptr=h_after,
             operand_ptr=self.operand, y_ptr=self.outputs.y,
         )  # fmt: skip
         cell = self.launch(
@@ -185,7 +185,7 @@ class _BackwardSteps(_Steps):
         _, total, cell_backward = EQUATIONS[self.spec.name]
         projects = x.w_hr is not None
         of_h = dict(
-            dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_ptr=x.recurrent_mask, clip_value=self.clip_value,
+            dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, clip_value=self.clip_value,
             product_ptr=None if i == self.T - 1 else self.product, scales_ptr=self.scales, dh_in_ptr=dh,
             dh_out_ptr=dh_before, norm_h_ptr=self.norm_h, norms_ptr=self.gradients.norms, T=self.T,
             S=len(self.spec.states), REVERSE=self.reverse,
@@ -220,7 +220,7 @@ class _BackwardSteps(_Steps):
         from ..kernels.gemm_step import initial_kernel
 
         self.launch(
-            initial_kernel, flags_ptr=self.inputs.flags, recurrent_ptr=self.inputs.recurrent_mask,
+            initial_kernel, flags_ptr=self.inputs.flags, recurrent_mask_ptr=self.inputs.recurrent_mask,
             product_ptr=self.product, scales_ptr=self.scales, past_weights_ptr=self.after(-1)[0],
             dh0_ptr=self.gradients.dh0, T=self.T, P=self.P, BLOCK_P=next_power_of_two(self.P), REVERSE=self.reverse,
         )()  # fmt: skip

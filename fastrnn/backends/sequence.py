@@ -118,8 +118,9 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile) -> Sca
         operand[0] = _first_operand(inputs, walk.reverse)
     scan = ScanKernel(
         forward_kernel, tile, walk, inputs.w_hh, B, gx_ptr=inputs.gx, b_ptr=inputs.b_hh, flags_ptr=inputs.flags,
-        recurrent_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c, operand_ptr=operand,
-        y_ptr=outputs.y, c_ptr=outputs.c, saved_ptr=outputs.saved, T=T, CELL_FORWARD=EQUATIONS[walk.cell][0],
+        recurrent_mask_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c,
+        operand_ptr=operand, y_ptr=outputs.y, c_ptr=outputs.c, saved_ptr=outputs.saved, T=T,
+        CELL_FORWARD=EQUATIONS[walk.cell][0],
     )  # fmt: skip
     states = dict(h_out_ptr=outputs.h_n, c_out_ptr=outputs.c_n)
     first = scan.between(h_in_ptr=inputs.h0, c_in_ptr=inputs.c0, **states)
@@ -148,7 +149,7 @@ def backward(
     scan = ScanKernel(
         backward_kernel, tile, walk, inputs.w_hh, B, dy_ptr=incoming.dy, dc_ptr=incoming.dc, saved_ptr=kept.saved,
         y_ptr=kept.y, c_ptr=kept.c, h0_ptr=inputs.h0, c0_ptr=inputs.c0, flags_ptr=inputs.flags,
-        recurrent_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c,
+        recurrent_mask_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c,
         clip_norm_ptr=inputs.clip_norm, clip_value=walk.clip_value, dgx_ptr=gradients.dgx, dgh_ptr=gradients.dgh,
         norms_ptr=tile_norms, T=T, CELL_TOTAL=total, CELL_BACKWARD=cell_backward, WIDTH=next_power_of_two(S * H_tiles),
         unscaled_x_ptr=scratch(2, *D, B, G * H, like=kept.y, when=exchanged),
