@@ -226,10 +226,10 @@ def triton_mode(mode: str) -> Callable:
 
     def build(case, module: nn.Module) -> Model:
         model, weight = on_backend("triton")(case, module), module.weight_hh_l0
-        own = triton._tile(case.cell, weight, case.B)
+        own = triton.choose_tile(case.cell, weight, case.B)
         try:
             with environment(settings):
-                triton._tile(case.cell, weight, case.B)
+                triton.choose_tile(case.cell, weight, case.B)
         except ValueError as reason:
             raise CannotRun(str(reason)) from reason
         if own.mode == mode:

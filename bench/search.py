@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fastrnn import tiles
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS
 
@@ -38,7 +39,7 @@ def candidates(cell: str, dtype: torch.dtype, H: int, B: int) -> list[tuple]:
         for block_b, block_h, block_k, warps in product(rows, (16, 32, 64), (32, 64, 128), (4, 8)):
             stages = (2, 3, 4) if mode == "stepwise" else (1,)
             found += [tiles.Tile(mode, block_b, block_h, block_k, warps, n) for n in stages]
-    found += [tiles.RowTile(block_b, warps) for block_b, warps in product((1, 2, 4, 8), (4, 8, 16))]
+    found += [tiles.GemmTile(block_b, warps) for block_b, warps in product((1, 2, 4, 8), (4, 8, 16))]
     random.Random(0).shuffle(found)
     return found
 
@@ -48,28 +49,26 @@ class Problem:
 
     def __init__(self, cell: str, dtype: torch.dtype, H: int, B: int):
         spec = CELLS[cell]
-        G, self.cell = len(spec.gates), cell
+        G = len(spec.gates)
 
-        def draw(*shape, dtype=dtype):
+        def randn(*shape, dtype=dtype):
             return torch.randn(shape, device="cuda").to(dtype)
 
-        self.gx, self.dy = draw(STEPS, B, G * H), draw(STEPS, B, H)
-        self.w_hh = (torch.randn(G * H, H, device="cuda") / H**0.5).to(dtype)
-        self.b_hh = draw(G * H) if spec.distinct_dgh else None
-        self.h0 = draw(B, H)
-        self.c0 = draw(B, H, dtype=torch.float32) if "c" in spec.states else None
-
-    def forward(self, tile):
-        return launcher.scan_forward(
-            self.gx, self.w_hh, self.b_hh, self.h0, self.c0, *(None,) * 8, self.cell, False, True, tile=tile
+        self.walk, self.incoming = Walk(cell, reverse=False, backend="triton"), IncomingGradients(dy=randn(STEPS, B, H))
+        self.inputs = ScanInputs(
+            gx=randn(STEPS, B, G * H),
+            w_hh=(torch.randn(G * H, H, device="cuda") / H**0.5).to(dtype),
+            h0=randn(B, H),
+            c0=randn(B, H, dtype=torch.float32) if "c" in spec.states else None,
+            b_hh=randn(G * H) if spec.distinct_dgh else None,
         )
 
-    def backward(self, tile, y, c, saved):
-        c = None if self.c0 is None else c
-        return launcher.scan_backward(
-            self.dy, *(None,) * 4, saved, y, c, self.h0, self.c0, self.w_hh, *(None,) * 10, self.cell, False, False,
-            tile=tile,
-        )  # fmt: skip
+    def forward(self, tile):
+        return launcher.forward(self.inputs, self.walk, save=True, tile=tile)
+
+    def backward(self, tile, kept: Kept):
+        inputs = self.inputs._replace(gx=None)
+        return launcher.backward(self.incoming, kept, inputs, self.walk, norms=False, tile=tile)
 
 
 def microseconds(call) -> float:
@@ -88,7 +87,7 @@ def microseconds(call) -> float:
 def wrong(got, want, dtype: torch.dtype) -> bool:
     """Whether any output is off by more than rounding."""
     tolerance = TOLERANCE[dtype] * torch.finfo(dtype).eps
-    pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.numel()]
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if b is not None and b.numel()]
     return any(not (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1) for a, b in pairs)
 
 
@@ -97,19 +96,20 @@ def search(cell: str, dtype: torch.dtype, H: int, B: int, until: float) -> dict:
     torch.manual_seed(0)
     problem, tried = Problem(cell, dtype, H, B), []
     base = tiles.choose(cell, dtype, H, B)
-    y, c, h_n, c_n, saved = problem.forward(base)
-    gradients = problem.backward(base, y, c, saved)
+    outputs = problem.forward(base)
+    kept = Kept(outputs.y, outputs.c, outputs.saved)
+    gradients = problem.backward(base, kept)
     left = candidates(cell, dtype, H, B)
     while left and time.monotonic() < until:
         tile = left.pop()
         row = {"mode": tile.mode, "tile": list(tile)}
         try:
-            forward, backward = problem.forward(tile), problem.backward(tile, y, c, saved)
-            if wrong(forward, (y, c, h_n, c_n, saved), dtype) or wrong(backward, gradients, dtype):
+            forward, backward = problem.forward(tile), problem.backward(tile, kept)
+            if wrong(forward, outputs, dtype) or wrong(backward, gradients, dtype):
                 row["failed"] = "wrong"
             else:
                 row["forward_us"] = microseconds(lambda tile=tile: problem.forward(tile))
-                row["backward_us"] = microseconds(lambda tile=tile: problem.backward(tile, y, c, saved))
+                row["backward_us"] = microseconds(lambda tile=tile: problem.backward(tile, kept))
         except Exception as error:  # a tile that does not fit is what most of them are
             row["failed"] = f"{type(error).__name__}: {error}"[:200]
         tried.append(row)

@@ -1,8 +1,8 @@
 """Tile sizes and warps of the Triton scan, as data.
 
-Keyed on cell, dtype, hidden size and a bucket of the batch, never on B or T themselves. The rows were found by reading
-compiled kernels (registers, spills, shared memory, for sm_80 and sm_90; tests/test_compile_only.py holds them to it).
-Nobody has timed them yet.
+The keys are the number of gates, the element size, the hidden size and a bucket of the batch, never B or T themselves.
+The rows were found by reading compiled kernels (registers, spills and shared memory, for sm_80 and sm_90), and
+tests/test_compile_only.py checks them. They have not been timed yet.
 """
 
 from typing import NamedTuple
@@ -12,18 +12,18 @@ import torch
 from .cells import CELLS
 
 SHARED_MEMORY_SM80 = 163 * 1024  # bytes that one program can have; sm_90 has 227 KB
-WORKSPACE = 6 * 1024  # what a local program needs in shared memory besides W_hh, at 16 rows
+WORKSPACE = 6 * 1024  # bytes of shared memory that a local program needs besides W_hh, at 16 rows
 PROCESSORS_H100 = 132  # multiprocessors
-MODES = ("local", "grouped", "stepwise", "rows")
+MODES = ("local", "grouped", "stepwise", "gemm")
 
 
 class Tile(NamedTuple):
-    """What one program of the scan takes, and how it runs.
+    """The part of the scan that one program takes, and how it runs.
 
     mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch
         share W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
     block_b, block_h: rows of the batch and hidden units of a tile.
-    block_k: units that a product takes at a time; in mode "local", block_h.
+    block_k: units that a product takes at a time; in mode "local", equal to block_h.
     warps, stages: of the compiled program; time loops always have one stage.
     """
 
@@ -35,17 +35,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-class RowTile(NamedTuple):
-    """The same in mode "rows", where PyTorch multiplies (kernels/rows.py): `block_b` rows of the batch, all of H."""
+class GemmTile(NamedTuple):
+    """The same in mode "gemm", where PyTorch multiplies: `block_b` rows of the batch, all of H."""
 
     block_b: int
     warps: int
-    mode = "rows"
+    mode = "gemm"
 
 
-# (gates, bytes per element): rows of (largest H, block_h, warps), the first that H and shared memory allow is taken.
-# Between powers of two a row of smaller tiles holds what the next power of two cannot. More than 3 x 3 of them take
-# half a minute to compile.
+# A cell whose number of gates is not in a table takes the rows of the next larger number, which needs more registers.
+# Shared memory is computed for the cell's own gates.
+
+# (gates, bytes per element): rows of (largest H, block_h, warps). The first that H and shared memory allow is taken.
+# Between two powers of two, several smaller tiles fit where the next power of two does not. More than 3 x 3 of them
+# take half a minute to compile.
 LOCAL = {
     (4, 2): ((16, 16, 4), (32, 32, 4), (64, 64, 4), (128, 128, 8)),
     (4, 4): ((16, 16, 4), (32, 32, 4), (64, 64, 8), (96, 32, 8)),
@@ -55,9 +58,9 @@ LOCAL = {
     (1, 4): ((16, 16, 4), (32, 32, 4), (64, 64, 4), (128, 128, 8), (192, 64, 8)),
 }
 
-# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps), the first that H, shared memory and
-# the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
-# 8 columns each, and lets them repeat each other where there are more (docs/kernels.md).
+# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps). The first row that H, shared memory
+# and the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
+# 8 columns each; further warps repeat the work of the others (docs/kernels.md).
 GROUPED = {
     (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
@@ -67,8 +70,8 @@ GROUPED = {
     (1, 4): ((1024, 16, 32, 64, 4),),
 }
 
-# (bytes per element, whether tensor cores multiply): rows of (largest B of the bucket, tile). Without them a product
-# takes its operands from registers, all BLOCK_K units at once: twice as many spill, most under Triton 3.5.
+# (bytes per element, whether tensor cores multiply): rows of (largest B of the bucket, tile). Without tensor cores a
+# product takes its operands from registers, all BLOCK_K units at once: twice as many spill, most under Triton 3.5.
 STEPWISE = {
     (2, True): (
         (16, Tile("stepwise", 16, 32, 64, 4, 3)),
@@ -87,21 +90,27 @@ STEPWISE = {
     ),
 }
 
-# Rows of (largest H, tile), in mode "rows". Beyond 2048, the backward with layer norm spills.
-ROWS = (
-    (64, RowTile(4, 4)),
-    (512, RowTile(1, 4)),
-    (1024, RowTile(1, 8)),
-    (None, RowTile(1, 16)),
+# Rows of (largest H, tile) of mode "gemm". Beyond H = 2048, the backward with layer norm spills.
+GEMM = (
+    (64, GemmTile(4, 4)),
+    (512, GemmTile(1, 4)),
+    (1024, GemmTile(1, 8)),
+    (None, GemmTile(1, 16)),
 )
 
 
-def _rows(hidden_size: int) -> RowTile:
-    return next(tile for largest, tile in ROWS if largest is None or hidden_size <= largest)
+def _rows_for(table: dict[tuple[int, int], tuple], gates: int, size: int) -> tuple:
+    """The rows of the table for this number of gates, or for the next larger one; none where there is no larger one."""
+    larger = [known for known, known_size in table if known_size == size and known >= gates]
+    return table[min(larger), size] if larger else ()
+
+
+def _gemm(hidden_size: int) -> GemmTile:
+    return next(tile for largest, tile in GEMM if largest is None or hidden_size <= largest)
 
 
 def _local(gates: int, size: int, hidden_size: int, tensor_cores: bool, shared_memory: int) -> Tile | None:
-    for largest, block, warps in LOCAL[gates, size]:
+    for largest, block, warps in _rows_for(LOCAL, gates, size):
         padded = -(-hidden_size // block) * block
         fits = hidden_size <= largest and gates * padded * padded * size + WORKSPACE <= shared_memory
         # Without tensor cores, products of several tiles keep W_hh in registers, and spill.
@@ -114,8 +123,8 @@ def _grouped(
     gates: int, size: int, hidden_size: int, batch_size: int, tensor_cores: bool, shared_memory: int, processors: int
 ) -> Tile | None:
     if not tensor_cores:
-        return None  # without tensor cores, products of several tiles keep W_hh in registers, and spill
-    for largest, block_b, block_h, block_k, warps in GROUPED[gates, size]:
+        return None  # products of several tiles keep W_hh in registers, and spill
+    for largest, block_b, block_h, block_k, warps in _rows_for(GROUPED, gates, size):
         padded = -(-hidden_size // block_k) * block_k
         weights = gates * block_h * padded * size
         operand = 2 * gates * block_b * block_k * size  # of the backward's product, two tiles at a time
@@ -126,14 +135,14 @@ def _grouped(
     return None
 
 
-def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared_memory: int) -> Tile:
+def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared_memory: int) -> Tile | None:
     rows = STEPWISE[size, tensor_cores]
     tile = next(tile for largest, tile in rows if largest is None or batch_size <= largest)
     # Bytes of the backward, per unit. Triton keeps a stage less in shared memory (on sm_90, which has the room, all).
     operands = (tile.stages - 1) * gates * (tile.block_b + tile.block_h) * size
     while operands * tile.block_k > shared_memory and tile.block_k > 16:
         tile = tile._replace(block_k=tile.block_k // 2)
-    return tile
+    return tile if operands * tile.block_k <= shared_memory else None
 
 
 def choose(
@@ -145,25 +154,28 @@ def choose(
     mode: str | None = None,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = PROCESSORS_H100,
-) -> Tile | RowTile:
-    """The tile for one layer: local where W_hh fits one program, else stepwise; or of the `mode` that was asked for.
+) -> Tile | GemmTile:
+    """The tile for one layer: local where W_hh fits one program, else stepwise, or gemm where that fits neither. `mode`
+    asks for one of them.
 
     precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
-    Raises ValueError for a mode that there is not, or that cannot take this layer.
+    Raises ValueError for an unknown mode, and for a mode or dtype that cannot take this layer.
     """
     gates, size = len(CELLS[cell].gates), dtype.itemsize
     tensor_cores = size == 2 or precision == "tf32"
     if mode not in (None, *MODES):
         raise ValueError(f"mode {mode!r} of the Triton scan; known are {', '.join(MODES)}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the Triton scan has no tile for a {cell} of {dtype}; it takes float32 and half types")
     tile = None
     if mode in (None, "local"):
         tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
     if mode == "grouped":
         tile = _grouped(gates, size, hidden_size, batch_size, tensor_cores, shared_memory, processors)
-    if mode == "rows":
-        tile = _rows(hidden_size)
     if mode == "stepwise" or (mode is None and tile is None):
         tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
+    if mode == "gemm" or (mode is None and tile is None):
+        tile = _gemm(hidden_size)
     if tile is None:
         raise ValueError(
             f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "

@@ -1,25 +1,26 @@
 """The barrier among the programs of a group: those that share a tile of the batch, each with its own hidden units.
 
-A step leaves its tile of h, or of the gate gradients, in global memory and arrives; the next step waits until all
-programs of its group have arrived. In between, a program loads what does not depend on the others.
+At the end of a step a program stores its tile of h, or of the gate gradients, in global memory and arrives. At the next
+step it waits until all programs of its group have arrived. Between the two it loads the tensors that do not depend on
+the other programs.
 
-- Launch with `launch_cooperative_grid=True`: a program that waits for one that was never started waits in vain.
-- The counters only grow, so nobody has to reset one that another may still read. They are zero before each launch.
+- Launch with `launch_cooperative_grid=True`: all programs must run at once, or a wait never ends.
+- The counters only grow, so no program resets one that another may still read. They are zero before each launch.
 - Every wait is bounded. Past the bound the program marks its group's counter as stuck, for the others of the group, and
-  `report_ptr`, for the host, and goes on without waiting; what it computes from then on is NaN, and so becomes all that
-  the group computes from it.
+  sets `timeout_flag_ptr`, for the host. It goes on without waiting; from then on it computes NaN, and so does every
+  program that uses its results.
 
-In assembly, because a Triton `while` around a scalar atomic takes two barriers and a broadcast per poll. The memory
-model is that of the PTX manual, "Memory consistency model": the CTA barrier and the release make all stores of the
-program visible to who acquires the counter, and its CTA barrier hands that on to all of its threads. L1 is not part of
-it: what was exchanged is loaded with `.cg`.
+The two functions are in assembly, because a Triton `while` around a scalar atomic takes two barriers and a broadcast
+per poll. The memory model is that of the PTX manual, "Memory consistency model": the CTA barrier and the release make
+all stores of the program visible to the thread that acquires the counter; the CTA barrier after it makes them visible
+to all threads of that program. The L1 cache is not coherent, so exchanged data is loaded with `.cg`.
 """
 
 import triton
 import triton.language as tl
 
 LINE = tl.constexpr(32)  # counters lie this many int32 apart, a cache line each
-# A poll takes no less than a round trip to L2, some 0.3 us: about five seconds, where a step takes microseconds.
+# A poll takes at least a round trip to L2, some 0.3 us, so this is about five seconds. A step takes microseconds.
 MOST_POLLS = tl.constexpr(1 << 24)
 STUCK = tl.constexpr(1 << 30)  # more than there are arrivals
 
@@ -65,22 +66,22 @@ TOGETHER:
 
 @triton.jit
 def arrive(arrived_ptr):
-    """What this program has stored is there for those who wait for it. No-op without a counter."""
+    """Makes all stores of this program visible to the programs that `wait` for it. No-op without a counter."""
     if arrived_ptr is not None:
         tl.inline_asm_elementwise(ARRIVE, "=r,l,~{memory}", [arrived_ptr], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def wait(arrived_ptr, arrivals, report_ptr):
-    """Until `arrivals` programs have arrived; whether they did. None without a counter.
+def wait(arrived_ptr, arrivals, timeout_flag_ptr):
+    """Waits until `arrivals` programs have arrived. Returns whether they did; None without a counter.
 
-    What they have stored may be loaded after it, and no sooner.
+    Their stores may be loaded after it, and not before.
     """
     alive = None
     if arrived_ptr is not None:
         alive = (
             tl.inline_asm_elementwise(
-                WAIT, "=r,l,r,l,r,r,~{memory}", [arrived_ptr, arrivals, report_ptr, MOST_POLLS, STUCK],
+                WAIT, "=r,l,r,l,r,r,~{memory}", [arrived_ptr, arrivals, timeout_flag_ptr, MOST_POLLS, STUCK],
                 dtype=tl.int32, is_pure=False, pack=1,
             ) != 0
         )  # fmt: skip
@@ -89,7 +90,7 @@ def wait(arrived_ptr, arrivals, report_ptr):
 
 @triton.jit
 def unless_stuck(alive, tiles, COUNT: tl.constexpr):
-    """The tiles, or NaN. `alive`: from `wait`."""
+    """The tiles; NaN if `alive`, from `wait`, is false."""
     result = tiles
     if alive is not None:
         result = ()

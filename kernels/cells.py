@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    # exp(-x) may be infinite; 1 / inf is the right answer then.
+    # exp(-x) may be infinite; then 1 / inf = 0 is the right answer.
     return 1 / (1 + tl.exp(-x))
 
 
@@ -40,7 +40,7 @@ def tanh(x):
 # ----------------------------------------------------------------------------------------------------------- LSTM
 
 
-# u is tanh(c), or tanh(LN(c)) where c has a layer norm: its sums run over the whole row, so rows.py works u out then.
+# u is tanh(c), or tanh(LN(c)) where c has a layer norm. LN sums over all of H, so gemm_step.py computes u then.
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def lstm_forward(gx, gh, state_prev):
 
 @triton.jit
 def lstm_total(saved, state_prev, dstate):
-    """dc + dh o (1 - tanh²(c)): the whole dL/dc of the step."""
+    """dc + dh o (1 - tanh²(c)): all of the step's dL/dc."""
     dh, dc = dstate
     u = tanh(lstm_cell_state(saved, state_prev[1]))
     return (dh, dc + lstm_output_backward(saved, u, dh))

@@ -1,12 +1,16 @@
-"""What a step of the backward scan is made of: the tile of one program, and what the programs leave for each other.
+"""The pieces of a backward step, and the gate gradients that the programs of a group exchange.
 
-Shapes: T steps, B batch, H hidden, G gates, S states. Row indices are 64 bits wide.
+Shapes: T steps, B batch, H hidden, G gates, S states.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .barrier import unless_stuck
+from .cells import lstm_output_backward
+from .layer_norm import normalize_backward
 from .memory import (
     PAD,
     RESET,
@@ -14,21 +18,22 @@ from .memory import (
     WIDE,
     choose,
     each_row,
-    hidden_tile,
     load_flags,
     load_planes,
     load_tile,
+    masked,
     store_as_one,
     store_planes,
+    zero_tile,
 )  # fmt: skip
 from .norms import clip_scale, row_norm
 from .products import grouped_product_back, scaled, streamed_product_back
 
 
 @triton.jit
-def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
-    """The states before step `i`, from where the step before it put them; zero behind a reset."""
-    starts = each_row(i, rows) == 0
+def previous_states(ptrs, initial_ptrs, i, row_before, flags, tile, S: tl.constexpr, H: tl.constexpr):
+    """The states before step `i`, which the step before it left at `row_before`; zero after a reset."""
+    starts = each_row(i, tile.rows) == 0
     if flags is not None:
         starts = starts | ((flags & START) != 0)
     starts = starts[:, None]
@@ -37,58 +42,106 @@ def previous_states(ptrs, initial, i, row_before, flags, origin, rows, cols, ins
         # Each element comes from one of the two places; the other load is masked off.
         state = tl.where(
             starts,
-            load_tile(initial[s], origin, rows, cols, inside & starts, H),
-            load_tile(ptrs[s], row_before, rows, cols, inside & ~starts, H),
+            load_tile(initial_ptrs[s], tile.origin, masked(tile, starts), H),
+            load_tile(ptrs[s], row_before, masked(tile, ~starts), H),
         )
         before = before + (choose(flags, RESET, 0.0, state),)
     return before
 
 
 @triton.jit
-def load_states(
-    ptrs, row, rows, cols, inside, S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.constexpr
-):
+def load_states(ptrs, row, tile, S: tl.constexpr, H: tl.constexpr):
     """A tile of each state; zeros where its pointer is None."""
     states = ()
     for s in tl.static_range(S):
         if ptrs[s] is None:
-            states = states + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+            states = states + (zero_tile(tile),)
         else:
-            states = states + (load_tile(ptrs[s], row, rows, cols, inside, H),)
+            states = states + (load_tile(ptrs[s], row, tile, H),)
     return states
 
 
 @triton.jit
-def clamp(tiles, bound, COUNT: tl.constexpr):
+def clamp(tiles, limit, COUNT: tl.constexpr):
     clamped = ()
     for s in tl.static_range(COUNT):
         x = tiles[s]
-        # Not tl.clamp, which need not keep NaN.
-        clamped = clamped + (tl.where(x > bound, bound, tl.where(x < -bound, -bound, x)),)
+        # tl.clamp is not used because it need not keep NaN.
+        clamped = clamped + (tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)),)
     return clamped
 
 
 @triton.jit
-def through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
-    """The gradients that go on to the cell's own outputs, and those that go past it to the states before the step."""
-    fresh, past = (), ()
+def through_zoneout(dstate, zone_ptrs, tile, S: tl.constexpr, H: tl.constexpr):
+    """Splits the gradients of the states after a step: into those of the cell's outputs, and those of the states before
+    the step, past the cell."""
+    to_cell, past_cell = (), ()
     for s in tl.static_range(S):
         if zone_ptrs[s] is None:
-            fresh, past = fresh + (dstate[s],), past + (tl.zeros_like(dstate[s]),)
+            to_cell, past_cell = to_cell + (dstate[s],), past_cell + (tl.zeros_like(dstate[s]),)
         else:
-            zone = load_tile(zone_ptrs[s], row, rows, cols, inside, H)
-            fresh, past = fresh + (dstate[s] * (1 - zone),), past + (dstate[s] * zone,)
-    return fresh, past
+            zone = load_tile(zone_ptrs[s], tile.row, tile, H)
+            to_cell, past_cell = to_cell + (dstate[s] * (1 - zone),), past_cell + (dstate[s] * zone,)
+    return to_cell, past_cell
 
 
 @triton.jit
-def past_weights(past, through_cell, carry, flags, S: tl.constexpr):
+def cell_total(
+    saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr
+):
+    """`through_zoneout`, and after it the cell's `total`.
+
+    ln_c: None, or of the layer norm on c its weight, the normalised c, 1 / std, and u = tanh of its output.
+    """
+    to_cell, past_cell = through_zoneout(dstate, zone_ptrs, tile, S, H)
+    if ln_c is None:
+        total = CELL_TOTAL(saved, before, to_cell)
+    else:
+        weight, c_hat, rstd, u = ln_c
+        du = lstm_output_backward(saved, u, to_cell[0])
+        dc = normalize_backward((du * weight,), (c_hat,), rstd, tile.inside, 1, H)[0]
+        total = (to_cell[0], to_cell[1] + dc)
+    return to_cell, past_cell, total
+
+
+@triton.jit
+def state_gradient(
+    dstate, carry, dh_clamped_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row, state_stride,
+    flags, tile,
+    CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of the states after a step to those that the cell's `backward` takes.
+
+    dstate: carry, the gradients carried back from the next step, plus those of the outputs. Their norms go to
+    `norms_ptr`, and after that they are clamped. With a projection, the kernel before this one has done both to h;
+    dstate[0] is the gradient of the cell's own h, and `dh_clamped_ptr [B, H]` has the same after clamping.
+
+    Returns dL/d(cell's outputs), the part that goes past the cell, the cell's `total`, and dL/d(state) of each state.
+    """
+    FIRST: tl.constexpr = 0 if dh_clamped_ptr is None else 1  # the first state whose norms are taken here
+    to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+    if norms_ptr is not None:
+        for s in tl.static_range(FIRST, S):
+            store_norm(norms_ptr + norms_row + s * state_stride, dstate[0] if s == 0 else total[s], flags, tile)
+        norms_row += S * state_stride
+        for s in tl.static_range(FIRST, S):
+            store_norm(norms_ptr + norms_row + s * state_stride, carry[s], flags, tile)
+    if clip_value is not None:
+        dstate = clamp(dstate, clip_value, S)
+        if dh_clamped_ptr is not None:
+            dstate = (load_tile(dh_clamped_ptr, tile.origin, tile, H),) + dstate[1:]
+        to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+    return to_cell, past_cell, total, (dstate[0],) + total[1:]
+
+
+@triton.jit
+def gradient_past_weights(past_cell, through_cell, carry, flags, S: tl.constexpr):
     """The part of the gradients of the states before the step that does not pass through W_hh."""
-    rest = ()
+    past_weights = ()
     for s in tl.static_range(S):
-        own = choose(flags, RESET, 0.0, past[s] + through_cell[s])
-        rest = rest + (choose(flags, PAD, carry[s], own),)
-    return rest
+        gradient = choose(flags, RESET, 0.0, past_cell[s] + through_cell[s])
+        past_weights = past_weights + (choose(flags, PAD, carry[s], gradient),)
+    return past_weights
 
 
 @triton.jit
@@ -100,142 +153,144 @@ def drop_padded(planes, flags, COUNT: tl.constexpr):
 
 
 @triton.jit
-def arriving(product, rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S: tl.constexpr, H: tl.constexpr):
-    """The gradients of the states before the step: what came through W_hh, and the rest."""
-    if recurrent_ptr is not None:
-        product = product * load_tile(recurrent_ptr, origin, rows, cols, inside, H)
-    whole = scaled(rest, scale, S)
+def carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S: tl.constexpr, H: tl.constexpr):
+    """The gradients of the states before a step: the part that passed through W_hh, `product`, and the part past it.
+
+    scale: the factors of clipping by norm, which `product` has already; None without clipping.
+    """
+    if recurrent_mask_ptr is not None:
+        product = product * load_tile(recurrent_mask_ptr, tile.origin, tile, H)
+    clipped = scaled(past_weights, scale, S)
     carry = ()
     for s in tl.static_range(S):
-        state = product + whole[s] if s == 0 else whole[s]
-        carry = carry + (choose(flags, PAD, rest[s], choose(flags, RESET, 0.0, state)),)
+        gradient = product + clipped[s] if s == 0 else clipped[s]
+        carry = carry + (choose(flags, PAD, past_weights[s], choose(flags, RESET, 0.0, gradient)),)
     return carry
 
 
 @triton.jit
-def tile_norm(tile, flags):
+def tile_norm(values, flags):
     """The norms `[BLOCK_B]` of the rows of a tile, zero at padding."""
-    norm = row_norm(tile)
+    norm = row_norm(values)
     if flags is not None:
         norm = tl.where((flags & PAD) != 0, 0.0, norm)
     return norm
 
 
 @triton.jit
-def store_norms(ptr, row, batch, rows, row_inside, tiles, flags, S: tl.constexpr, STRIDE):
-    """The norm of this tile of each state; STRIDE rows of the batch lie between states."""
-    for s in tl.static_range(S):
-        tl.store(ptr + row + s * STRIDE * batch + rows, tile_norm(tiles[s], flags), mask=row_inside)
+def store_norm(ptr, values, flags, tile):
+    """The norms of the rows of a tile, to `ptr [BLOCK_B]`."""
+    tl.store(ptr + tile.rows, tile_norm(values, flags), mask=tile.row_inside)
 
 
 @triton.jit
-def clip_scales(parts, bound_ptr):
-    """The factors `[BLOCK_B]` of clipping by norm, from the norms of the parts `[BLOCK_B, WIDTH]`.
+def clip_scales(partial_norms, clip_norm_ptr):
+    """The factors `[BLOCK_B]` of clipping by norm, from the norms `[BLOCK_B, WIDTH]` of the parts of a row.
 
-    Without a look at the flags: Triton lays out the operand of a product by the smallest type that it came from.
+    The flags are not read here, because Triton lays out the operand of a product by the smallest type it came from.
     """
-    return clip_scale(row_norm(parts), tl.load(bound_ptr).to(tl.float32))
+    return clip_scale(row_norm(partial_norms), tl.load(clip_norm_ptr).to(tl.float32))
+
+
+class GateGradients(NamedTuple):
+    """Where the gate gradients of all steps are, and where the programs of a group exchange those of one step.
+
+    Without clipping by norm they read each other's gradients from dgx or dgh. Under it, no program can scale its own
+    before it has the norms of all tiles. So they exchange float32 gradients without the scale, and the tiles' norms, in
+    two slots for even and odd steps. Each reader scales what it reads, and stores its own tile of dgx and dgh.
+    """
+
+    dgx_ptr: tl.tensor  # [D, T, B, G*H]
+    dgh_ptr: tl.tensor  # the same, or None where it equals dgx
+    unscaled_x_ptr: tl.tensor  # [2, D, B, G*H] float32, or None without clipping by norm
+    unscaled_h_ptr: tl.tensor  # the same; None also where dgh is
+    partial_norms_ptr: tl.tensor  # [2, S*TILES, D, B] float32, or None without clipping by norm
+    slot: tl.tensor  # rows of a slot, D*B
 
 
 @triton.jit
-def store_gates(ptr, row, rows, cols, inside, gates, G: tl.constexpr, H: tl.constexpr, GROUPED: tl.constexpr):
-    """With as few barriers as it goes where the programs of a group wait for it."""
-    if GROUPED and G >= 3 and cols.shape[0] >= WIDE:
-        store_as_one(ptr, row, rows, cols, inside, gates, G, H)
+def store_gates(ptr, row, tile, gates, G: tl.constexpr, H: tl.constexpr, GROUPED: tl.constexpr):
+    """Stores a plane for every gate. In a group, where other programs wait for it, with as few barriers as possible."""
+    if GROUPED and G >= 3 and tile.cols.shape[0] >= WIDE:
+        store_as_one(ptr, row, tile, gates, G, H)
     else:
-        store_planes(ptr, row, rows, cols, inside, gates, G, H)
+        store_planes(ptr, row, tile, gates, G, H)
 
 
 @triton.jit
-def leave(
-    dgx, dgh, parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-    slot, origin, rows, row_inside, tile,
-    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPED: tl.constexpr,
+def publish_gate_grads(
+    dgx, dgh, partial_norms, i, gate_grads, tile, index,
+    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """The gate gradients of step `i`, where the other programs of the group look for them at the step that follows.
+    """Stores the gate gradients of step `i` where `gather_gate_grads` looks for them. `tile` is number `index` of H.
 
-    Under clipping by norm they lie in one of two slots of `slot` rows. The one that step `i` fills was read by the
-    programs before they left what step `i + 1` has left, and all of that has been waited for: nobody reads it any more.
+    Slot `i % 2` still holds step i + 2. Reusing it is safe: every program read it before it published step i + 1, and
+    this program has waited for all arrivals of step i + 1.
     """
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
-    if parts_ptr is None:
-        store_gates(dgx_ptr, row, rows, cols, inside, dgx, G, H, GROUPED)
-        if dgh_ptr is not None:
-            store_gates(dgh_ptr, row, rows, cols, inside, dgh, G, H, GROUPED)
+    if gate_grads.partial_norms_ptr is None:
+        store_gates(gate_grads.dgx_ptr, tile.row, tile, dgx, G, H, GROUPED)
+        if gate_grads.dgh_ptr is not None:
+            store_gates(gate_grads.dgh_ptr, tile.row, tile, dgh, G, H, GROUPED)
     else:
-        at = i % 2 * slot
-        store_gates(sent_x_ptr, at + origin, rows, cols, inside, dgx, G, H, GROUPED)
-        if dgh_ptr is not None:
-            store_gates(sent_h_ptr, at + origin, rows, cols, inside, dgh, G, H, GROUPED)
+        slot = i % 2 * gate_grads.slot
+        store_gates(gate_grads.unscaled_x_ptr, slot + tile.origin, tile, dgx, G, H, GROUPED)
+        if gate_grads.dgh_ptr is not None:
+            store_gates(gate_grads.unscaled_h_ptr, slot + tile.origin, tile, dgh, G, H, GROUPED)
+        TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
         columns = tl.arange(0, WIDTH)
-        own = (columns < S * TILES) & (columns % TILES == tile)
-        offsets = at * (S * TILES) + columns[None, :] * slot + origin + rows[:, None]
-        tl.store(parts_ptr + offsets, parts, mask=row_inside[:, None] & own[None, :])
+        of_tile = (columns < S * TILES) & (columns % TILES == index)
+        offsets = slot * (S * TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
+        mask = tile.row_inside[:, None] & of_tile[None, :]
+        tl.store(gate_grads.partial_norms_ptr + offsets, partial_norms, mask=mask)
 
 
 @triton.jit
-def receive(
-    rest, alive, i, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights, flags_ptr,
-    recurrent_ptr, T, row, slot, origin, rows, row_inside, tile,
-    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+def gather_gate_grads(
+    past_weights, alive, i, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr, tile,
+    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the states before step `i`, which is at `row`, from what the programs of the group have left;
-    `rest`, if i is T.
+    """The gradients of the states before step `i`, at `tile`, from the gate gradients that the group published.
 
-    Under clipping by norm they left gate gradients that are not scaled yet, and the norms of their tiles. NaN where
-    not all of them are `alive`.
+    weights: of a grouped program, its part of W_hh; else the pointer to all of it. NaN unless the programs are `alive`.
     """
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    row_inside = row_inside & (each_row(i, rows) < T)
-    cols, inside = hidden_tile(tile, row_inside, BLOCK_H, H)
-    flags = load_flags(flags_ptr, row, rows, row_inside)
-    if bound_ptr is None:
-        scale = None
-        sent_ptr, sent_row = dgx_ptr if dgh_ptr is None else dgh_ptr, row
-    else:
-        at = i % 2 * slot
+    flags = load_flags(flags_ptr, tile)
+    scale = None
+    row = tile.row
+    dgh_ptr = gate_grads.dgx_ptr if gate_grads.dgh_ptr is None else gate_grads.dgh_ptr
+    if clip_norm_ptr is not None:
+        TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
+        slot = i % 2 * gate_grads.slot
         columns = tl.arange(0, WIDTH)
-        parts = tl.load(
-            parts_ptr + at * (S * TILES) + columns[None, :] * slot + origin + rows[:, None],
-            mask=row_inside[:, None] & (columns < S * TILES)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        scale = clip_scales(parts, bound_ptr)
-        sent = load_planes(sent_x_ptr, at + origin, rows, cols, inside, G, H, ".cg")
-        store_planes(dgx_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
-        if dgh_ptr is not None:
-            sent = load_planes(sent_h_ptr, at + origin, rows, cols, inside, G, H, ".cg")
-            store_planes(dgh_ptr, row, rows, cols, inside, scaled(sent, scale, G), G, H)
-        sent_ptr, sent_row = sent_x_ptr if dgh_ptr is None else sent_h_ptr, at + origin
+        offsets = slot * (S * TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
+        mask = tile.row_inside[:, None] & (columns < S * TILES)[None, :]
+        norms = tl.load(gate_grads.partial_norms_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        scale, row = clip_scales(norms, clip_norm_ptr), slot + tile.origin
+        unscaled = load_planes(gate_grads.unscaled_x_ptr, row, tile, G, H, ".cg")
+        store_planes(gate_grads.dgx_ptr, tile.row, tile, scaled(unscaled, scale, G), G, H)
+        if gate_grads.dgh_ptr is not None:
+            unscaled = load_planes(gate_grads.unscaled_h_ptr, row, tile, G, H, ".cg")
+            store_planes(gate_grads.dgh_ptr, tile.row, tile, scaled(unscaled, scale, G), G, H)
+        dgh_ptr = gate_grads.unscaled_x_ptr if gate_grads.dgh_ptr is None else gate_grads.unscaled_h_ptr
     if GROUPED:
-        product = grouped_product_back(
-            sent_ptr, sent_row, weights, scale, rows, row_inside, G, H, BLOCK_H, BLOCK_K, PRECISION
-        )  # fmt: skip
+        product = grouped_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)
     else:
-        product = streamed_product_back(
-            sent_ptr, sent_row, w_ptr, scale, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
-        )
-    carry = arriving(
-        unless_stuck(alive, (product,), 1)[0], rest, scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H
-    )
-    return where_all(i < T, carry, rest, S)
+        product = streamed_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)
+    product = unless_stuck(alive, (product,), 1)[0]
+    return carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S, H)
 
 
 @triton.jit
-def beside(tile, tiles, i, COUNT: tl.constexpr):
-    """The `tiles`, in the layout of `tile`. Always, but the compiler does not know that no step comes before -1.
+def match_layout(tiles, like, i, COUNT: tl.constexpr):
+    """Forces `tiles` into the register layout of `like`.
 
-    Triton 3.6 else keeps what is loaded in a layout for loads, and changes that of each factor computed from it where
-    it meets a product with W_hh: behind the wait, with two barriers for each.
+    i >= -1 is always true, but the compiler cannot prove it. Without this, Triton 3.6 converts every factor computed
+    from these loads where it meets a product with W_hh: after the wait, at two barriers each.
     """
-    moved = ()
+    matched = ()
     for k in tl.static_range(COUNT):
-        moved = moved + (tl.where(i >= -1, tiles[k], tile),)
-    return moved
+        matched = matched + (tl.where(i >= -1, tiles[k], like),)
+    return matched
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Layer norm of rows that one program holds whole, over all planes of a row jointly (Ba et al. 2016).
+"""Layer norm of complete rows, over all planes of a row jointly (Ba et al. 2016).
 
-Biased variance, eps 1e-5; weight and bias are the caller's. A row is COUNT tiles `[R, N]`, of which the elements
-`inside` exist, H to a row of each. What is returned is zero outside.
+The variance is biased, eps is 1e-5; the caller applies weight and bias. The rows are COUNT tiles `[R, N]`, one per
+plane, with H elements in each row, those `inside`. The results are zero outside.
 """
 
 import triton
@@ -36,7 +36,7 @@ def normalize(planes, inside, COUNT: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def normalize_backward(dxhat, xhat, rstd, inside, COUNT: tl.constexpr, H: tl.constexpr):
-    """Gradient of `normalize`'s input, given that of its output."""
+    """The gradient of `normalize`'s input, given that of its output."""
     products = ()
     for k in tl.static_range(COUNT):
         products = products + (dxhat[k] * xhat[k],)

@@ -1,8 +1,10 @@
-"""Tiles of `[..., B, planes * H]` tensors in and out of registers, and the flags of a step.
+"""Loads and stores of tiles of `[..., B, planes * H]` tensors, and the flags of a step.
 
-A tile is BLOCK_B rows of the batch by BLOCK_H hidden units. Its place is `row`, the 64-bit index of its first row among
-all rows of the tensor, and small 32-bit offsets `rows`, `cols` from there.
+A tile is BLOCK_B rows of the batch by BLOCK_H hidden units. `Tile` says which elements these are. Its first row is a
+64-bit index among all rows of a tensor; the offsets from there are 32 bits wide.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,100 +14,133 @@ PAD = tl.constexpr(1)
 RESET = tl.constexpr(2)
 START = tl.constexpr(4)
 
-WIDE = tl.constexpr(32)  # columns: changes of layout are avoided from here on; narrower tiles would spill
+# Tiles of at least this many columns avoid changes of layout. Narrower ones would spill registers.
+WIDE = tl.constexpr(32)
 
 EVERY_CACHE = tl.constexpr("")  # a plain string cannot be a default in Triton 3.6
 
 
-@triton.jit
-def of_direction(ptr, direction, size):
-    """Where the part of a direction begins, of so many elements each; None where there is no such tensor."""
-    part = ptr
-    if ptr is not None:
-        part = ptr + direction * size
-    return part
+class BatchTile(NamedTuple):
+    """BLOCK_B rows of the batch at one step. A named tuple exists in the compiler only; no code is made for it."""
+
+    row: tl.tensor  # int64, the index of the first row in a tensor [D, T, B, ...]
+    origin: tl.tensor  # int64, the index of the first row in a tensor [D, B, ...]
+    rows: tl.tensor  # [BLOCK_B] offsets from the first row
+    row_inside: tl.tensor  # [BLOCK_B] whether the batch has that row
+
+
+class Tile(NamedTuple):
+    """The same rows by BLOCK_H hidden units."""
+
+    row: tl.tensor
+    origin: tl.tensor
+    rows: tl.tensor
+    row_inside: tl.tensor
+    cols: tl.tensor  # [BLOCK_H] hidden units
+    inside: tl.tensor  # [BLOCK_B, BLOCK_H] whether the tensor has that element
 
 
 @triton.jit
-def step_at(i, T, back):
-    """The index t of the i-th step of a scan."""
-    return tl.where(back, T - 1 - i, i)
-
-
-@triton.jit
-def hidden_tile(index, row_inside, BLOCK_H: tl.constexpr, H: tl.constexpr):
-    """The columns `[BLOCK_H]` of a tile of the hidden units, and which of its elements exist."""
+def hidden_tile(batch_tile, index, BLOCK_H: tl.constexpr, H: tl.constexpr):
+    """The rows of `batch_tile` (a BatchTile or a Tile) by the hidden units of the tile `index`."""
     cols = index * BLOCK_H + tl.arange(0, BLOCK_H)
-    return cols, row_inside[:, None] & (cols < H)[None, :]
+    inside = batch_tile.row_inside[:, None] & (cols < H)[None, :]
+    return Tile(batch_tile.row, batch_tile.origin, batch_tile.rows, batch_tile.row_inside, cols, inside)
+
+
+@triton.jit
+def masked(tile, mask):
+    """The tile without the elements where `mask` is false."""
+    return Tile(tile.row, tile.origin, tile.rows, tile.row_inside, tile.cols, tile.inside & mask)
+
+
+@triton.jit
+def zero_tile(tile):
+    return tl.zeros((tile.rows.shape[0], tile.cols.shape[0]), tl.float32)
+
+
+@triton.jit
+def offset(ptr, elements):
+    """The pointer, moved on by `elements`; None where there is no tensor."""
+    moved = ptr
+    if ptr is not None:
+        moved = ptr + elements
+    return moved
+
+
+@triton.jit
+def step_at(i, T, walks_back):
+    """The index t of the i-th step of a scan."""
+    return tl.where(walks_back, T - 1 - i, i)
 
 
 @triton.jit
 def each_row(i, rows):
-    """A number, once per row, for conditions on it: in Triton's interpreter the mask of a tile & one of a scalar has no
-    type that a load takes."""
+    """A number, once per row, for conditions on it: in Triton's interpreter, the mask of a tile combined with a scalar
+    condition has no type that a load takes."""
     return tl.zeros_like(rows) + i
 
 
 @triton.jit
-def load_stored(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
-    """The tiles of all planes, in the dtype they are stored in; zero outside. CACHE: see `tl.load`."""
-    tiles = ()
+def load_stored(ptr, row, tile, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
+    """The tiles of all planes from `row` on, in the dtype they are stored in; zero outside. CACHE: see `tl.load`."""
+    planes = ()
     for k in tl.static_range(PLANES):
-        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-        tile = tl.load(ptr + row * (PLANES * H) + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
-        tiles = tiles + (tile,)
-    return tiles
-
-
-@triton.jit
-def load_planes(ptr, row, rows, cols, inside, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
-    """The tiles of `load_stored`, as float32.
-
-    Triton puts the change of layout, which waits for its tile, where the next operation on it stands, or behind its
-    load where there is none. `where` is one, for float32, too: so all loads are on their way before the first wait.
-    """
-    tiles, planes = load_stored(ptr, row, rows, cols, inside, PLANES, H, CACHE), ()
-    for k in tl.static_range(PLANES):
-        planes = planes + (tl.where(inside, tiles[k], 0.0).to(tl.float32),)
+        offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]
+        plane = tl.load(ptr + row * (PLANES * H) + offsets, mask=tile.inside, other=0.0, cache_modifier=CACHE)
+        planes = planes + (plane,)
     return planes
 
 
 @triton.jit
-def load_tile(ptr, row, rows, cols, inside, H: tl.constexpr):
-    return load_planes(ptr, row, rows, cols, inside, 1, H)[0]
+def load_planes(ptr, row, tile, PLANES: tl.constexpr, H: tl.constexpr, CACHE: tl.constexpr = EVERY_CACHE):
+    """The tiles of `load_stored`, as float32.
 
-
-@triton.jit
-def store_planes(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
+    Triton puts a change of layout, which waits for its tile, at the next operation on the tile, or directly after the
+    load if there is none. `where` is such an operation, for float32 too, so all loads are issued before the first wait.
+    """
+    stored, planes = load_stored(ptr, row, tile, PLANES, H, CACHE), ()
     for k in tl.static_range(PLANES):
-        offsets = rows[:, None] * (PLANES * H) + (k * H + cols)[None, :]
-        tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(ptr.dtype.element_ty), mask=inside)
+        planes = planes + (tl.where(tile.inside, stored[k], 0.0).to(tl.float32),)
+    return planes
 
 
 @triton.jit
-def store_as_one(ptr, row, rows, cols, inside, planes, PLANES: tl.constexpr, H: tl.constexpr):
-    """Three or four planes, joined to one tile: every change of layout on the way to memory takes barriers."""
+def load_tile(ptr, row, tile, H: tl.constexpr):
+    return load_planes(ptr, row, tile, 1, H)[0]
+
+
+@triton.jit
+def store_planes(ptr, row, tile, planes, PLANES: tl.constexpr, H: tl.constexpr):
+    for k in tl.static_range(PLANES):
+        offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]
+        tl.store(ptr + row * (PLANES * H) + offsets, planes[k].to(ptr.dtype.element_ty), mask=tile.inside)
+
+
+@triton.jit
+def store_as_one(ptr, row, tile, planes, PLANES: tl.constexpr, H: tl.constexpr):
+    """Three or four planes, joined to one tile: each change of layout on the way to memory takes barriers."""
     tl.static_assert(PLANES == 3 or PLANES == 4)
     dtype: tl.constexpr = ptr.dtype.element_ty
     first = tl.join(planes[0].to(dtype), planes[1].to(dtype))
     last = tl.join(planes[2].to(dtype), planes[PLANES - 1].to(dtype))
     plane = (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
-    offsets = rows[:, None, None, None] * (PLANES * H) + plane * H + cols[None, :, None, None]
-    exists = inside[:, :, None, None] & (plane < PLANES)
+    offsets = tile.rows[:, None, None, None] * (PLANES * H) + plane * H + tile.cols[None, :, None, None]
+    exists = tile.inside[:, :, None, None] & (plane < PLANES)
     tl.store(ptr + row * (PLANES * H) + offsets, tl.join(first, last), mask=exists)
 
 
 @triton.jit
-def store_tile(ptr, row, rows, cols, inside, tile, H: tl.constexpr):
-    store_planes(ptr, row, rows, cols, inside, (tile,), 1, H)
+def store_tile(ptr, row, tile, values, H: tl.constexpr):
+    store_planes(ptr, row, tile, (values,), 1, H)
 
 
 @triton.jit
-def load_flags(flags_ptr, row, rows, row_inside):
-    """The flags `[BLOCK_B]` of one step; None where the call has none."""
+def load_flags(flags_ptr, batch_tile):
+    """The flags `[BLOCK_B]` of the tile's step; None where the call has none."""
     flags = None
     if flags_ptr is not None:
-        flags = tl.load(flags_ptr + row + rows, mask=row_inside, other=0)
+        flags = tl.load(flags_ptr + batch_tile.row + batch_tile.rows, mask=batch_tile.row_inside, other=0)
     return flags
 
 

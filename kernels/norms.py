@@ -1,7 +1,7 @@
-"""Row norms that neither overflow nor underflow, and the finishing reduction over the tiles of a row.
+"""Row norms that neither overflow nor underflow, and the last reduction, over the tiles of a row.
 
-A norm is the norm of the norms of its parts, so a program that holds a tile of a row writes one number, the tile's own
-norm, and the reader takes `row_norm` of those numbers. No atomics, a fixed order, and no pair (maximum, sum) to carry.
+The norm of a row is the norm of the norms of its tiles. So a program writes one number per tile of a row, and the
+reader takes `row_norm` of those numbers: no atomics, a fixed order, and no pair (maximum, sum) to carry.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 def row_norm(x):
     """Euclidean norm over the last dimension. `[R, N] -> [R]`, float32; right from 1e-45 to 3e38, NaN stays NaN.
 
-    Squares are taken of x times an exact power of two, so that those of the largest element stay in range.
+    x is squared after a multiplication by a power of two, which is exact, so the largest square stays in range.
     """
     largest = tl.max(tl.abs(x), 1)
     up = tl.where(largest < 1e-15, 2.0**96, tl.where(largest > 1e15, 2.0**-96, 1.0))
@@ -22,15 +22,15 @@ def row_norm(x):
 
 
 @triton.jit
-def place(values, column, WIDTH: tl.constexpr):
+def into_column(values, column, WIDTH: tl.constexpr):
     """`[R] -> [R, WIDTH]`: the values in one column, zeros elsewhere."""
     return tl.where(tl.arange(0, WIDTH)[None, :] == column, values[:, None], 0.0)
 
 
 @triton.jit
-def clip_scale(norm, bound):
-    """min(1, bound / norm). `[R] -> [R]`. A NaN norm gives NaN, so that it stays visible."""
-    return tl.where(norm <= bound, 1.0, bound / norm)
+def clip_scale(norm, clip_norm):
+    """min(1, clip_norm / norm). `[R] -> [R]`. A NaN norm gives NaN, so that it stays visible."""
+    return tl.where(norm <= clip_norm, 1.0, clip_norm / norm)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def finish_kernel(
     WIDTH: tl.constexpr,  # TILES, rounded up to a power of two
     BLOCK_B: tl.constexpr,
 ):
-    """The norms of whole rows from those of their tiles; a program takes one of the R rows and BLOCK_B of the batch."""
+    """The norms of rows from the norms of their tiles. A program takes one of the R rows and BLOCK_B of the batch."""
     columns = tl.arange(0, BLOCK_B) + tl.program_id(1) * BLOCK_B
     tiles = tl.arange(0, WIDTH)
     row = tl.program_id(0).to(tl.int64)

@@ -1,13 +1,13 @@
-"""The products with W_hh, out of weights on the chip (local, grouped) or with both operands streamed (step by step).
+"""The products with W_hh: from weights on the chip (local, grouped), or with both operands streamed (stepwise).
 
-All add the same tiles in the same order, so they give the same bits. What the programs of a group leave for each other
-is loaded with `.cg`, past the L1 cache, which knows nothing of their writes.
+All modes add the same tiles in the same order, so they give the same bits. Data that the programs of a group exchange
+is loaded with `.cg`, past the L1 cache, which does not see the writes of other programs.
 """
 
 import triton
 import triton.language as tl
 
-from .memory import RESET, choose, hidden_tile, load_stored, load_tile
+from .memory import RESET, choose, hidden_tile, load_stored, load_tile, zero_tile
 
 # Triton's interpreter multiplies the bits of bfloat16 tiles as integers (3.5 to 3.9), so there they become float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -22,25 +22,25 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def zeros(rows, G: tl.constexpr, BLOCK_H: tl.constexpr):
+def zero_gates(tile, G: tl.constexpr):
     """A float32 tile of zeros for every gate."""
-    tiles = ()
+    gates = ()
     for _ in tl.static_range(G):
-        tiles = tiles + (tl.zeros((rows.shape[0], BLOCK_H), tl.float32),)
-    return tiles
+        gates = gates + (zero_tile(tile),)
+    return gates
 
 
 @triton.jit
-def load_biases(b_ptr, rows, cols, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """b_hh as a tile for every gate, for W_hh h to be added to; zeros without one."""
-    tiles = zeros(rows, G, BLOCK_H)
+def load_biases(b_ptr, tile, G: tl.constexpr, H: tl.constexpr):
+    """b_hh as a tile for every gate, to which W_hh h is added; zeros without b_hh."""
+    gates = zero_gates(tile, G)
     if b_ptr is not None:
         biases = ()
         for g in tl.static_range(G):
-            bias = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32)
-            biases = biases + (tiles[g] + bias[None, :],)
-        tiles = biases
-    return tiles
+            bias = tl.load(b_ptr + g * H + tile.cols, mask=tile.cols < H, other=0.0).to(tl.float32)
+            biases = biases + (gates[g] + bias[None, :],)
+        gates = biases
+    return gates
 
 
 @triton.jit
@@ -51,43 +51,43 @@ def load_weight(w_ptr, gate, unit, source, H: tl.constexpr):
 
 @triton.jit
 def load_weights(
-    w_ptr, first, G: tl.constexpr, OWN: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, first, G: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     BACK: tl.constexpr,
 ):  # fmt: skip
-    """The part of W_hh that a program with OWN tiles of the hidden units multiplies by, to be kept on the chip.
+    """The part of W_hh that a program keeps on the chip: for its TILES tiles of the result, from tile `first` on.
 
-    In tiles `[BLOCK_K, BLOCK_H]`, counted by (gate, own tile, summed tile): a product sums over their rows. They are
-    `[source, unit]`, or BACK, `[unit, source]`.
+    The weights are tiles `[BLOCK_K, BLOCK_H]`, whose rows a product sums over, in the order (gate, tile of the result,
+    tile of the sum). They are `[source, unit]`, or with BACK `[unit, source]`.
     """
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     weights = ()
-    for index in tl.static_range(G * OWN * SUMS):
-        own = (first + index // SUMS % OWN) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    for index in tl.static_range(G * TILES * SUMS):
+        result = (first + index // SUMS % TILES) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
         summed = (index % SUMS) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
         if BACK:
-            tile = load_weight(w_ptr, index // (OWN * SUMS), summed, own, H)
+            weight = load_weight(w_ptr, index // (TILES * SUMS), summed, result, H)
         else:
-            tile = load_weight(w_ptr, index // (OWN * SUMS), own, summed, H)
-        weights = weights + (tile,)
+            weight = load_weight(w_ptr, index // (TILES * SUMS), result, summed, H)
+        weights = weights + (weight,)
     return weights
 
 
 @triton.jit
-def recurrent_operand(h, flags, recurrent_ptr, origin, rows, cols, inside, H: tl.constexpr):
-    """What W_hh multiplies: h, zero behind a reset, times the mask of recurrent dropout; in h's own dtype."""
+def recurrent_operand(h, flags, recurrent_mask_ptr, tile, H: tl.constexpr):
+    """The operand of W_hh: h, zero after a reset, times the mask of recurrent dropout; in h's own dtype."""
     operand = choose(flags, RESET, 0.0, h.to(tl.float32))
-    if recurrent_ptr is not None:
-        operand = operand * load_tile(recurrent_ptr, origin, rows, cols, inside, H)
+    if recurrent_mask_ptr is not None:
+        operand = operand * load_tile(recurrent_mask_ptr, tile.origin, tile, H)
     return operand.to(h.dtype)
 
 
 @triton.jit
-def column(weights, n, k, G: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr):
-    """Of every gate the weights for own tile n and summed tile k."""
-    tiles = ()
+def weights_of(weights, n, k, G: tl.constexpr, TILES: tl.constexpr, SUMS: tl.constexpr):
+    """The weights of every gate for tile n of the program's result and tile k of the sum."""
+    gates = ()
     for g in tl.static_range(G):
-        tiles = tiles + (weights[(g * OWN + n) * SUMS + k],)
-    return tiles
+        gates = gates + (weights[(g * TILES + n) * SUMS + k],)
+    return gates
 
 
 @triton.jit
@@ -101,52 +101,50 @@ def add(operand, weights, products, G: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def local_product(start, operands, weights, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """start + W_hh h for the n-th tile of every gate, out of weights on the chip; h in tiles `operands`."""
+    """start + W_hh h for the n-th tile of every gate, from weights on the chip; h in tiles `operands`."""
     products = start
     for k in tl.static_range(TILES):
-        products = add(operands[k], column(weights, n, k, G, TILES, TILES), products, G, PRECISION)
+        products = add(operands[k], weights_of(weights, n, k, G, TILES, TILES), products, G, PRECISION)
     return products
 
 
 @triton.jit
-def load_operand(sent_ptr, k, origin, rows, row_inside, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k-th tile of the operands that the programs of the group left at `sent_ptr [B, H]`."""
-    source, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-    offsets = rows[:, None] * H + source[None, :]
-    return tl.load(sent_ptr + origin * H + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+def load_operand(operand_ptr, tile, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tile of the operand that the programs of the group published at `operand_ptr [D, B, H]`."""
+    return load_stored(operand_ptr, tile.origin, hidden_tile(tile, k, BLOCK_K, H), 1, H, ".cg")[0]
 
 
 @triton.jit
 def grouped_product(
-    start, sent_ptr, weights, origin, rows, row_inside,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """start + W_hh h for the program's tile of every gate, out of weights on the chip; its operand streamed, a tile
-    ahead of the products."""
+    start, operand_ptr, weights, tile, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """start + W_hh h for the program's tile of every gate, from weights on the chip.
+
+    The operand is streamed, one tile ahead of the products.
+    """
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     products = start
-    operand = load_operand(sent_ptr, 0, origin, rows, row_inside, H, BLOCK_K)
+    operand = load_operand(operand_ptr, tile, 0, H, BLOCK_K)
     for k in tl.static_range(SUMS):
         now = operand
         if k + 1 < SUMS:
-            operand = load_operand(sent_ptr, k + 1, origin, rows, row_inside, H, BLOCK_K)
-        products = add(now, column(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
+            operand = load_operand(operand_ptr, tile, k + 1, H, BLOCK_K)
+        products = add(now, weights_of(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
     return products
 
 
 @triton.jit
 def streamed_product(
-    start, sent_ptr, w_ptr, origin, rows, row_inside, cols,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """start + W_hh h for the columns `cols` of every gate, its operand and W_hh streamed in tiles."""
+    start, operand_ptr, w_ptr, tile, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """start + W_hh h for the columns of `tile` of every gate; the operand and W_hh are streamed in tiles."""
     products = start
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        operand = load_operand(sent_ptr, k, origin, rows, row_inside, H, BLOCK_K)
+        operand = load_operand(operand_ptr, tile, k, H, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
         weights = ()
         for g in tl.static_range(G):
-            weights = weights + (load_weight(w_ptr, g, cols[None, :], source[:, None], H),)
+            weights = weights + (load_weight(w_ptr, g, tile.cols[None, :], source[:, None], H),)
         products = add(operand, weights, products, G, PRECISION)
     return products
 
@@ -162,11 +160,11 @@ def scaled(planes, scale, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_back(sent, weights, products, G: tl.constexpr, PRECISION: tl.constexpr):
-    """products + dgh W_hh for one tile of each gate. Each gate sums apart, so that G sums are under way at once."""
+def add_back(dgh, weights, products, G: tl.constexpr, PRECISION: tl.constexpr):
+    """products + dgh W_hh for one tile of each gate. Each gate has its own sum, so G sums run at once."""
     sums = ()
     for g in tl.static_range(G):
-        sums = sums + (dot(sent[g].to(weights[g].dtype), weights[g], products[g], PRECISION),)
+        sums = sums + (dot(dgh[g].to(weights[g].dtype), weights[g], products[g], PRECISION),)
     return sums
 
 
@@ -179,59 +177,57 @@ def over_gates(products, G: tl.constexpr):
 
 
 @triton.jit
-def local_product_back(
-    operands, weights, n, rows, G: tl.constexpr, TILES: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
-):
-    """dgh W_hh for the n-th tile of h, out of weights on the chip. `operands[k][g]`."""
-    products = zeros(rows, G, BLOCK_H)
+def local_product_back(operands, weights, tile, n, G: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
+    """dgh W_hh for `tile`, the n-th of h, from weights on the chip. dgh is `operands[k][g]`."""
+    products = zero_gates(tile, G)
     for k in tl.static_range(TILES):
-        products = add_back(operands[k], column(weights, n, k, G, TILES, TILES), products, G, PRECISION)
+        products = add_back(operands[k], weights_of(weights, n, k, G, TILES, TILES), products, G, PRECISION)
     return over_gates(products, G)
 
 
 @triton.jit
-def load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k-th tiles of the gate gradients that the programs of the group left at `sent_ptr [.., B, G*H]`."""
-    unit, inside = hidden_tile(k, row_inside, BLOCK_K, H)
-    return scaled(load_stored(sent_ptr, sent_row, rows, unit, inside, G, H, ".cg"), scale, G)
+def load_dgh(dgh_ptr, row, tile, k, scale, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tiles of the gate gradients that the programs of the group published at `dgh_ptr [.., B, G*H]`."""
+    return scaled(load_stored(dgh_ptr, row, hidden_tile(tile, k, BLOCK_K, H), G, H, ".cg"), scale, G)
 
 
 @triton.jit
 def grouped_product_back(
-    sent_ptr, sent_row, weights, scale, rows, row_inside,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    dgh_ptr, row, weights, scale, tile,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgh W_hh for the program's tile of h, out of weights on the chip; dgh streamed.
+    """dgh W_hh for the program's tile of h, from weights on the chip; dgh is streamed.
 
-    A tile ahead of the products, unless it has to be scaled: then it takes registers, and two of it spill.
+    It is loaded one tile ahead of the products, unless it has to be scaled: it is in registers then, and two tiles
+    spill.
     """
     SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    products = zeros(rows, G, BLOCK_H)
-    sent = load_sent(sent_ptr, sent_row, 0, scale, rows, row_inside, G, H, BLOCK_K)
+    products = zero_gates(tile, G)
+    dgh = load_dgh(dgh_ptr, row, tile, 0, scale, G, H, BLOCK_K)
     for k in tl.static_range(SUMS):
-        now = sent
+        now = dgh
         if scale is None:
             if k + 1 < SUMS:
-                sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
-        products = add_back(now, column(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
+                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, BLOCK_K)
+        products = add_back(now, weights_of(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
         if scale is not None:
             if k + 1 < SUMS:
-                sent = load_sent(sent_ptr, sent_row, k + 1, scale, rows, row_inside, G, H, BLOCK_K)
+                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, BLOCK_K)
     return over_gates(products, G)
 
 
 @triton.jit
 def streamed_product_back(
-    sent_ptr, sent_row, w_ptr, scale, rows, row_inside, cols,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    dgh_ptr, row, w_ptr, scale, tile,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgh W_hh for the columns `cols` of h, dgh and W_hh streamed in tiles."""
-    products = zeros(rows, G, BLOCK_H)
+    """dgh W_hh for the columns of `tile` of h; dgh and W_hh are streamed in tiles."""
+    products = zero_gates(tile, G)
     for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        sent = load_sent(sent_ptr, sent_row, k, scale, rows, row_inside, G, H, BLOCK_K)
+        dgh = load_dgh(dgh_ptr, row, tile, k, scale, G, H, BLOCK_K)
         unit = k * BLOCK_K + tl.arange(0, BLOCK_K)
         weights = ()
         for g in tl.static_range(G):
-            weights = weights + (load_weight(w_ptr, g, unit[:, None], cols[None, :], H),)
-        products = add_back(sent, weights, products, G, PRECISION)
+            weights = weights + (load_weight(w_ptr, g, unit[:, None], tile.cols[None, :], H),)
+        products = add_back(dgh, weights, products, G, PRECISION)
     return over_gates(products, G)

@@ -3,16 +3,16 @@
 They run in three modes of the same code, which give the same bits at equal tiles:
 
 - stepwise: a program takes one tile of the batch and one of the hidden units, a launch takes one step. The launch is
-  the barrier: what the programs need of each other, h or the gradients of the gates, the launch before has written.
+  the barrier: the programs exchange h, or the gradients of the gates, from one launch to the next.
 - grouped: the same program keeps its part of W_hh on the chip and walks all steps. The programs of a tile of the batch
-  are a group, and a barrier among them stands between two steps (`barrier.py`). Without one, a launch takes one step.
+  are a group, with a barrier among them between two steps (`barrier.py`). Without a barrier, a launch takes one step.
 - local: a program takes a tile of the batch and all of the hidden units, keeps all of W_hh and walks all steps.
 
 Steps are counted in scan order: `i` counts up, and t is T - 1 - i where the scan walks back. The time loop never has a
 negative step, and takes `num_stages=1`, so that nothing written in one step is fetched ahead of the write.
 
-A grid holds all directions of a layer: a program walks one of them, with the weights of its own, back where the number
-of the direction is odd, or even if `reverse`. The programs of different directions do not wait for each other.
+A grid holds all directions of a layer. A program walks one direction, with the weights of that direction: back if the
+number of the direction is odd, or even under `reverse`. Programs of different directions do not wait for each other.
 
 Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. Row indices are 64 bits wide.
 """
@@ -22,18 +22,17 @@ import triton.language as tl
 
 from .barrier import LINE, arrive, unless_stuck, wait
 from .gradients import (
-    arriving,
-    beside,
-    clamp,
+    GateGradients,
+    carried_gradient,
     clip_scales,
     drop_padded,
-    leave,
+    gather_gate_grads,
+    gradient_past_weights,
     load_states,
-    past_weights,
+    match_layout,
     previous_states,
-    receive,
-    store_norms,
-    through_zoneout,
+    publish_gate_grads,
+    state_gradient,
     tile_norm,
     where_all,
 )  # fmt: skip
@@ -41,18 +40,19 @@ from .memory import (
     PAD,
     RESET,
     WIDE,
+    BatchTile,
     choose,
     each_row,
     hidden_tile,
     load_flags,
     load_planes,
     load_tile,
-    of_direction,
+    offset,
     step_at,
     store_planes,
     store_tile,
 )  # fmt: skip
-from .norms import place
+from .norms import into_column
 from .products import (
     grouped_product,
     load_biases,
@@ -68,15 +68,13 @@ from .products import (
 
 
 @triton.jit
-def carry_over(
-    fresh, before, carried, flags, zone_ptrs, row, rows, cols, inside, dtype, S: tl.constexpr, H: tl.constexpr
-):
-    """The states after the step: zoneout mixes the state before it in, padding carries the old one unchanged."""
+def next_states(cell_states, before, carried, flags, zone_ptrs, tile, dtype, S: tl.constexpr, H: tl.constexpr):
+    """The states after the step: zoneout mixes the state before the step in, padding carries the old one unchanged."""
     states = ()
     for s in tl.static_range(S):
-        state = fresh[s]
+        state = cell_states[s]
         if zone_ptrs[s] is not None:
-            zone = load_tile(zone_ptrs[s], row, rows, cols, inside, H)
+            zone = load_tile(zone_ptrs[s], tile.row, tile, H)
             state = (1 - zone) * state + zone * before[s]
         if s == 0:
             state = state.to(dtype)
@@ -90,16 +88,16 @@ def forward_kernel(
     w_ptr,  # [D, G*H, H]
     b_ptr,  # [D, G*H] or None
     flags_ptr,  # [D, T, B] uint8 or None
-    recurrent_ptr,  # [D, B, H] or None
+    recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
     zone_c_ptr,  # [D, T, B, H] or None
     h_in_ptr,  # [D, B, H]: the states before step t_begin
     c_in_ptr,  # [D, B, H] float32, or None for a cell without c
     h_out_ptr,  # [D, B, H]: the states after step t_end - 1; may be the same memory
     c_out_ptr,  # [D, B, H] float32 or None
-    sent_ptr,  # [2, D, B, H]: what W_hh multiplies in even and odd steps, for the programs of the group; None if local
+    operand_ptr,  # [2, D, B, H]: the operand of W_hh in even and odd steps, which a group exchanges; None if local
     arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
-    report_ptr,  # [] int32 or None: set where a wait was too long
+    timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [D, T, B, H]
     c_ptr,  # [D, T, B, H] float32 or None
     saved_ptr,  # [D, T, B, K*H] or None
@@ -120,85 +118,85 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     LOCAL: tl.constexpr = MODE == "local"
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    OWN: tl.constexpr = TILES if LOCAL else 1
+    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    TILES: tl.constexpr = H_TILES if LOCAL else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
-    back = direction % 2 != reverse
-    forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
-    top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
-    origin = direction * batch + top  # and in that of all directions
+    walks_back = direction % 2 != reverse
+    next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B  # of the tile, in the batch
+    origin = direction * batch + first_row
     slot = tl.num_programs(2) * batch  # rows of a slot of what is exchanged
     rows = tl.arange(0, BLOCK_B)
-    row_inside = top + rows < batch
-    first = tl.program_id(1)
-    w_ptr = of_direction(w_ptr, direction, G * H * H)
-    arrived = of_direction(arrived_ptr, direction * tl.num_programs(0) + tl.program_id(0), LINE)
+    row_inside = first_row + rows < batch
+    start = BatchTile(origin, origin, rows, row_inside)
+    first = tl.program_id(1)  # the program's first tile of the hidden units
+    w_ptr = offset(w_ptr, direction * G * H * H)
+    b_ptr = offset(b_ptr, direction * G * H)
+    arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     states_out = (h_out_ptr, c_out_ptr)
     zone_ptrs = (zone_h_ptr, zone_c_ptr)
-    b_ptr = of_direction(b_ptr, direction, G * H)
 
     weights = ()
     if MODE != "stepwise":
-        weights = load_weights(w_ptr, first, G, OWN, H, BLOCK_H, BLOCK_K, False)
+        weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, False)
     states = ()
-    for n in tl.static_range(OWN):
-        cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-        state = (load_tile(h_in_ptr, origin, rows, cols, inside, H).to(dtype),)
+    for n in tl.static_range(TILES):
+        initial = hidden_tile(start, first + n, BLOCK_H, H)
+        state = (load_tile(h_in_ptr, origin, initial, H).to(dtype),)
         if S == 2:
-            state = state + (load_tile(c_in_ptr, origin, rows, cols, inside, H),)
+            state = state + (load_tile(c_in_ptr, origin, initial, H),)
         states = states + (state,)
 
     for i in tl.range(t_begin, t_end, num_stages=1):
-        row = (direction * T + step_at(i, T, back)) * batch + top
-        flags = load_flags(flags_ptr, row, rows, row_inside)
+        row = (direction * T + step_at(i, T, walks_back)) * batch + first_row
+        now = BatchTile(row, origin, rows, row_inside)
+        flags = load_flags(flags_ptr, now)
         operands = ()
         if LOCAL:
-            for n in tl.static_range(OWN):
-                cols, inside = hidden_tile(n, row_inside, BLOCK_H, H)
-                operand = recurrent_operand(states[n][0], flags, recurrent_ptr, origin, rows, cols, inside, H)
-                operands = operands + (operand,)
+            for n in tl.static_range(TILES):
+                tile = hidden_tile(now, n, BLOCK_H, H)
+                operands = operands + (recurrent_operand(states[n][0], flags, recurrent_mask_ptr, tile, H),)
         states_after = ()
-        for n in tl.static_range(OWN):
-            cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-            gx = load_planes(gx_ptr, row, rows, cols, inside, G, H)
-            start = load_biases(b_ptr, rows, cols, G, H, BLOCK_H)
+        for n in tl.static_range(TILES):
+            tile = hidden_tile(now, first + n, BLOCK_H, H)
+            gx = load_planes(gx_ptr, row, tile, G, H)
+            bias = load_biases(b_ptr, tile, G, H)
             if not LOCAL:
-                flags_next = load_flags(flags_ptr, row + forth, rows, row_inside & (each_row(i, rows) + 1 < T))
-                alive = wait(arrived, (i - t_begin) * tl.num_programs(1), report_ptr)
-                sent = sent_ptr + i % 2 * slot * H
+                following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
+                flags_next = load_flags(flags_ptr, following)
+                alive = wait(arrived, (i - t_begin) * tl.num_programs(1), timeout_flag_ptr)
+                operand_now = operand_ptr + i % 2 * slot * H
             if LOCAL:
-                gh = local_product(start, operands, weights, n, G, TILES, PRECISION)
+                gh = local_product(bias, operands, weights, n, G, TILES, PRECISION)
             elif MODE == "grouped":
-                gh = grouped_product(start, sent, weights, origin, rows, row_inside, G, H, BLOCK_K, PRECISION)
+                gh = grouped_product(bias, operand_now, weights, tile, G, H, BLOCK_K, PRECISION)
             else:
-                gh = streamed_product(
-                    start, sent, w_ptr, origin, rows, row_inside, cols, G, H, BLOCK_H, BLOCK_K, PRECISION
-                )
+                gh = streamed_product(bias, operand_now, w_ptr, tile, G, H, BLOCK_K, PRECISION)
             if not LOCAL:
                 gh = unless_stuck(alive, gh, G)
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
-            fresh, saved = CELL_FORWARD(gx, gh, before)
-            state = carry_over(fresh, before, states[n], flags, zone_ptrs, row, rows, cols, inside, dtype, S, H)
+            cell_states, saved = CELL_FORWARD(gx, gh, before)
+            state = next_states(cell_states, before, states[n], flags, zone_ptrs, tile, dtype, S, H)
             states_after = states_after + (state,)
             if not LOCAL:
-                # Who read this slot did so at step i - 1, before it arrived, and that has been waited for.
-                operand = recurrent_operand(state[0], flags_next, recurrent_ptr, origin, rows, cols, inside, H)
-                store_tile(sent_ptr + (i + 1) % 2 * slot * H, origin, rows, cols, inside, operand, H)
+                # The programs that read this slot did so at step i - 1, before they arrived. All of them have arrived.
+                operand = recurrent_operand(state[0], flags_next, recurrent_mask_ptr, tile, H)
+                store_tile(operand_ptr + (i + 1) % 2 * slot * H, origin, tile, operand, H)
                 arrive(arrived)
-            store_tile(y_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[0]), H)
+            store_tile(y_ptr, row, tile, choose(flags, PAD, 0.0, state[0]), H)
             if c_ptr is not None:
-                store_tile(c_ptr, row, rows, cols, inside, choose(flags, PAD, 0.0, state[1]), H)
+                store_tile(c_ptr, row, tile, choose(flags, PAD, 0.0, state[1]), H)
             if saved_ptr is not None:
-                store_planes(saved_ptr, row, rows, cols, inside, saved, K, H)
+                store_planes(saved_ptr, row, tile, saved, K, H)
         states = states_after
 
-    for n in tl.static_range(OWN):
-        cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
+    for n in tl.static_range(TILES):
+        last = hidden_tile(start, first + n, BLOCK_H, H)
         for s in tl.static_range(S):
-            store_tile(states_out[s], origin, rows, cols, inside, states[n][s], H)
+            store_tile(states_out[s], origin, last, states[n][s], H)
 
 
 # ------------------------------------------------------------------------------------------------------- backward
@@ -215,26 +213,26 @@ def backward_kernel(
     c0_ptr,  # [D, B, H] float32 or None
     w_ptr,  # [D, G*H, H]
     flags_ptr,  # [D, T, B] uint8 or None
-    recurrent_ptr,  # [D, B, H] or None
+    recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
     zone_c_ptr,  # [D, T, B, H] or None
-    bound_ptr,  # [] or None: clipping by norm
+    clip_norm_ptr,  # [] or None
     clip_value,  # float or None
-    dh_in_ptr,  # [D, B, H] or None: the gradients of the states after step t_end - 1; unless local, the part of them
-    dc_in_ptr,  # [D, B, H] float32 or None    that did not pass through W_hh, but for t_end = T
-    dh_out_ptr,  # [D, B, H]: the same of the states before step t_begin, whole for t_begin = -1; may be the same memory
+    dh_in_ptr,  # [D, B, H] or None
+    dc_in_ptr,  # [D, B, H] float32 or None
+    dh_out_ptr,  # [D, B, H]
     dc_out_ptr,  # [D, B, H] float32 or None
     dgx_ptr,  # [D, T, B, G*H]
     dgh_ptr,  # [D, T, B, G*H], or None where it equals dgx
-    norms_ptr,  # [D, 2, S, T, TILES, B] float32 or None: total and carried, of each tile
-    sent_x_ptr,  # [2, D, B, G*H] float32: under clipping by norm, the gate gradients of even and odd steps before they
-    sent_h_ptr,  # [2, D, B, G*H] float32    are scaled, for the programs of the group; None if local
-    parts_ptr,  # [2, S*TILES, D, B] float32 or None: the tiles' norms to scale them by
+    norms_ptr,  # [D, 2, S, T, H_TILES, B] float32 or None: total and carried, of each tile
+    unscaled_x_ptr,  # [2, D, B, G*H] float32: see GateGradients; None if local or without clipping by norm
+    unscaled_h_ptr,  # [2, D, B, G*H] float32 or None
+    partial_norms_ptr,  # [2, S*H_TILES, D, B] float32 or None
     arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
-    report_ptr,  # [] int32 or None: set where a wait was too long
+    timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
     T,
     B,
-    t_begin,  # unless local, -1 stands for a step before the first, which only receives what step 0 has left
+    t_begin,  # -1, unless local: a step before the first, which only takes the gradients that step 0 published
     t_end,
     reverse,  # whether direction 0 walks back
     CELL_TOTAL: tl.constexpr,
@@ -246,111 +244,108 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
-    WIDTH: tl.constexpr,  # S * TILES, rounded up to a power of two
+    WIDTH: tl.constexpr,  # S * H_TILES, rounded up to a power of two
     MODE: tl.constexpr,  # "local", "grouped" or "stepwise"
     PRECISION: tl.constexpr,
 ):
+    """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1; unless local, and if t_end < T, only the part
+    that did not pass through W_hh. `dh_out`, `dc_out`, which may be the same memory: the same of the states before step
+    t_begin, complete if t_begin is -1 (if local, 0)."""
     LOCAL: tl.constexpr = MODE == "local"
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    OWN: tl.constexpr = TILES if LOCAL else 1
+    GROUPED: tl.constexpr = MODE == "grouped"
+    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    TILES: tl.constexpr = H_TILES if LOCAL else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
-    back = direction % 2 != reverse
-    forth = tl.where(back, -batch, batch)  # rows from a step to the one that follows it
-    top = tl.program_id(0).to(tl.int64) * BLOCK_B  # the tile's first row in the batch
-    origin = direction * batch + top  # and in that of all directions
-    slot = tl.num_programs(2) * batch  # rows of a slot of what is exchanged
+    walks_back = direction % 2 != reverse
+    next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B  # of the tile, in the batch
+    origin = direction * batch + first_row
     rows = tl.arange(0, BLOCK_B)
-    row_inside = top + rows < batch
-    first = tl.program_id(1)
-    w_ptr = of_direction(w_ptr, direction, G * H * H)
-    arrived = of_direction(arrived_ptr, direction * tl.num_programs(0) + tl.program_id(0), LINE)
-    arriving_ptrs, leaving_ptrs = (dh_in_ptr, dc_in_ptr), (dh_out_ptr, dc_out_ptr)
-    direct_ptrs, zone_ptrs = (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
+    row_inside = first_row + rows < batch
+    start = BatchTile(origin, origin, rows, row_inside)
+    first = tl.program_id(1)  # the program's first tile of the hidden units
+    w_ptr = offset(w_ptr, direction * G * H * H)
+    arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
+    dstates_in, dstates_out = (dh_in_ptr, dc_in_ptr), (dh_out_ptr, dc_out_ptr)
+    doutputs, zone_ptrs = (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
+    slot = tl.num_programs(2) * batch
+    gate_grads = GateGradients(dgx_ptr, dgh_ptr, unscaled_x_ptr, unscaled_h_ptr, partial_norms_ptr, slot)
 
-    weights = ()
+    weights = w_ptr
     if MODE != "stepwise":
-        weights = load_weights(w_ptr, first, G, OWN, H, BLOCK_H, BLOCK_K, True)
+        weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, True)
     carries = ()
-    for n in tl.static_range(OWN):
-        cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-        carries = carries + (load_states(arriving_ptrs, origin, rows, cols, inside, S, BLOCK_B, BLOCK_H, H),)
+    for n in tl.static_range(TILES):
+        carries = carries + (load_states(dstates_in, origin, hidden_tile(start, first + n, BLOCK_H, H), S, H),)
 
     for j in tl.range(0, t_end - t_begin, num_stages=1):
         i = t_end - 1 - j
-        row = (direction * T + step_at(i, T, back)) * batch + top
+        t = step_at(i, T, walks_back)
+        row = (direction * T + t) * batch + first_row
         live = row_inside if LOCAL else row_inside & (each_row(i, rows) >= 0)
-        flags = load_flags(flags_ptr, row, rows, live)
-        gates_x, gates_h, rests = (), (), ()
-        parts = tl.zeros((BLOCK_B, WIDTH), tl.float32)
-        for n in tl.static_range(OWN):
-            cols, inside = hidden_tile(first + n, live, BLOCK_H, H)
-            saved = load_planes(saved_ptr, row, rows, cols, inside, K, H)
-            before = previous_states(
-                (y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row - forth, flags, origin, rows, cols, inside, S, H
-            )
-            direct = load_states(direct_ptrs, row, rows, cols, inside, S, BLOCK_B, BLOCK_H, H)
+        now = BatchTile(row, origin, rows, live)
+        flags = load_flags(flags_ptr, now)
+        gates_x, gates_h, pasts = (), (), ()
+        partial_norms = tl.zeros((BLOCK_B, WIDTH), tl.float32)
+        for n in tl.static_range(TILES):
+            tile = hidden_tile(now, first + n, BLOCK_H, H)
+            saved = load_planes(saved_ptr, row, tile, K, H)
+            before = previous_states((y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row - next_step, flags, tile, S, H)
+            direct = load_states(doutputs, row, tile, S, H)
             carry = carries[n]
-            if MODE == "grouped" and BLOCK_H >= WIDE:
-                saved, before = beside(carry[0], saved, i, K), beside(carry[0], before, i, S)
-                direct = beside(carry[0], direct, i, S)
+            if GROUPED and BLOCK_H >= WIDE:
+                saved, before = match_layout(saved, carry[0], i, K), match_layout(before, carry[0], i, S)
+                direct = match_layout(direct, carry[0], i, S)
             if not LOCAL:
-                alive = wait(arrived, j * tl.num_programs(1), report_ptr)
-                carry = receive(
-                    carry, alive, i + 1, sent_x_ptr, sent_h_ptr, parts_ptr, bound_ptr, dgx_ptr, dgh_ptr, w_ptr, weights,
-                    flags_ptr, recurrent_ptr, T, row + forth, slot, origin, rows, row_inside, first,
-                    G, S, H, BLOCK_H, BLOCK_K, WIDTH, MODE == "grouped", PRECISION,
+                alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
+                following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
+                gathered = gather_gate_grads(
+                    carry, alive, i + 1, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr,
+                    hidden_tile(following, first, BLOCK_H, H), G, S, H, BLOCK_K, WIDTH, GROUPED, PRECISION,
                 )  # fmt: skip
+                carry = where_all(i + 1 < T, gathered, carry, S)
             dstate = ()
             for s in tl.static_range(S):
                 dstate = dstate + (carry[s] + direct[s],)
-            fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
-            total = CELL_TOTAL(saved, before, fresh)
-            if norms_ptr is not None:
-                at = (2 * S * T * direction + step_at(i, T, back)) * batch * TILES + (first + n) * batch + top
-                store_norms(norms_ptr, at, batch, rows, live, (dstate[0],) + total[1:], flags, S, T * TILES)
-                at += S * T * batch * TILES
-                store_norms(norms_ptr, at, batch, rows, live, carry, flags, S, T * TILES)
-            if clip_value is not None:
-                dstate = clamp(dstate, clip_value, S)
-                fresh, past = through_zoneout(dstate, zone_ptrs, row, rows, cols, inside, S, H)
-                total = CELL_TOTAL(saved, before, fresh)
-            if bound_ptr is not None:
-                whole = (dstate[0],) + total[1:]
+            norms_row = (2 * S * T * direction + t) * batch * H_TILES + (first + n) * batch + first_row
+            _, past_cell, total, dtotal = state_gradient(
+                dstate, carry, None, saved, before, None, zone_ptrs, clip_value, norms_ptr, norms_row,
+                T * batch * H_TILES, flags, tile, CELL_TOTAL, S, H,
+            )  # fmt: skip
+            if clip_norm_ptr is not None:
                 for s in tl.static_range(S):
-                    parts += place(tile_norm(whole[s], flags), s * TILES + first + n, WIDTH)
+                    partial_norms += into_column(tile_norm(dtotal[s], flags), s * H_TILES + first + n, WIDTH)
             dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
-            dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
-            gates_x, gates_h = gates_x + (dgx,), gates_h + (dgh,)
-            rest = past_weights(past, through_cell, carry, flags, S)
-            rests = rests + (rest if LOCAL else where_all(i >= 0, rest, carry, S),)
+            gates_x, gates_h = gates_x + (drop_padded(dgx, flags, G),), gates_h + (drop_padded(dgh, flags, G),)
+            past_weights = gradient_past_weights(past_cell, through_cell, carry, flags, S)
+            pasts = pasts + (past_weights if LOCAL else where_all(i >= 0, past_weights, carry, S),)
 
         scale = None
         if LOCAL:
             operands = ()
-            if bound_ptr is not None:
-                scale = clip_scales(parts, bound_ptr)
-            for n in tl.static_range(OWN):
-                cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-                store_planes(dgx_ptr, row, rows, cols, inside, scaled(gates_x[n], scale, G), G, H)
-                sent = scaled(gates_h[n], scale, G)
+            if clip_norm_ptr is not None:
+                scale = clip_scales(partial_norms, clip_norm_ptr)
+            for n in tl.static_range(TILES):
+                tile = hidden_tile(now, first + n, BLOCK_H, H)
+                store_planes(dgx_ptr, row, tile, scaled(gates_x[n], scale, G), G, H)
+                operand = scaled(gates_h[n], scale, G)
                 if dgh_ptr is not None:
-                    store_planes(dgh_ptr, row, rows, cols, inside, sent, G, H)
-                operands = operands + (sent,)
+                    store_planes(dgh_ptr, row, tile, operand, G, H)
+                operands = operands + (operand,)
             carries = ()
-            for n in tl.static_range(OWN):
-                cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
-                product = local_product_back(operands, weights, n, rows, G, TILES, BLOCK_H, PRECISION)
-                carry = arriving(product, rests[n], scale, flags, recurrent_ptr, origin, rows, cols, inside, S, H)
-                carries = carries + (carry,)
+            for n in tl.static_range(TILES):
+                tile = hidden_tile(now, first + n, BLOCK_H, H)
+                product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
+                carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_mask_ptr, tile, S, H),)
         else:
-            leave(
-                gates_x[0], gates_h[0], parts, i, row, sent_x_ptr, sent_h_ptr, parts_ptr, dgx_ptr, dgh_ptr,
-                slot, origin, rows, live, first, G, S, H, BLOCK_H, WIDTH, MODE == "grouped",
-            )  # fmt: skip
+            tile = hidden_tile(now, first, BLOCK_H, H)
+            publish_gate_grads(
+                gates_x[0], gates_h[0], partial_norms, i, gate_grads, tile, first, G, S, H, WIDTH, GROUPED
+            )
             arrive(arrived)
-            carries = rests
+            carries = pasts
 
-    for n in tl.static_range(OWN):
-        cols, inside = hidden_tile(first + n, row_inside, BLOCK_H, H)
+    for n in tl.static_range(TILES):
+        last = hidden_tile(start, first + n, BLOCK_H, H)
         for s in tl.static_range(S):
-            store_tile(leaving_ptrs[s], origin, rows, cols, inside, carries[n][s], H)
+            store_tile(dstates_out[s], origin, last, carries[n][s], H)

@@ -3,89 +3,72 @@
 import copy
 
 import torch
+from setups import MASKS, random_incoming, random_inputs
 
+from fastrnn.arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, has_directions
 from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.directions import each_direction
 
 T, B, H = 3, 3, 17
 # Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
 FLOAT32 = 2e-5
 
 
-def make_flags(generator, T, B, reverse):
-    """Lengths (one of them zero if there is room, one full) and resets, for the direction in which the scan walks."""
-    lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0] = T
-    if B > 2:
-        lengths[-1] = 0
-    t = torch.arange(T)[:, None]
-    flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=generator) < 0.25)
-    if reverse:
-        flags += START * (t == lengths - 1)
-    return flags.to(torch.uint8)
-
-
 class Problem:
-    """Random arguments of one forward and one backward call. `extras`: names of what goes beyond the plain call."""
+    """Random arguments of one forward and one backward call. extras: FEATURES of setups.py, "clip_value", "norms"."""
 
-    FORWARD = ("gx", "w_hh", "b_hh", "h0", "c0")
-    MASKS = ("flags", "recurrent", "zone_h", "zone_c")
-    ALL = ("flags", "recurrent", "zone_h", "zone_c", "clip_norm", "clip_value", "norms")
-    WHOLE = ("w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")
+    ALL = (*MASKS, "clip_norm", "clip_value", "norms")
 
     def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        (T, B, H), G, has_c = sizes, len(CELLS[cell].gates), "c" in CELLS[cell].states
-        P = (H + 1) // 2 if "projection" in extras and has_c else H
-
-        def randn(*shape, dtype=dtype):
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
+        inputs = random_inputs(cell, extras, sizes=sizes, reverse=reverse, dtype=dtype, device=device, seed=seed)
+        if inputs.clip_norm is not None:
+            inputs = inputs._replace(clip_norm=inputs.clip_norm * scale)
+        vars(self).update(inputs._asdict())
+        vars(self).update(random_incoming(inputs, scale=scale, seed=seed + 100)._asdict())
         self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
-        self.gx, self.w_hh, self.b_hh = randn(T, B, G * H), randn(G * H, P) / P**0.5, randn(G * H)
-        self.h0, self.c0 = randn(B, P), randn(B, H, dtype=torch.float32) if has_c else None
-        self.dy, self.dh_n = randn(T, B, P) * scale, randn(B, P) * scale
-        self.dc = randn(T, B, H, dtype=torch.float32) * scale if has_c else None
-        self.dc_n = randn(B, H, dtype=torch.float32) * scale if has_c else None
-        self.flags = make_flags(generator, T, B, reverse).to(device) if "flags" in extras else None
-        keep = torch.rand(B, P, generator=generator) < 0.5
-        self.recurrent = (2.0 * keep).to(device, dtype) if "recurrent" in extras else None
-        zones = torch.rand(2, T, B, H, generator=generator).round(decimals=1).to(device, dtype)
-        self.zone_h = zones[0, ..., :P] if "zone_h" in extras else None
-        self.zone_c = zones[1] if "zone_c" in extras and has_c else None
-        # Bounds that some of the gradients exceed.
-        self.clip_norm = torch.tensor(0.9 * H**0.5 * scale, device=device) if "clip_norm" in extras else None
-        self.clip_value = 1.1 * scale if "clip_value" in extras else None
-        self.w_hr = randn(P, H) / H**0.5 if P < H else None
-        self.ln_hh, self.ln_c_weight, self.ln_c_bias = 1 + 0.3 * randn(G * H), 1 + 0.3 * randn(H), 0.3 * randn(H)
-        if "layer_norm" not in extras:
-            self.ln_hh = None
-        if "layer_norm" not in extras or not has_c:
-            self.ln_c_weight = self.ln_c_bias = None
+        self.clip_value = 1.1 * scale if "clip_value" in extras else None  # a bound that some of the gradients exceed
 
-    def converted(self, x, dtype):
-        return x.to(dtype) if dtype and torch.is_tensor(x) and x.is_floating_point() else x
+    def of(self, kind, dtype=None):
+        """The named tuple `kind` of the problem's tensors, converted to `dtype`."""
+        return kind._make(converted(getattr(self, name), dtype) for name in kind._fields)
 
-    def forward(self, backend, dtype=None, **options):
-        arguments = [getattr(self, name) for name in (*self.FORWARD, *self.WHOLE, *self.MASKS)]
-        arguments = [self.converted(x, dtype) for x in arguments]
-        return backend.scan_forward(*arguments, self.cell, self.reverse, True, **options)
+    def walk(self):
+        return Walk(self.cell, self.reverse, "triton", self.clip_value)
 
-    def backward(self, backend, y, c, saved, dtype=None, **options):
-        c = None if self.c0 is None else c
-        arguments = [self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, c, self.h0, self.c0, self.w_hh]
-        arguments += [self.w_hr, self.ln_hh, self.ln_c_weight, self.ln_c_bias]
-        arguments += [getattr(self, name) for name in self.MASKS] + [self.clip_norm, self.clip_value]
-        arguments = [self.converted(x, dtype) for x in arguments]
-        return backend.scan_backward(*arguments, self.cell, self.reverse, self.norms, **options)
+    def forward(self, backend, dtype=None, save=True, **options) -> ScanOutputs:
+        inputs, walk = self.of(ScanInputs, dtype), self.walk()
+
+        def one(inputs, reverse):
+            return backend.forward(inputs, walk._replace(reverse=reverse), save, **options)
+
+        if has_directions(inputs.gx) and not backend.takes_directions(inputs, walk, **options):
+            return each_direction(one, len(inputs.gx), walk.reverse, inputs)
+        return one(inputs, walk.reverse)
+
+    def backward(self, backend, y, c, saved, dtype=None, **options) -> ScanGradients:
+        incoming, inputs, walk = self.of(IncomingGradients, dtype), self.of(ScanInputs, dtype), self.walk()
+        kept, inputs = Kept(y, c, saved), inputs._replace(gx=None)
+
+        def one(incoming, kept, inputs, reverse):
+            return backend.backward(incoming, kept, inputs, walk._replace(reverse=reverse), self.norms, **options)
+
+        if has_directions(y) and not backend.takes_directions(inputs, walk, **options):
+            return each_direction(one, len(y), walk.reverse, incoming, kept, inputs)
+        return one(incoming, kept, inputs, walk.reverse)
+
+
+def converted(x, dtype):
+    return x.to(dtype) if dtype and torch.is_tensor(x) and x.is_floating_point() else x
 
 
 def check(got, want, tolerance):
     """Every output within `tolerance` of the largest element of the wanted one."""
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert a.shape == b.shape, k
-        if a.numel():
+        assert (a is None) == (b is None), k
+        if a is not None:
+            assert a.shape == b.shape, k
+        if a is not None and a.numel():
             error = (a.double() - b.double()).abs().max().item()
             assert error <= tolerance * max(1e-30, b.double().abs().max().item()), f"output {k} is off by {error}"
 
@@ -96,14 +79,18 @@ def check_against_reference(problem, tile, dtype=torch.float64, tolerance=FLOAT3
     want = problem.forward(reference, dtype)
     check(forward, want, tolerance)
     y, c, _, _, saved = want
-    rounded = y.to(forward[0].dtype), c.to(forward[1].dtype), saved.to(forward[4].dtype)
+    rounded = [
+        None if x is None else x.to(like.dtype)
+        for x, like in zip((y, c, saved), (forward.y, forward.c, forward.saved), strict=True)
+    ]
     backward = problem.backward(launcher, *rounded, tile=tile)
     check(backward, problem.backward(reference, y, c, saved, dtype), tolerance)
     return forward + backward
 
 
 def same_bits(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    """Of two lists of outputs; an output that does not exist is None in both."""
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def in_one_call(problems):

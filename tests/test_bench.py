@@ -61,8 +61,8 @@ def test_the_search_knows_every_mode_and_prints_the_best_of_each():
 import torch
 from bench import search
 found = search.candidates("lstm", torch.bfloat16, 128, 64)
-assert {tile.mode for tile in found} == {"local", "grouped", "stepwise", "rows"} and len(set(found)) == len(found)
-rows = [{"mode": "grouped", "tile": [1], "forward_us": 1.0, "backward_us": 2.0}, {"mode": "rows", "failed": "wrong"}]
+assert {tile.mode for tile in found} == {"local", "grouped", "stepwise", "gemm"} and len(set(found)) == len(found)
+rows = [{"mode": "grouped", "tile": [1], "forward_us": 1.0, "backward_us": 2.0}, {"mode": "gemm", "failed": "wrong"}]
 print(search.report({"cell": "lstm", "dtype": "bfloat16", "H": 128, "B": 64, "not tried": 3, "tiles": rows}))
 """
     assert run(code).split("\n")[:2] == [

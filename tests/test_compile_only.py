@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not there, at the tiles that `tiles.py` chooses.
+"""The Triton kernels compiled for GPUs that this machine does not have, at the tiles that `tiles.py` chooses.
 
 A group of kernels compiles in a process of its own, without Triton's interpreter: this file, run as a script with
 the cases as JSON, prints what it read from each compiled kernel as JSON.
@@ -20,30 +20,31 @@ from fastrnn.cells import CELLS
 from scripts import without_interpreter
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# The pointers of a call without extras. The others are None, but for those that a case names.
+# The pointers of a call without extras. The other pointers are None, unless a case names them.
 PLAIN = {
     "forward": ["gx", "w", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": ["dy", "dh_in", "dc_in", "saved", "y", "h0", "w", "dh_out", "dgx", "dgh", "c", "c0", "dc_out"],
 }
-# The same where PyTorch multiplies: the kernels of kernels/rows.py.
-PLAIN_ROWS = {
+# The same of the kernels of kernels/gemm_step.py.
+PLAIN_GEMM = {
     "forward": ["gx", "gh", "b", "h_in", "h_out", "y", "saved", "c_in", "c_out", "c"],
     "backward": [*PLAIN["backward"], "product"],
-    "settle": ["projected", "h_in", "h_out", "y"],
-    "settle_backward": ["dy", "product", "dh_in", "dh_out", "dh_new"],
-    "initial": ["product", "rest", "dh0"],
+    "forward_projected": ["projected", "h_in", "h_out", "y"],
+    "backward_projected": ["dy", "product", "dh_in", "dh_out", "dh_new"],
+    "initial": ["product", "past_weights", "dh0"],
 }
-BETWEEN_PROGRAMS = {"local": [], "stepwise": ["sent"], "grouped": ["sent", "arrived", "report"]}
-FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "bound", "sent_x", "sent_h", "parts"]
-FLOAT32 += ["gh", "projected", "gh_hat", "gh_rstd", "product", "cell", "reported", "norm_h", "scales", "rest"]
-OTHER_TYPES = {"flags": "u8", "arrived": "i32", "report": "i32"}
+BETWEEN_PROGRAMS = {"local": [], "stepwise": ["operand"], "grouped": ["operand", "arrived", "timeout_flag"]}
+FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "clip_norm"]
+FLOAT32 += ["unscaled_x", "unscaled_h", "partial_norms", "gh", "projected", "gh_hat", "gh_rstd", "product"]
+FLOAT32 += ["dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
+OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
 KILOBYTE = 1024
 LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
 
 
-def tile_of(case: dict) -> tiles.Tile | tiles.RowTile:
-    return (tiles.RowTile if case["rows"] else tiles.Tile)(*case["tile"])
+def tile_of(case: dict) -> tiles.Tile | tiles.GemmTile:
+    return (tiles.GemmTile if case["gemm"] else tiles.Tile)(*case["tile"])
 
 
 def signature(kernel, case: dict) -> tuple[dict, dict]:
@@ -57,10 +58,10 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
         BLOCK_B=tile.block_b,
     )  # fmt: skip
-    if case["rows"]:
+    if case["gemm"]:
         width = 1 << (H - 1).bit_length()
         constants |= dict(BLOCK_H=width, P=H, BLOCK_P=width)
-        present = {*PLAIN_ROWS[case["kernel"]], *case["extras"]}
+        present = {*PLAIN_GEMM[case["kernel"]], *case["extras"]}
     else:
         count = -(-H // tile.block_h)
         constants |= dict(
@@ -68,7 +69,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
             PRECISION=case["precision"],
         )  # fmt: skip
         present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
-    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "sent_h"))
+    present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "unscaled_h"))
     types = {}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")
@@ -83,7 +84,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
 
 
 def marked_lines(ttgir: str) -> Iterator[tuple[bool, str]]:
-    """Each line of the kernel, and whether it stands in a loop."""
+    """Each line of the kernel, and whether it is in a loop."""
     depth, loop_depth = 0, None
     for line in ttgir.splitlines():
         if loop_depth is None and " scf.for " in line:
@@ -109,17 +110,17 @@ def lines_of(ttgir: str, pointers: list[str], until: str) -> Iterator[tuple[bool
 
 
 def weights_in_loop(ttgir: str) -> list[str]:
-    """Lines in a loop that load W_hh from global memory or move it to another place on the chip but the registers."""
+    """Lines in a loop that load W_hh from global memory, or move it to a place on the chip other than the registers."""
     moves = r"tt\.load|buffer_load|local_alloc|async_copy|local_store"
     return [line for inside, line in lines_of(ttgir, ["w"], "local_load|dot") if inside and re.search(moves, line)]
 
 
-EXCHANGED = {"forward": ["sent"], "backward": ["dgx", "dgh", "sent_x", "sent_h", "parts"]}
+EXCHANGED = {"forward": ["operand"], "backward": ["dgx", "dgh", "unscaled_x", "unscaled_h", "partial_norms"]}
 
 
 def exchange(ttgir: str, pointers: list[str]) -> str:
-    """What happens in the time loop to what the programs of a group exchange, a letter each in order: w(ait), l(oad),
-    L(oad out of the L1 cache), s(tore), a(rrive)."""
+    """The operations of the time loop on data that the programs of a group exchange, a letter each, in order: w(ait),
+    l(oad), L(oad from the L1 cache), s(tore), a(rrive)."""
     moves = {line for _, line in lines_of(ttgir, pointers, r"tt\.load") if re.search(r"tt\.(load|store)", line)}
     letters = ""
     for inside, line in marked_lines(ttgir):
@@ -132,19 +133,19 @@ def exchange(ttgir: str, pointers: list[str]) -> str:
     return letters
 
 
-OWN = {"forward": "gx", "backward": "saved"}  # what a step reads in several planes ahead of the others
+PREFETCHED = {"forward": "gx", "backward": "saved"}  # the pointer to several planes that a step reads first
 
 
 def fetched(ttgir: str, pointer: str) -> str:
-    """What becomes of the planes at the pointer in the time loop, a letter each: l(oaded), c(onverted), which waits."""
+    """The operations of the time loop on the planes at the pointer: l(oad), c(onversion), which waits for a load."""
     lines = [line for inside, line in lines_of(ttgir, [pointer], "convert_layout|local_alloc") if inside]
     moves = [re.search(r"tt\.(l)oad|ttg\.(c)onvert_layout|ttg\.lo(c)al_alloc", line) for line in lines]
     return "".join(move[1] or move[2] or move[3] for move in moves if move)
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)")
-# A letter for each that says when memory is read and written: asynchronous copy, report to the host, arrival, wait,
-# barrier, load of what others wrote, any other load, store.
+# A letter for each instruction that reads or writes memory or waits: asynchronous copy, report to the host, arrival,
+# wait, barrier, load of data of other programs, any other load, store.
 MACHINE = [
     (r"LDGSTS|UTMA|UBLKCP", "*"), (r"STG.*STRONG\.SYS", "r"), (r"REDG?\..*ADD", "a"), (r"BAR\.RED", "w"), (r"BAR", "b"),
     (r"LDG.*STRONG\.GPU", "x"), (r"LDG", "l"), (r"STG", "s"),
@@ -160,7 +161,7 @@ def machine(sass: str) -> str:
 
 
 def arithmetic(ttgir: str) -> list[str]:
-    """What the order of sums depends on, each kind once: a product's types and instruction, a reduction's layout."""
+    """All that the order of sums depends on: the types and instruction of products, the layout of reductions."""
     layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.M))
     kinds = set()
     for line in ttgir.splitlines():
@@ -172,18 +173,18 @@ def arithmetic(ttgir: str) -> list[str]:
 
 
 def compiled(case: dict) -> dict:
-    """What there is to read from one kernel, compiled."""
+    """Compiles one kernel and reads from it the properties that the tests check."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn.kernels import rows, scan
+    from fastrnn.kernels import gemm_step, scan
 
-    kernel, tile = getattr(rows if case["rows"] else scan, f"{case['kernel']}_kernel"), tile_of(case)
+    kernel, tile = getattr(gemm_step if case["gemm"] else scan, f"{case['kernel']}_kernel"), tile_of(case)
     types, values = signature(kernel, case)
     aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
-    options = dict(num_warps=tile.warps, num_stages=1 if case["rows"] else tile.stages, enable_fp_fusion=False)
+    options = dict(num_warps=tile.warps, num_stages=1 if case["gemm"] else tile.stages, enable_fp_fusion=False)
     if tile.mode == "grouped":
         options["launch_cooperative_grid"] = True
     binary = triton.compile(source, target=GPUTarget(*case["target"]), options=options)
@@ -192,8 +193,8 @@ def compiled(case: dict) -> dict:
         "shared": binary.metadata.shared,
         "weights_in_loop": weights_in_loop(ttgir),
         "arithmetic": arithmetic(ttgir),
-        "exchange": exchange(ttgir, [] if case["rows"] else EXCHANGED[case["kernel"]]),
-        "fetched": "" if case["rows"] else fetched(ttgir, OWN[case["kernel"]]),
+        "exchange": exchange(ttgir, [] if case["gemm"] else EXCHANGED[case["kernel"]]),
+        "fetched": "" if case["gemm"] else fetched(ttgir, PREFETCHED[case["kernel"]]),
         "copies_in_loop": [line.strip() for inside, line in marked_lines(ttgir) if inside and "async" in line],
     }
     if case["target"][0] == "cuda":
@@ -234,28 +235,28 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
     tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, batch_size, precision, mode, LIMITS[arch])
     return dict(
         kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, precision=precision,
-        rows=False, target=(target, arch, 32 if target == "cuda" else 64),
+        gemm=False, target=(target, arch, 32 if target == "cuda" else 64),
     )  # fmt: skip
 
 
-MASKS = ("flags", "recurrent", "zone_h", "zone_c")
-# What each kernel of kernels/rows.py can have at once: with layer norm, with projection, and the parts around that.
-ROW_EXTRAS = {
+MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
+# What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
+GEMM_EXTRAS = {
     "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
     "backward": (
-        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "draw", "dh_new", "bound", "clip_value",
-        "norms", "dc",
+        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm",
+        "clip_value", "norms", "dc",
     ),
-    "settle": (*MASKS[:3], "operand"),
-    "settle_backward": (*MASKS[:3], "clip_value", "scales", "unclamped", "norm_h", "norms"),
+    "forward_projected": (*MASKS[:3], "operand"),
+    "backward_projected": (*MASKS[:3], "clip_value", "scales", "dh_new_unclamped", "norm_h", "norms"),
     "initial": (*MASKS[:2], "scales"),
 }  # fmt: skip
 
 
-def make_row_case(kernel, arch, cell, dtype, hidden_size, extras=()):
-    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, 1, mode="rows")
+def make_gemm_case(kernel, arch, cell, dtype, hidden_size, extras=()):
+    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, 1, mode="gemm")
     return dict(
-        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, rows=True,
+        kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, gemm=True,
         target=("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32),
     )  # fmt: skip
 
@@ -263,26 +264,26 @@ def make_row_case(kernel, arch, cell, dtype, hidden_size, extras=()):
 def check(case, found, arch):
     tile, what = case["tile"], f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
     assert found["shared"] <= LIMITS[arch], what
-    # All planes are on their way before the first is waited for.
+    # The loads of all planes are issued before the first wait for one.
     if tile.mode == "grouped":
         assert re.fullmatch("l+c*", found["fetched"]), f"{what}: {found['fetched']}"
     if tile.mode != "stepwise":
         assert not found["weights_in_loop"], f"{what}: W_hh is loaded in the time loop"
-        # What a step wrote may only be fetched after it was written.
+        # Data that a step writes must not be fetched before the write.
         assert not found["copies_in_loop"], f"{what}: copied asynchronously in the time loop"
     else:
         assert found["weights_in_loop"], f"{what}: W_hh is streamed, but no load of it was found"
     if tile.mode == "grouped":
-        # Nothing of the others is read before they arrived, nor out of L1; all that they wait for is there by then.
+        # Data of other programs is read after they arrived, and not from L1; all stores come before the arrival.
         assert re.fullmatch(r"w[ls]*l[ls]*s[ls]*a", found["exchange"]), f"{what}: {found['exchange']}"
-        # The same of the machine code, where the first x is the poll; and between the last store and the arrival, of
-        # one thread for all, stands a barrier.
+        # The same of the machine code, where the first x is the poll. Between the last store and the arrival, which one
+        # thread signals for all, there is a barrier.
         assert re.fullmatch(r"[lbs]*xrw[lbsx]*x[lbsx]*s[lb]*ba[lbs]*", found["machine"]), f"{what}: {found['machine']}"
-    # ptxas gives up a few slots to lower the register count to where one more program fits (24 bytes at most were
-    # seen, at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all on their way at once); a tile
-    # that is too large spills hundreds. Grouped and clipping by norm, it also keeps a dozen addresses there that do
-    # not change over time (40 bytes were seen).
-    limit = 64 if tile.mode == "grouped" and "bound" in case["extras"] else 32
+    # ptxas spills a few values to lower the register count to where one more program fits (at most 24 bytes were seen,
+    # at 128 registers; and 32 at 255, for a float32 LSTM whose planes are all loaded at once). A tile that is too large
+    # spills hundreds of bytes. Grouped and clipping by norm, a dozen addresses that do not change over time are
+    # spilled too (40 bytes were seen).
+    limit = 64 if tile.mode == "grouped" and "clip_norm" in case["extras"] else 32
     assert found.get("spilled", 0) <= limit, f"{what}: {found['registers']} registers, {found['spilled']} bytes spilled"
 
 
@@ -300,7 +301,7 @@ def test_nvidia(arch, kernel, tmp_path):
 
 NORMS = {"forward": (), "backward": ("norms",)}
 
-# cell, dtype, H, B, architecture: what a group can hold there.
+# cell, dtype, H, B, architecture on which a group can hold W_hh.
 GROUPED = [
     ("lstm", "bfloat16", 512, 64, 80),
     ("lstm", "float16", 768, 16, 90),
@@ -315,7 +316,8 @@ GROUPED = [
 
 
 def check_group(size, extras, cache):
-    """And step by step at the same tile: the same instructions and reductions, so that the bits can be the same."""
+    """Grouped kernels. The stepwise ones at the same tile have the same instructions and reductions, so that the bits
+    can be equal."""
     *size, arch = size
     cases = []
     for kernel in extras:
@@ -333,10 +335,9 @@ def test_grouped(size, tmp_path):
     check_group(size, NORMS, tmp_path)
 
 
-MASKS = ("flags", "recurrent", "zone_h", "zone_c")
 EVERY_EXTRA = {
     "forward": MASKS,
-    "backward": (*MASKS, "norms", "bound", "clip_value", "dc", "sent_x", "sent_h", "parts"),
+    "backward": (*MASKS, "norms", "clip_norm", "clip_value", "dc", "unscaled_x", "unscaled_h", "partial_norms"),
 }
 
 
@@ -356,17 +357,17 @@ def test_every_extra_at_once_grouped(cell, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_whole_rows(arch, tmp_path):
-    """The kernels beside PyTorch's products, plain and with everything at once: no spills to H = 2048."""
-    cases = [make_row_case(kernel, arch, "lstm", "float32", 2048, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
-    # With a projection, the gradient of h comes from settle_backward_kernel.
-    parted = {*ROW_EXTRAS["backward"], "cell", "reported", "norm_h", "scales"} - {"dh_new"}
-    cases.append(make_row_case("backward", arch, "lstm", "bfloat16", 2048, (*parted,)))
+def test_gemm_step(arch, tmp_path):
+    """The kernels of kernels/gemm_step.py, plain and with everything at once, do not spill up to H = 2048."""
+    cases = [make_gemm_case(kernel, arch, "lstm", "float32", 2048, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
+    # With a projection, the gradient of h comes from backward_projected_kernel.
+    projected = {*GEMM_EXTRAS["backward"], "dh_cell", "dh_cell_unclamped", "norm_h", "scales"} - {"dh_new"}
+    cases.append(make_gemm_case("backward", arch, "lstm", "bfloat16", 2048, (*projected,)))
     for kernel in ("forward", "backward"):
-        cases.append(make_row_case(kernel, arch, "gru", "bfloat16", 1024, ROW_EXTRAS[kernel]))
-        cases.append(make_row_case(kernel, arch, "lstm", "float16", 512, ROW_EXTRAS[kernel]))
-        cases.append(make_row_case(kernel, arch, "lstm", "bfloat16", 1500))
-        cases.append(make_row_case(kernel, arch, "rnn_tanh", "float32", 1))
+        cases.append(make_gemm_case(kernel, arch, "gru", "bfloat16", 1024, GEMM_EXTRAS[kernel]))
+        cases.append(make_gemm_case(kernel, arch, "lstm", "float16", 512, GEMM_EXTRAS[kernel]))
+        cases.append(make_gemm_case(kernel, arch, "lstm", "bfloat16", 1500))
+        cases.append(make_gemm_case(kernel, arch, "rnn_tanh", "float32", 1))
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         what = f"{case['kernel']} {case['cell']} {case['dtype']} H={case['hidden_size']} {case['tile']}"
         assert found["shared"] <= LIMITS[arch], what
@@ -383,15 +384,15 @@ def test_amd(tmp_path):
         for kernel in ("forward", "backward")
         for size in sizes
     ]
-    rows = [make_row_case(kernel, "gfx942", "lstm", "bfloat16", 512, ROW_EXTRAS[kernel]) for kernel in ROW_EXTRAS]
-    found = read_compiled([*cases, *rows], tmp_path)
+    gemm = [make_gemm_case(kernel, "gfx942", "lstm", "bfloat16", 512, GEMM_EXTRAS[kernel]) for kernel in GEMM_EXTRAS]
+    found = read_compiled([*cases, *gemm], tmp_path)
     for case, result in zip(cases, found, strict=False):
         check(case, result, "gfx942")
     assert all(result["shared"] <= LIMITS["gfx942"] for result in found)
 
 
 def table():
-    """What docs/kernels.md says of the grouped kernels."""
+    """Prints the table of grouped kernels in docs/kernels.md."""
     print("| | sm | tile | shared KB | registers | spilled bytes | barriers |\n|---|---|---|---|---|---|---|")
     for *size, arch in GROUPED:
         cell, dtype, hidden_size, batch_size = size

@@ -1,9 +1,9 @@
 """The programs of a grouped launch side by side, walking all steps, without a GPU: each in a process of its own.
 
-Triton's interpreter runs programs in turn, so that one cannot wait for another, and it knows no assembly. Here every
-program of a grid is a forked process that interprets it alone; the tensors lie in shared memory, and the barrier's two
-functions count in the same word as the assembly of kernels/barrier.py does. Processes stop at random on the way, so
-that a tile that is read too early, or overwritten too soon, shows.
+Triton's interpreter runs programs in turn, so one cannot wait for another, and it has no assembly. Here every program
+of a grid is a forked process that interprets it alone. The tensors are in shared memory, and the barrier's two
+functions count in the same word as the assembly of kernels/barrier.py does. Processes sleep at random times, so a tile
+that is read too early, or overwritten too soon, shows.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import pytest
 import torch
 import triton
 
-from fastrnn.backends import triton as launcher
+from fastrnn.backends import sequence
 from fastrnn.kernels import scan
 from fastrnn.tiles import Tile
 from problems import Problem, everything, in_one_call, same_bits
@@ -54,7 +54,7 @@ class Barrier:
                 self.word(arrived).value += 1
             self.stop_somewhere()
 
-    def wait(self, arrived, arrivals, report):
+    def wait(self, arrived, arrivals, timeout_flag):
         if arrived is None:
             return None
         wanted, end = int(arrivals.handle.data[0]), time.time() + LONGEST_WAIT
@@ -112,9 +112,9 @@ def side_by_side(monkeypatch):
     barrier = Barrier()
     monkeypatch.setattr(scan, "arrive", barrier.arrive)
     monkeypatch.setattr(scan, "wait", barrier.wait)
-    monkeypatch.setattr(launcher, "_interpreted", lambda: False)
-    monkeypatch.setattr(launcher, "_report", lambda: torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setattr(launcher, "_precision", lambda: "ieee")
+    monkeypatch.setattr(sequence, "interpreted", lambda: False)
+    monkeypatch.setattr(sequence, "timeout_flag", lambda: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(sequence, "precision", lambda: "ieee")
     monkeypatch.setattr(SideBySide, "launches", [])
     monkeypatch.setattr(triton.runtime.interpreter, "GridExecutor", SideBySide)
     return SideBySide.launches
@@ -122,7 +122,7 @@ def side_by_side(monkeypatch):
 
 def stepwise(problem, tile, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(launcher, "_precision", lambda: "ieee")
+        patch.setattr(sequence, "precision", lambda: "ieee")
         return everything(problem, tile._replace(mode="stepwise"))
 
 
@@ -149,9 +149,9 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
 
 
 def test_a_barrier_too_few_shows(monkeypatch, request):
-    """That this file can fail: without waiting, the programs do not agree."""
+    """Shows that this file can fail: without waiting, the programs do not agree."""
     problem = Problem("lstm", "cpu", sizes=(6, 3, 40))
     want = stepwise(problem, TILE, monkeypatch)
     request.getfixturevalue("side_by_side")  # launches fork from here on
-    monkeypatch.setattr(scan, "wait", lambda arrived, arrivals, report: arrivals >= 0)
+    monkeypatch.setattr(scan, "wait", lambda arrived, arrivals, timeout_flag: arrivals >= 0)
     assert not same_bits(everything(problem, TILE), want)

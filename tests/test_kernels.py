@@ -10,30 +10,31 @@ import triton.language as tl
 
 import fastrnn
 from fastrnn import tiles
-from fastrnn.backends import reference, rows
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs
+from fastrnn.backends import gemm_step, reference, sequence
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, CellSpec
 from fastrnn.dispatch import FEATURES, Request
 from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
 from fastrnn.kernels.norms import row_norm
-from fastrnn.tiles import RowTile, Tile
+from fastrnn.tiles import GemmTile, Tile
 from problems import FLOAT32, B, Problem, check, check_against_reference, everything, in_one_call, same_bits
 
-# numpy, under the interpreter, tells of what the kernels count on: 1 / 0 and exp of a large number are infinite.
+# numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
-ROWS = RowTile(2, 4)
-MODES = {**SMALL, "rows": ROWS}
-# Against the reference in the same type: some roundings may fall to the other side of a tie, and the interpreter
-# truncates where hardware rounds, so several units in the last place: 8 bits for bfloat16, 11 for float16.
+GEMM = GemmTile(2, 4)
+MODES = {**SMALL, "gemm": GEMM}
+# Against the reference in the same type, several units in the last place (8 bits in bfloat16, 11 in float16): some
+# roundings may fall to the other side of a tie, and the interpreter truncates where hardware rounds.
 HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory from torch.empty and its kin holds NaN, and float32 is multiplied as float32."""
+    """Memory from torch.empty and the like holds NaN, and float32 is multiplied as float32."""
 
     def poison(make):
         def made(*args, **kwargs):
@@ -44,7 +45,7 @@ def poisoned(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-    monkeypatch.setattr(launcher, "_precision", lambda: "ieee")
+    monkeypatch.setattr(sequence, "precision", lambda: "ieee")
 
 
 @pytest.mark.parametrize(
@@ -53,8 +54,8 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
     problem = Problem(cell, device, reverse=reverse, extras=extras)
-    local, stepwise, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
-    assert same_bits(local, stepwise) and same_bits(local, grouped)
+    local, by_steps, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, by_steps) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
@@ -77,7 +78,7 @@ def test_each_extra_alone(cell, extra, device):
 )
 def test_odd_sizes(cell, B, H, mode, device):
     block = min(64, max(16, triton.next_power_of_2(H)))
-    tile = RowTile(16, 4) if mode == "rows" else Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
+    tile = GemmTile(16, 4) if mode == "gemm" else Tile(mode, 16, block, block if mode == "local" else 32, 4, 1)
     check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
 
 
@@ -85,8 +86,8 @@ def test_odd_sizes(cell, B, H, mode, device):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_types(cell, dtype, device):
     problem = Problem(cell, device, dtype=dtype, extras=Problem.ALL)
-    local, stepwise, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
-    assert same_bits(local, stepwise) and same_bits(local, grouped)
+    local, by_steps, grouped = (check_against_reference(problem, tile, None, HALF[dtype]) for tile in SMALL.values())
+    assert same_bits(local, by_steps) and same_bits(local, grouped)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
@@ -122,12 +123,12 @@ def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
 
 
 def check_both_directions(problems, tile):
-    """In one call, they give what each gives alone: the same bits, but where products are the library's, which may add
-    in another order when a matrix lies elsewhere."""
+    """One call gives the results of each direction alone: the same bits, unless a library multiplies, which may add in
+    another order where a matrix has another address."""
     alone = zip(*(everything(problem, tile) for problem in problems), strict=True)
-    want = [torch.stack(each) if each[0].dim() > 1 else each[0] for each in alone]
+    want = [None if each[0] is None else torch.stack(each) for each in alone]
     got = everything(in_one_call(problems), tile)
-    if tile.mode == "rows":
+    if tile.mode == "gemm":
         for part in (slice(5), slice(5, None)):  # forward, backward
             check(got[part], want[part], 1e-6)  # a few roundings to 2**-24 of sums of 17 products of order one
     else:
@@ -149,11 +150,17 @@ def test_both_directions_in_one_call(cell, extras, reverse, mode, device):
 def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
     leading = []
 
-    def launcher_of(kernel, cell, w_hh, *rest):
-        leading.append(len(w_hh))
-        return lambda **pointers: lambda t_begin, t_end: None
+    class Recorded:
+        def __init__(self, kernel, tile, walk, w_hh, *rest, **arguments):
+            leading.append(len(w_hh))
 
-    monkeypatch.setattr(launcher, "_launcher", launcher_of)
+        def between(self, **states):
+            return None
+
+        def run(self, *steps):
+            pass
+
+    monkeypatch.setattr(sequence, "ScanKernel", Recorded)
     both = in_one_call([Problem("gru", device, reverse=back) for back in (False, True)])
     both.forward(launcher, tile=SMALL["grouped"])
     assert leading == [2]
@@ -164,11 +171,11 @@ def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
     assert leading[3:] == [2]
 
 
-@pytest.mark.parametrize("mode", ["stepwise", "rows"])
+@pytest.mark.parametrize("mode", ["stepwise", "gemm"])
 @pytest.mark.parametrize("steps", [1, 6])
 def test_one_step_and_more_than_two_kinds_of_launches(steps, mode, device):
-    """The first step, the last, and between them those that take turns with two buffers, launched again and again."""
-    extras = WHOLE if mode == "rows" else Problem.ALL
+    """The first step, the last, and the steps between them, which alternate between two buffers and repeat launches."""
+    extras = WHOLE if mode == "gemm" else Problem.ALL
     check_against_reference(Problem("lstm", device, sizes=(steps, 2, 5), extras=extras, reverse=True), MODES[mode])
 
 
@@ -200,18 +207,18 @@ WHOLE = (*Problem.ALL, "layer_norm", "projection")
     ids=["plain", "masks", "layer_norm_projection", "all"],
 )
 @pytest.mark.parametrize("cell", CELLS)
-def test_whole_rows_equal_the_reference(cell, reverse, extras, device):
-    check_against_reference(Problem(cell, device, reverse=reverse, extras=extras), ROWS)
+def test_gemm_equals_the_reference(cell, reverse, extras, device):
+    check_against_reference(Problem(cell, device, reverse=reverse, extras=extras), GEMM)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_whole_rows_equal_step_by_step_within_rounding(cell, device):
+def test_gemm_equals_step_by_step_within_rounding(cell, device):
     problem = Problem(cell, device, reverse=True, extras=Problem.ALL)
-    got, want = (problem.forward(launcher, tile=tile) for tile in (ROWS, SMALL["stepwise"]))
+    got, want = (problem.forward(launcher, tile=tile) for tile in (GEMM, SMALL["stepwise"]))
     # Both sum the same 17 products of order one, in another order: a few roundings to 2**-24.
     check(got, want, 1e-6)
     y, c, _, _, saved = want
-    got, want = (problem.backward(launcher, y, c, saved, tile=tile) for tile in (ROWS, SMALL["stepwise"]))
+    got, want = (problem.backward(launcher, y, c, saved, tile=tile) for tile in (GEMM, SMALL["stepwise"]))
     check(got, want, 1e-6)
 
 
@@ -230,40 +237,40 @@ def test_each_extra_beside_layer_norm_or_projection(shape, extras, device):
         problem.dc = problem.dh_n = problem.dc_n = None
     if "no_dy" in extras:
         problem.dy = None
-    check_against_reference(problem, ROWS)
+    check_against_reference(problem, GEMM)
 
 
-# Of one unit of an LSTM nearly all the gradient cancels in the layer norm, and what is left is rounding.
+# Not an LSTM of one unit: nearly all of its gradient cancels in the layer norm, and the rest is rounding.
 @pytest.mark.parametrize(
     ("cell", "B", "H"), [("rnn_tanh", 1, 1), ("gru", 5, 3), ("lstm", 4, 63), ("rnn_relu", 3, 130), ("lstm", 2, 257)]
 )
 def test_odd_sizes_with_layer_norm_and_projection(cell, B, H, device):
     problem = Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm", "layer_norm", "projection"))
-    check_against_reference(problem, ROWS)
+    check_against_reference(problem, GEMM)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_whole_rows_in_half_types(cell, dtype, device):
-    check_against_reference(Problem(cell, device, dtype=dtype, extras=WHOLE), ROWS, None, HALF[dtype])
+def test_gemm_in_half_types(cell, dtype, device):
+    check_against_reference(Problem(cell, device, dtype=dtype, extras=WHOLE), GEMM, None, HALF[dtype])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_of_tiny_and_huge_gradients_with_layer_norm_and_projection(scale, device):
     extras = ("norms", "clip_norm", "clip_value", "layer_norm", "projection")
-    check_against_reference(Problem("lstm", device, extras=extras, scale=scale), ROWS)
+    check_against_reference(Problem("lstm", device, extras=extras, scale=scale), GEMM)
 
 
-def test_a_plain_call_may_ask_for_whole_rows(monkeypatch, device):
-    monkeypatch.setenv("FASTRNN_TRITON_MODE", "rows")
-    monkeypatch.setattr(rows, "scan_forward", lambda *args: args[-1])
-    assert Problem("rnn_tanh", device).forward(launcher) == tiles.ROWS[0][1]
+def test_a_plain_call_may_ask_for_gemm(monkeypatch, device):
+    monkeypatch.setenv("FASTRNN_TRITON_MODE", "gemm")
+    monkeypatch.setattr(gemm_step, "forward", lambda *args: args[-1])
+    assert Problem("rnn_tanh", device).forward(launcher) == tiles.GEMM[0][1]
 
 
 @pytest.mark.parametrize(
     ("extras", "per_step"), [((), 1), (("layer_norm", "norms", "clip_norm"), 1), (("projection", "norms"), 2)]
 )
-def test_launches_of_whole_rows(extras, per_step, monkeypatch, device):
+def test_launches_of_a_gemm_step(extras, per_step, monkeypatch, device):
     """A step is one product and one kernel, with projection two and two. The gradient of h0 is one kernel more; with
     layer norm the backward has one product more, that of all steps at once."""
     count = {"mm": 0, "__call__": 0}
@@ -275,12 +282,12 @@ def test_launches_of_whole_rows(extras, per_step, monkeypatch, device):
 
         return call
 
-    for owner, name in ((torch, "mm"), (rows.Launch, "__call__")):
+    for owner, name in ((torch, "mm"), (gemm_step.Launch, "__call__")):
         monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
     problem, steps = Problem("lstm", device, sizes=(2, 1, 2), extras=extras), 2 * per_step
-    y, c, _, _, saved = problem.forward(launcher, tile=ROWS)
+    y, c, _, _, saved = problem.forward(launcher, tile=GEMM)
     assert count == {"mm": steps, "__call__": steps}
-    problem.backward(launcher, y, c, saved, tile=ROWS)
+    problem.backward(launcher, y, c, saved, tile=GEMM)
     assert count == {"mm": 2 * steps + ("layer_norm" in extras), "__call__": 2 * steps + 1}
 
 
@@ -335,9 +342,8 @@ def test_an_empty_batch(device):
 
 def test_without_save_nothing_is_saved(device):
     problem = Problem("lstm", device)
-    arguments = [problem.gx, problem.w_hh, problem.b_hh, problem.h0, problem.c0] + [None] * 8
-    y, c, h_n, c_n, saved = launcher.scan_forward(*arguments, "lstm", False, False)
-    assert c.numel() == saved.numel() == 0
+    y, c, h_n, c_n, saved = problem.forward(launcher, save=False)
+    assert c is None and saved is None
     check((y, h_n, c_n), [problem.forward(reference)[k] for k in (0, 2, 3)], FLOAT32)
 
 
@@ -365,8 +371,9 @@ def test_what_the_backend_refuses(monkeypatch):
     assert "float64" in why_not(dtype=torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "on cpu" in why_not("cpu")
+    x = torch.ones(1, 1, 1)
     with pytest.raises(NotImplementedError, match="dsaved"):
-        launcher.scan_backward(*[None] * 4, torch.ones(1), *[None] * 16, "lstm", False, False)
+        launcher.backward(IncomingGradients(dsaved=x), Kept(x, None, x), ScanInputs(None, x, x), None, False)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
@@ -376,9 +383,29 @@ def test_the_table_has_a_tile_for_everything(dtype, precision):
         for hidden_size in (1, 16, 17, 64, 100, 128, 200, 256, 1000, 4096):
             for batch_size in (1, 64, 5000):
                 tile = tiles.choose(cell, dtype, hidden_size, batch_size, precision)
-                assert tile.mode != "grouped"  # until a measurement speaks for it
+                assert tile.mode != "grouped"  # until it has been measured
                 assert tile.mode != "local" or tile.block_h == tile.block_k
                 assert tile.block_h >= 16 and tile.block_b >= 16  # what tl.dot needs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gates", [2, 5, 8])
+def test_any_number_of_gates_has_a_tile_or_a_reason(gates, dtype, monkeypatch):
+    spec = CellSpec("other", gates=tuple("abcdefgh"[:gates]), states=("h",), saved=("a",))
+    monkeypatch.setitem(CELLS, "other", spec)
+    for hidden_size in (1, 100, 1000):
+        assert tiles.choose("other", dtype, hidden_size, 64).mode in ("local", "stepwise")
+        for mode in tiles.MODES:
+            try:
+                assert tiles.choose("other", dtype, hidden_size, 64, mode=mode).mode == mode
+            except ValueError as reason:
+                assert f"mode {mode!r}" in str(reason) and "other" in str(reason)
+    local = tiles.choose("other", dtype, 16, 64)
+    assert local.mode == ("local" if gates == 2 else "stepwise")
+    with pytest.raises(ValueError, match="float64"):
+        tiles.choose("other", torch.float64, 16, 64)
+    with pytest.raises(ValueError, match=r"'stepwise'.*other"):
+        tiles.choose("other", dtype, 16, 64, mode="stepwise", shared_memory=1024)
 
 
 # --------------------------------------------------------------------------------------------------- grouped programs
@@ -388,37 +415,37 @@ def test_a_mode_that_was_asked_for_is_taken_or_refused(monkeypatch, device):
     problem = Problem("lstm", device)
     for mode in tiles.MODES:
         monkeypatch.setenv("FASTRNN_TRITON_MODE", mode)
-        assert launcher._tile("lstm", problem.w_hh.bfloat16(), B).mode == mode
+        assert launcher.choose_tile("lstm", problem.w_hh.bfloat16(), B).mode == mode
     monkeypatch.setenv("FASTRNN_TRITON_MODE", "grouped")
     with pytest.raises(ValueError, match=r"'grouped'.*lstm of torch.float32"):  # "ieee" leaves it no tensor cores
         problem.forward(launcher)
     with pytest.raises(ValueError, match="batch size 5000"):
         tiles.choose("lstm", torch.bfloat16, 512, 5000, mode="grouped")  # more programs than can run at once
-    with pytest.raises(ValueError, match="local, grouped, stepwise, rows"):
+    with pytest.raises(ValueError, match="local, grouped, stepwise, gemm"):
         tiles.choose("lstm", torch.bfloat16, 512, 16, mode="columns")
 
 
-def beside(tile):
-    """The same tile, step by step."""
+def stepwise(tile):
+    """The same tile in mode stepwise."""
     return tile._replace(mode="stepwise")
 
 
 @pytest.mark.parametrize("extras", [Problem.ALL, ()], ids=["all", "plain"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_a_group_of_the_table_equals_the_reference(cell, extras, device):
-    """Several programs with several tiles of weights each, of which the last are cut off."""
+    """Several programs with several tiles of weights each; the last tiles are partly outside."""
     tile = tiles.choose(cell, torch.bfloat16, 70, 17, mode="grouped")
     problem = Problem(cell, device, sizes=(2, 17, 70), extras=extras, reverse=True)
-    grouped, stepwise = (check_against_reference(problem, t) for t in (tile, beside(tile)))
-    assert same_bits(grouped, stepwise)
+    grouped, by_steps = (check_against_reference(problem, t) for t in (tile, stepwise(tile)))
+    assert same_bits(grouped, by_steps)
 
 
 def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monkeypatch):
-    """One program is its own group, so it walks several steps in the interpreter, too."""
+    """A single program is a group of its own, so it walks several steps in the interpreter too."""
     problem = Problem("lstm", device, sizes=(7, 3, 5), extras=Problem.ALL)
     tile = Tile("grouped", 16, 16, 16, 4, 1)
     want = everything(problem, tile)
-    monkeypatch.setattr(launcher, "MOST_STEPS", 3)
+    monkeypatch.setattr(sequence, "MOST_STEPS", 3)
     assert same_bits(everything(problem, tile), want)
 
 
@@ -427,13 +454,13 @@ def test_a_grouped_launch_has_no_more_steps_than_its_counter_counts(device, monk
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_grouped_equals_stepwise_bit_for_bit(cell, dtype, extras, device, monkeypatch):
-    monkeypatch.setattr(launcher, "_precision", lambda: "tf32")
+    monkeypatch.setattr(sequence, "precision", lambda: "tf32")
     for sizes in ((9, 5, 200), (33, 37, 256), (5, 16, 512)):
         problem = Problem(cell, device, dtype, sizes, reverse=bool(extras), extras=extras)
         tile = tiles.choose(cell, dtype, sizes[2], sizes[1], mode="grouped")
-        grouped, stepwise = (everything(problem, t) for t in (tile, beside(tile)))
+        grouped, by_steps = (everything(problem, t) for t in (tile, stepwise(tile)))
         assert all(x.isfinite().all() for x in grouped)
-        assert same_bits(grouped, stepwise)
+        assert same_bits(grouped, by_steps)
 
 
 @pytest.mark.gpu
@@ -473,9 +500,9 @@ def test_a_graph_of_grouped_launches_replays(device):
 
 
 @triton.jit
-def _wait_in_vain(x_ptr, arrived_ptr, report_ptr, N: tl.constexpr):
+def _wait_in_vain(x_ptr, arrived_ptr, timeout_flag_ptr, N: tl.constexpr):
     arrive(arrived_ptr)
-    alive = wait(arrived_ptr, tl.num_programs(0) + 1, report_ptr)
+    alive = wait(arrived_ptr, tl.num_programs(0) + 1, timeout_flag_ptr)
     at = tl.program_id(0) * N + tl.arange(0, N)
     (x,) = unless_stuck(alive, (tl.load(x_ptr + at),), 1)
     tl.store(x_ptr + at, x)
@@ -484,7 +511,9 @@ def _wait_in_vain(x_ptr, arrived_ptr, report_ptr, N: tl.constexpr):
 @pytest.mark.gpu
 def test_a_wait_in_vain_ends_in_nan_and_an_error(device):
     x, arrived = torch.ones(4, 64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    _wait_in_vain[(4,)](x_ptr=x, arrived_ptr=arrived, report_ptr=launcher._report(), N=64, launch_cooperative_grid=True)
+    _wait_in_vain[(4,)](
+        x_ptr=x, arrived_ptr=arrived, timeout_flag_ptr=sequence.timeout_flag(), N=64, launch_cooperative_grid=True
+    )
     torch.cuda.synchronize()
     assert x.isnan().all()
     problem = Problem("lstm", device)

@@ -1,7 +1,8 @@
-"""What the launches of a call hand over to Triton's launch function, on a driver that only takes notes.
+"""The arguments that the launches of a call hand to Triton's launch function, on a driver that only takes notes.
 
-Kernels compile for a GPU that is not there, so this runs in a process of its own, without Triton's interpreter: this
-file, as a script with the cases as JSON. `python tests/test_launch.py time` measures what a launch costs the CPU.
+Kernels compile for a GPU that this machine does not have, so this runs in a process of its own, without Triton's
+interpreter: this file, as a script with the cases as JSON. `python tests/test_launch.py time` measures the CPU time of
+a launch.
 """
 
 import itertools
@@ -19,16 +20,16 @@ import torch
 from scripts import without_interpreter
 
 T, B, H = 7, 2, 16
-MASKS = ["flags", "recurrent", "zone_h", "zone_c"]
+MASKS = ["flags", "recurrent_mask", "zone_h", "zone_c"]
 EVERYTHING = [*MASKS, "clip_norm", "clip_value", "norms"]
 # Mode, cell, dtype, extras; and the launches of the forward and the backward call.
 CASES = {
     "stepwise": ("stepwise", "lstm", "bfloat16", [], T, T + 1),
     "stepwise everything": ("stepwise", "gru", "float32", EVERYTHING, T, T + 1),
     "grouped": ("grouped", "lstm", "float16", [*MASKS, "norms"], -(-T // 2), -(-(T + 1) // 2)),
-    "rows": ("rows", "gru", "bfloat16", [], T, T + 1),
-    "rows everything": (
-        "rows", "lstm", "float32", [*EVERYTHING, "layer_norm", "projection"], 2 * T, 2 * T + 1,
+    "gemm": ("gemm", "gru", "bfloat16", [], T, T + 1),
+    "gemm everything": (
+        "gemm", "lstm", "float32", [*EVERYTHING, "layer_norm", "projection"], 2 * T, 2 * T + 1,
     ),
 }  # fmt: skip
 
@@ -70,13 +71,14 @@ class Notes:
 
 def run_case(mode, cell, dtype, extras, misaligned=False, directions=(True,)):
     """One forward and one backward call of the Triton backend; yields after each."""
+    from fastrnn.backends import sequence
     from fastrnn.backends import triton as launcher
-    from fastrnn.tiles import RowTile, Tile
+    from fastrnn.tiles import GemmTile, Tile
     from problems import Problem, in_one_call
 
-    launcher._report = lambda: torch.zeros(1, dtype=torch.int32)  # as a GPU has it, in pinned memory
-    launcher.MOST_STEPS = 2  # of a grouped launch, so that there are several
-    tile = RowTile(2, 4) if mode == "rows" else Tile(mode, 16, 16, 16, 4, 1)
+    sequence.timeout_flag = lambda: torch.zeros(1, dtype=torch.int32)  # as a GPU has it, in pinned memory
+    sequence.MOST_STEPS = 2  # of a grouped launch, so that there are several
+    tile = GemmTile(2, 4) if mode == "gemm" else Tile(mode, 16, 16, 16, 4, 1)
     sizes, dtype = (T, B, H), getattr(torch, dtype)
     problems = [Problem(cell, "cpu", dtype, sizes, reverse, extras, seed=int(reverse)) for reverse in directions]
     problem = problems[0] if len(problems) == 1 else in_one_call(problems)
@@ -89,14 +91,14 @@ def run_case(mode, cell, dtype, extras, misaligned=False, directions=(True,)):
 
 
 def noted(launch: tuple) -> list:
-    """What a launch handed over, in a form that compares: tensors as addresses, what hooks are told as its items."""
+    """The arguments of a launch in a form that compares: tensors as addresses, the metadata of hooks as its items."""
     *head, function, metadata, told, enter, leave = launch[:10]
     arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in launch[10:]]
     return [*head, function, metadata, told.get(), enter, leave, *arguments]
 
 
 def watch(notes: Notes, case: dict) -> dict:
-    """The case run with every launch of ours beside Triton's own way of the same; what came of it."""
+    """Runs the case, and after each of our launches the same launch Triton's own way; returns what differed."""
     import triton
 
     from fastrnn.backends.launch import Launch
@@ -160,11 +162,11 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
     for name, (*_, forward, backward), watched in zip(CASES, CASES.values(), found["watched"], strict=False):
         assert watched["different"] == [], name
         assert watched["launches"] == [forward, backward], name
-    stepwise, rows = found["watched"][0], found["watched"][4]
+    stepwise, gemm = found["watched"][0], found["watched"][4]
     # Bound by Triton: the step at either end, and each of the others the first time its pointers occur.
     assert stepwise["bound"] == [2, 3]
-    assert rows["bound"] == [2 * 4, 2 * 4 + 1]
-    # A state of the caller's that does not lie on 16 bytes has a kernel of its own; the others keep theirs.
+    assert gemm["bound"] == [2 * 4, 2 * 4 + 1]
+    # A state of the caller's that is not aligned to 16 bytes has a kernel of its own; the other pointers keep theirs.
     misaligned, both_directions = found["watched"][5:]
     assert misaligned["different"] == [] and misaligned["functions"] == stepwise["functions"] + 1
     assert both_directions["different"] == [] and both_directions["launches"] == [T, T + 1]
@@ -172,7 +174,7 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
 
 
 def measure():
-    """What docs/kernels.md says of a launch's time on the CPU, with a launch function that does nothing."""
+    """Prints the table of launch times in docs/kernels.md: CPU time, with a launch function that does nothing."""
     import triton
 
     from fastrnn.backends.launch import Launch
@@ -185,7 +187,7 @@ def measure():
         ours(launch, **step)
 
     Launch.__call__ = keep
-    for name in ("stepwise", "rows everything"):
+    for name in ("stepwise", "gemm everything"):
         list(run_case(*CASES[name][:4]))
     Launch.__call__ = ours
     print(f"Triton {triton.__version__}\n\n| kernel | arguments | ordinary | repeated |\n|---|---|---|---|")

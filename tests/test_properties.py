@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastrnn
-from fastrnn.backends import triton as triton_launcher
+from fastrnn.backends import sequence
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import BACKENDS, Request
 
@@ -346,7 +346,7 @@ def test_what_is_not_finite_stays_visible_and_in_its_sample(problem, value, data
 @pytest.fixture
 def ieee(monkeypatch):
     """float32 multiplied as float32: TF32 has 11 bits."""
-    monkeypatch.setattr(triton_launcher, "_precision", lambda: "ieee")
+    monkeypatch.setattr(sequence, "precision", lambda: "ieee")
 
 
 TRITON_KINDS = ("lstm", "gru", "rnn_relu", "rnn_elu")

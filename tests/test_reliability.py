@@ -175,7 +175,7 @@ def test_two_streams_at_once_give_the_results_of_one(kind, backend):
             assert all(map(torch.equal, got, want))
 
 
-CAPTURED = [("local", {}), ("grouped", {}), ("stepwise", {}), ("rows", {}), ("rows", {"layer_norm": True})]
+CAPTURED = [("local", {}), ("grouped", {}), ("stepwise", {}), ("gemm", {}), ("gemm", {"layer_norm": True})]
 
 
 @pytest.fixture

@@ -1,23 +1,40 @@
-"""Launches of one kernel that differ in their steps only: the first goes Triton's own way, the others repeat it.
+"""Launches of Triton kernels that differ in the step only: the first goes Triton's own way, the others repeat it.
 
-`kernel[grid](...)` binds, specialises and looks up some 40 arguments each time, which takes longer than a small step
-takes on the GPU. Where a call launches a kernel per step, all but a step's numbers stay what they were.
+`kernel[grid](...)` binds, specialises and looks up some 40 arguments at each launch. That takes longer than a small
+step takes on the GPU. In a call that launches a kernel per step, only the step's numbers change from step to step.
 """
 
+import os
+
+import torch
 from torch import Tensor
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def scratch(*shape: int, like: Tensor, when: bool = True) -> Tensor | None:
+    """Unwritten float32 memory on the device of `like`; None unless `when`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device) if when else None
+
+
 class Launch:
-    """A kernel, its grid and all its arguments but a step's, which every launch brings: `launch(t_begin=0, t_end=1)`.
+    """A kernel, its grid and all arguments but the step's, which each launch brings: `launch(t_begin=0, t_end=1)`.
 
     kernel: a `triton.jit` function. grid: one to three numbers. arguments: by name, Triton's options among them.
 
-    The first launch specialises and compiles as Triton does it; those that follow launch what was compiled, on the
-    current stream, hooks included. They would be specialised alike: addresses and numbers are the same ones, and a
-    step's are integers of 32 bits that the kernel has in `do_not_specialize`; any other argument raises KeyError. So
-    this lives no longer than a call, and what has other pointers is another Launch.
+    The first launch specialises and compiles as Triton does it. The later ones launch the compiled kernel, on the
+    current stream, hooks included. Triton would specialise them alike: addresses and numbers are the same, and a step's
+    numbers are integers of 32 bits that the kernel lists in `do_not_specialize`; any other argument raises KeyError. A
+    Launch belongs to one call, and other pointers need another Launch.
 
-    In Triton's interpreter there is nothing compiled, and every launch goes the first one's way.
+    Triton's interpreter compiles nothing, so there every launch goes Triton's way.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], **arguments):
@@ -29,7 +46,7 @@ class Launch:
             self._first(step)
             return
         for name, value in step.items():
-            self.values[self.places[name]] = value
+            self.values[self.step_params[name]] = value
         self.repeat(*self.values)
 
     def _first(self, step: dict[str, int]):
@@ -40,5 +57,5 @@ class Launch:
         values = [given[p.name] for p in parameters]
         # In the order of the kernel's signature, constants included. An address spares the driver a look at the tensor.
         self.values = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
-        self.places = {p.name: p.num for p in parameters if p.do_not_specialize}
+        self.step_params = {p.name: p.num for p in parameters if p.do_not_specialize}  # places in `values`
         self.repeat = compiled[self.grid]

@@ -1,0 +1,250 @@
+"""Launches the kernels of `kernels/gemm_step.py`: a GEMM of PyTorch's and a kernel per step, with projection two each.
+
+Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Nothing
+is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it. float32 is multiplied
+as PyTorch's setting for matmul says, as on the reference path, and not as cuDNN's setting says: the setting for matmul
+belongs to the whole process, and no launch changes it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import tiles
+from ..arguments import (
+    IncomingGradients,
+    Kept,
+    ScanGradients,
+    ScanInputs,
+    ScanOutputs,
+    Walk,
+    empty_gradients,
+    empty_outputs,
+)
+from ..cells import CELLS
+from ..equations import LayerNorm, normalize
+from ..reference import layer_norm_c_gradients, layer_norm_gradients, previous_state
+from .launch import Launch, next_power_of_two, scratch
+
+States = tuple[Tensor, Tensor | None]  # h and c, or their gradients
+
+
+def _product(b: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function out = a b of a, with sums and result in float32."""
+    if b.dtype == out.dtype:
+        return partial(torch.mm, mat2=b, out=out)
+    if b.is_cuda:
+        return partial(torch.mm, mat2=b, out_dtype=out.dtype, out=out)
+    b = b.to(out.dtype)
+    return lambda a: torch.mm(a.to(out.dtype), b, out=out)
+
+
+class _Steps:
+    """The steps of a call, `steps(i)` in scan order. Each reads the states of one memory and writes another.
+
+    initial, final: the memories before step 0 and after step T - 1, or their gradients. The other states alternate
+    between two buffers. So a call has at most four kinds of launches: both ends, and one for each buffer between.
+    """
+
+    def __init__(self, walk: Walk, T: int, B: int, tile: tiles.GemmTile, initial: States, final: States, buffers):
+        self.reverse, self.T, self.B, self.tile = walk.reverse, T, B, tile
+        self.ends, self.buffers, self.prepared = {-1: initial, T - 1: final}, buffers, {}
+
+    def after(self, i: int) -> States:
+        """The memory of the states after step i."""
+        return self.ends.get(i, self.buffers[i % 2])
+
+    def launch(self, kernel, **arguments) -> Launch:
+        # As in the other modes, multiplications and additions are not fused.
+        return Launch(
+            kernel, (-(-self.B // self.tile.block_b),), **arguments, B=self.B, BLOCK_B=self.tile.block_b,
+            num_warps=self.tile.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def __call__(self, i: int):
+        kind = (i % 2, i == 0, i == self.T - 1)
+        if kind not in self.prepared:
+            self.prepared[kind] = self.prepare(i)
+        self.run(i, self.T - 1 - i if self.reverse else i, *self.prepared[kind])
+
+
+class _ForwardSteps(_Steps):
+    def __init__(self, inputs: ScanInputs, outputs: ScanOutputs, walk: Walk, tile: tiles.GemmTile):
+        T, B, GH = inputs.gx.shape
+        h0, c0, mask = inputs.h0, inputs.c0, inputs.recurrent_mask
+        buffers = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
+        super().__init__(walk, T, B, tile, (h0, c0), (outputs.h_n, outputs.c_n), buffers)
+        self.inputs, self.outputs, self.spec = inputs, outputs, CELLS[walk.cell]
+        self.H, self.P = GH // len(self.spec.gates), h0.shape[1]
+        self.operand = None if mask is None else (h0 * mask).to(h0.dtype)
+        self.gh = scratch(B, GH, like=h0)
+        self.multiply_w_hh, self.multiply_w_hr = _product(inputs.w_hh.t(), self.gh), None
+        self.cell_h = self.projected = None
+        if inputs.w_hr is not None:
+            self.cell_h, self.projected = h0.new_empty(B, self.H), scratch(B, self.P, like=h0)
+            self.multiply_w_hr = _product(inputs.w_hr.t(), self.projected)
+
+    def prepare(self, i: int) -> tuple[Tensor, Launch, Launch]:
+        """The operand of W_hh, and the launches of the step."""
+        from ..kernels import gemm_step as kernels
+        from ..kernels.cells import EQUATIONS
+
+        x, (h, c), (h_after, c_after) = self.inputs, self.after(i - 1), self.after(i)
+        of_h = dict(
+            flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, zone_h_ptr=x.zone_h, h_in_ptr=h, h_out_ptr=h_after,
+            operand_ptr=self.operand, y_ptr=self.outputs.y,
+        )  # fmt: skip
+        cell = self.launch(
+            kernels.forward_kernel, **of_h, gx_ptr=x.gx, gh_ptr=self.gh, b_ptr=x.b_hh, ln_hh_ptr=x.ln_hh,
+            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, zone_c_ptr=x.zone_c, c_in_ptr=c,
+            c_out_ptr=c_after, out_ptr=self.cell_h, c_ptr=self.outputs.c, saved_ptr=self.outputs.saved,
+            CELL_FORWARD=EQUATIONS[self.spec.name][0], G=len(self.spec.gates), K=len(self.spec.saved),
+            S=len(self.spec.states), H=self.H, BLOCK_H=next_power_of_two(self.H),
+        )  # fmt: skip
+        projection = self.launch(
+            kernels.forward_projected_kernel, **of_h, projected_ptr=self.projected, P=self.P,
+            BLOCK_P=next_power_of_two(self.P),
+        )  # fmt: skip
+        return h if self.operand is None else self.operand, cell, projection
+
+    def run(self, i: int, t: int, operand: Tensor, cell: Launch, projection: Launch):
+        self.multiply_w_hh(operand)
+        cell(t=t)
+        if self.multiply_w_hr is not None:
+            self.multiply_w_hr(self.cell_h)
+            projection(t=t)
+
+
+def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.GemmTile) -> ScanOutputs:
+    """All tensors are contiguous."""
+    T, B, _ = inputs.gx.shape
+    outputs = empty_outputs(inputs, walk, save)
+    step = _ForwardSteps(inputs, outputs, walk, tile)
+    for i in range(T if B else 0):
+        step(i)
+    return outputs
+
+
+class _BackwardSteps(_Steps):
+    """With projection, a step's norms are taken before clipping by value, which W_hr would mix. So if both are wanted,
+    W_hr multiplies twice."""
+
+    def __init__(
+        self, incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, gradients: ScanGradients,
+        tile: tiles.GemmTile,
+    ):  # fmt: skip
+        self.incoming, self.kept, self.inputs, self.gradients = incoming, kept, inputs, gradients
+        (T, B, self.P), self.spec, GH = kept.y.shape, CELLS[walk.cell], len(inputs.w_hh)
+        self.H, self.clip_value = GH // len(self.spec.gates), walk.clip_value
+        like, projects = kept.y, inputs.w_hr is not None
+        buffers = [
+            (scratch(B, self.P, like=like), scratch(B, self.H, like=like, when=inputs.c0 is not None)) for _ in range(2)
+        ]
+        # The gradient of h0 needs one kernel more, so of its part past W_hh only.
+        initial = (buffers[1][0], gradients.dc0)
+        super().__init__(walk, T, B, tile, initial, (incoming.dh_n, incoming.dc_n), buffers)
+
+        self.dgh, self.dgh_raw, self.gh_hat, self.gh_rstd = gradients.dgh, None, None, None
+        if inputs.ln_hh is not None:
+            self.dgh_raw = gradients.dgh
+            self.dgh = torch.empty_like(gradients.dgx) if self.spec.distinct_dgh else None
+            self.gh_hat, self.gh_rstd = self.normalized_gh()
+        self.dgh_before_norm = gradients.dgx if self.dgh is None else self.dgh
+        self.operands = self.dgh_before_norm if self.dgh_raw is None else self.dgh_raw
+
+        self.dh_new = gradients.dh_new
+        if inputs.ln_c_weight is not None and not projects:
+            self.dh_new = like.new_empty(T, B, self.P)
+        clips = projects and inputs.clip_norm is not None
+        twice = projects and gradients.norms is not None and walk.clip_value is not None
+        self.dh_cell = scratch(B, self.H, like=like, when=projects)
+        self.dh_cell_unclamped = scratch(B, self.H, like=like, when=twice)
+        self.dh_new_unclamped = like.new_empty(B, self.P) if twice else None
+        self.norm_h, self.scales = scratch(B, like=like, when=clips), scratch(T, B, like=like, when=clips)
+        self.product = scratch(B, self.P, like=like)
+        self.multiply_w_hh = _product(inputs.w_hh, self.product)
+        self.multiply_w_hr = _product(inputs.w_hr, self.dh_cell) if projects else None
+        self.multiply_w_hr_unclamped = _product(inputs.w_hr, self.dh_cell_unclamped) if twice else None
+
+    def normalized_gh(self) -> tuple[Tensor, Tensor]:
+        """The layer norm of W_hh h of all steps, without weight, and 1 / std."""
+        x = self.inputs
+        h_prev = previous_state(self.kept.y, x.h0, x.flags, self.reverse)
+        operand = h_prev if x.recurrent_mask is None else (h_prev * x.recurrent_mask).to(h_prev.dtype)
+        gh = scratch(*self.gradients.dgx.shape, like=h_prev)
+        _product(x.w_hh.t(), gh.flatten(0, 1))(operand.flatten(0, 1))
+        return normalize(gh)
+
+    def prepare(self, i: int) -> tuple[Launch, Launch]:
+        from ..kernels import gemm_step as kernels
+        from ..kernels.cells import EQUATIONS
+
+        x, (y, c, saved), (dh, dc), (dh_before, dc_before) = self.inputs, self.kept, self.after(i), self.after(i - 1)
+        _, total, cell_backward = EQUATIONS[self.spec.name]
+        projects = x.w_hr is not None
+        of_h = dict(
+            dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, clip_value=self.clip_value,
+            product_ptr=None if i == self.T - 1 else self.product, scales_ptr=self.scales, dh_in_ptr=dh,
+            dh_out_ptr=dh_before, norm_h_ptr=self.norm_h, norms_ptr=self.gradients.norms, T=self.T,
+            S=len(self.spec.states), REVERSE=self.reverse,
+        )  # fmt: skip
+        projection = self.launch(
+            kernels.backward_projected_kernel, **of_h, zone_h_ptr=x.zone_h, dh_new_ptr=self.dh_new,
+            dh_new_unclamped_ptr=self.dh_new_unclamped, P=self.P, BLOCK_P=next_power_of_two(self.P),
+        )  # fmt: skip
+        cell = self.launch(
+            kernels.backward_kernel, **of_h, dc_ptr=self.incoming.dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=x.h0,
+            c0_ptr=x.c0, ln_hh_ptr=x.ln_hh, gh_hat_ptr=self.gh_hat, gh_rstd_ptr=self.gh_rstd,
+            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, zone_h_ptr=None if projects else x.zone_h,
+            zone_c_ptr=x.zone_c, clip_norm_ptr=x.clip_norm, dc_in_ptr=dc, dc_out_ptr=dc_before,
+            dh_cell_ptr=self.dh_cell, dh_cell_unclamped_ptr=self.dh_cell_unclamped, dgx_ptr=self.gradients.dgx,
+            dgh_ptr=self.dgh, dgh_raw_ptr=self.dgh_raw, dh_new_ptr=None if projects else self.dh_new,
+            CELL_TOTAL=total, CELL_BACKWARD=cell_backward, G=len(self.spec.gates), K=len(self.spec.saved), H=self.H,
+            BLOCK_H=next_power_of_two(self.H),
+        )  # fmt: skip
+        return projection, cell
+
+    def run(self, i: int, t: int, projection: Launch, cell: Launch):
+        if self.multiply_w_hr is not None:
+            projection(i=i)
+            self.multiply_w_hr(self.dh_new[t])
+        if self.multiply_w_hr_unclamped is not None:
+            self.multiply_w_hr_unclamped(self.dh_new_unclamped)
+        cell(i=i)
+        self.multiply_w_hh(self.operands[t])
+
+    def finish(self):
+        """The gradient of h0, after all steps."""
+        from ..kernels.gemm_step import initial_kernel
+
+        self.launch(
+            initial_kernel, flags_ptr=self.inputs.flags, recurrent_mask_ptr=self.inputs.recurrent_mask,
+            product_ptr=self.product, scales_ptr=self.scales, past_weights_ptr=self.after(-1)[0],
+            dh0_ptr=self.gradients.dh0, T=self.T, P=self.P, BLOCK_P=next_power_of_two(self.P), REVERSE=self.reverse,
+        )()  # fmt: skip
+
+
+def backward(
+    incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool, tile: tiles.GemmTile
+) -> ScanGradients:
+    """Without `dsaved`. All tensors are contiguous."""
+    T, B, _ = kept.y.shape
+    gradients = empty_gradients(kept, inputs, walk, norms)
+    step = _BackwardSteps(incoming, kept, inputs, walk, gradients, tile)
+    if B:
+        for i in reversed(range(T)):
+            step(i)
+        step.finish()
+    if step.scales is not None:
+        step.dh_new.mul_(step.scales[..., None])
+    if inputs.ln_hh is not None:
+        db_hh, dln_hh = layer_norm_gradients(step.dgh_before_norm, step.gh_hat)
+        gradients = gradients._replace(db_hh=db_hh, dln_hh=dln_hh)
+    if inputs.ln_c_weight is not None:
+        c_prev = previous_state(kept.c, inputs.c0, inputs.flags, walk.reverse)
+        ln_c = LayerNorm(inputs.ln_c_weight.float(), inputs.ln_c_bias.float())
+        weight, bias = layer_norm_c_gradients(step.dh_new, kept.saved, c_prev, inputs.w_hr, ln_c)
+        gradients = gradients._replace(dln_c_weight=weight, dln_c_bias=bias)
+    return gradients
