@@ -10,7 +10,7 @@ namespace fastrnn {
 // saved: pre-activations r z n, and gh_n, which the reset gate multiplies.
 struct GRU {
   static constexpr int gates = 3, states = 1, saved = 4;
-  static constexpr bool split = true;  // dgx and dgh differ in n
+  static constexpr bool distinct_dgh = true;  // dgx and dgh differ in n
 
   template <class A>
   FASTRNN_HD static void forward(const A (&gx)[3], const A (&gh)[3], const A (&prev)[1], A (&state)[1],

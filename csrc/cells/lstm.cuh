@@ -11,7 +11,7 @@ namespace fastrnn {
 // works u out then.
 struct LSTM {
   static constexpr int gates = 4, states = 2, saved = 4;
-  static constexpr bool split = false;  // dgx == dgh
+  static constexpr bool distinct_dgh = false;  // dgx == dgh
 
   template <class A>
   FASTRNN_HD static A cell_state(const A (&saved)[4], A c_prev) {

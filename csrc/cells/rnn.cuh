@@ -57,7 +57,7 @@ struct Elu {
 template <class Nonlinearity>
 struct RNN {
   static constexpr int gates = 1, states = 1, saved = 1;
-  static constexpr bool split = false;
+  static constexpr bool distinct_dgh = false;
 
   template <class A>
   FASTRNN_HD static void forward(const A (&gx)[1], const A (&gh)[1], const A (&)[1], A (&state)[1],

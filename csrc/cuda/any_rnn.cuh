@@ -7,7 +7,7 @@ namespace fastrnn {
 
 struct AnyRNN {
   static constexpr int gates = 1, states = 1, saved = 1;
-  static constexpr bool split = false;
+  static constexpr bool distinct_dgh = false;
   enum Kind { tanh, relu, leaky_relu, elu } kind;
 
   template <class F>

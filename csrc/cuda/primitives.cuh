@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../step/storage.cuh"
+#include "../common/storage.cuh"
 
 namespace fastrnn {
 

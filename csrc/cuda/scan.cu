@@ -149,7 +149,7 @@ void persistent_backward(std::string cell, Optional dy, Optional dc, Optional dh
     p.link.trouble = word(trouble);
     check(Cell::states == 1 || (p.c != nullptr && p.c0 != nullptr && p.dc0 != nullptr),
           "c, c0 and dc0 are needed for this cell");
-    check(!Cell::split || p.dgh != nullptr, "dgh is needed for this cell");
+    check(!Cell::distinct_dgh || p.dgh != nullptr, "dgh is needed for this cell");
     Persistent<Cell, S>::backward(kernel, p, ways_of(ways), from.frame);
   });
 }

@@ -22,11 +22,11 @@ class ScanBackward {
   using Weights = Product<S, Slice>;
   static constexpr int G = Cell::gates, E = Tile::elements, states = Cell::states;
   static constexpr bool has_c = states == 2;
-  static constexpr int sent = G + (Cell::split ? G : 0), unscaled = sent + states;
+  static constexpr int sent = G + (Cell::distinct_dgh ? G : 0), unscaled = sent + states;
   // Per element: dgx, dgh where it differs, and what reaches the states before the step without W_hh.
   using Unscaled = Drawer<Tile, float, E * unscaled>;
   // Read ahead per element: the saved planes, dy, and h_prev where the cell reads it; dc and c_prev.
-  static constexpr int halves = Cell::saved + 1 + Cell::split, fulls = has_c ? 2 : 0;
+  static constexpr int halves = Cell::saved + 1 + Cell::distinct_dgh, fulls = has_c ? 2 : 0;
   using Half = Ahead<Tile, S, E * halves>;
   using Full = Ahead<Tile, float, E * fulls>;
   static constexpr int unscaled_at = Weights::shared_bytes + Exchange::shared_bytes;
@@ -86,7 +86,7 @@ class ScanBackward {
     half(j, Cell::saved) = p_.dy == nullptr ? S{} : map.at(p_.dy, t, j);
     const bool begins = i == 0 || (flags & start);
     const int64_t before = begins ? block_direction() : step(i - 1);
-    if constexpr (Cell::split) half(j, Cell::saved + 1) = map.at(begins ? p_.h0 : p_.y, before, j);
+    if constexpr (Cell::distinct_dgh) half(j, Cell::saved + 1) = map.at(begins ? p_.h0 : p_.y, before, j);
     if constexpr (has_c) {
       full(j, 0) = p_.dc == nullptr ? 0.0f : map.at(p_.dc, t, j);
       full(j, 1) = map.at(begins ? p_.c0 : p_.c, before, j);
@@ -170,7 +170,7 @@ class ScanBackward {
 #pragma unroll
       for (int k = 0; k < Cell::saved; ++k) saved[k] = widen(half(j, k));
       prev[0] = 0.0f;  // of all cells only the GRU reads it
-      if constexpr (Cell::split) prev[0] = fresh ? 0.0f : widen(half(j, Cell::saved + 1));
+      if constexpr (Cell::distinct_dgh) prev[0] = fresh ? 0.0f : widen(half(j, Cell::saved + 1));
       if constexpr (has_c) prev[1] = fresh ? 0.0f : full(j, 1);
       total[0] = e.carry[0] + widen(half(j, Cell::saved));
       if constexpr (has_c) total[1] = e.carry[1] + full(j, 0);
@@ -181,7 +181,7 @@ class ScanBackward {
         clipped[1] = cell_.total(saved, prev, clipped);
         total[1] = clamps ? cell_.total(saved, prev, total) : clipped[1];
       }
-      if constexpr (Cell::split) {
+      if constexpr (Cell::distinct_dgh) {
         cell_.backward(saved, prev, clipped, dgx, dgh, past);
       } else {
         cell_.backward(saved, prev, clipped, dgx, past);
@@ -193,7 +193,7 @@ class ScanBackward {
     for (int g = 0; g < G; ++g) {
       exchange_.publish(map.exchanged(j), place.row, g * Tile::K + map.unit(j), dgh[g]);
       kept(j, g) = dgx[g];
-      if constexpr (Cell::split) kept(j, G + g) = dgh[g];
+      if constexpr (Cell::distinct_dgh) kept(j, G + g) = dgh[g];
     }
 #pragma unroll
     for (int s = 0; s < states; ++s) kept(j, sent + s) = past[s];
@@ -260,7 +260,7 @@ class ScanBackward {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       map.template at<G>(p_.dgx, t, j, g) = rounded<S>(hidden ? 0.0f : scale * kept(j, g));
-      if constexpr (Cell::split)
+      if constexpr (Cell::distinct_dgh)
         map.template at<G>(p_.dgh, t, j, g) = rounded<S>(hidden ? 0.0f : scale * kept(j, G + g));
     }
     if (hidden) return;
@@ -277,7 +277,7 @@ class ScanBackward {
       for (int64_t i = 0; i < p_.T; ++i) {
         for (int g = 0; g < G; ++g) {
           map.template at<G>(p_.dgx, step(i), j, g) = not_a_number<S>();
-          if constexpr (Cell::split) map.template at<G>(p_.dgh, step(i), j, g) = not_a_number<S>();
+          if constexpr (Cell::distinct_dgh) map.template at<G>(p_.dgh, step(i), j, g) = not_a_number<S>();
         }
         if (p_.norms == nullptr || Place<Tile>(j).unit != 0) continue;
         for (int s = 0; s < states; ++s)
