@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", f"-I{ROOT / 'csrc'}")
+INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", *INCLUDES)
 RACE = 66  # ThreadSanitizer's exit code where it has reported one
 PROBE = """
 #ifndef __SANITIZE_THREAD__
@@ -43,11 +44,11 @@ def program(tmp_path_factory):
     if done.returncode != 0:
         pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/race_scan.cpp"), "-o", str(made / "race_scan")], check=True)
+    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/emulator/race.cpp"), "-o", str(made / "race")], check=True)
 
     def run(*order):
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([*fixed, made / "race_scan", *order], env=environment, capture_output=True, text=True)
+        return subprocess.run([*fixed, made / "race", *order], env=environment, capture_output=True, text=True)
 
     return run
 

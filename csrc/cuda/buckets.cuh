@@ -23,46 +23,46 @@ bool with_bucket(int64_t H, const F& f) {
 }
 
 // One instance, forward and backward, and whether a CTA can hold what it needs.
-template <class Cell_, class S_, int K, template <class, class> class Exchange, int rows, int units,
+template <class Cell_, class Storage_, int K, template <class, class> class Exchange, int rows, int units,
           int shared_limit>
 struct Instance {
   using Cell = Cell_;
-  using S = S_;
-  using Tile = fastrnn::Tile<Cell::gates, int(sizeof(S)), K, rows, units>;
-  using Forward = ScanForward<Cell, S, Tile, Exchange>;
-  using Backward = ScanBackward<Cell, S, Tile, Exchange>;
+  using Storage = Storage_;
+  using Tile = fastrnn::Tile<Cell::gates, int(sizeof(Storage)), K, rows, units>;
+  using Forward = ScanForward<Cell, Storage, Tile, Exchange>;
+  using Backward = ScanBackward<Cell, Storage, Tile, Exchange>;
   static constexpr bool fits =
       Tile::whole && Forward::shared_bytes <= shared_limit && Backward::shared_bytes <= shared_limit;
 };
 
 // The ways to exchange, in the order of preference. A cluster's batch tile is as small as the tensor cores
 // take, since its agreement is cheap; through global memory more rows share the price of one.
-template <class Cell, class S, int K>
-struct ByCluster : Instance<Cell, S, K, ClusterExchange, 8, (K > 512 ? 48 : 32), shared_limit_sm90> {
+template <class Cell, class Storage, int K>
+struct ByCluster : Instance<Cell, Storage, K, ClusterExchange, 8, (K > 512 ? 48 : 32), shared_limit_sm90> {
   static constexpr int architecture = 90;
   static constexpr bool cluster = true, exists = ByCluster::fits && K <= 16 * ByCluster::Tile::units;
 };
 
 // As many units as fit, so that groups are small; where even 16 do not, fewer rows leave room for weights.
-template <class Cell, class S, int K, int shared_limit>
+template <class Cell, class Storage, int K, int shared_limit>
 struct GridOf {
   template <int rows, int units>
-  using Of = Instance<Cell, S, K, GridExchange, rows, units, shared_limit>;
+  using Of = Instance<Cell, Storage, K, GridExchange, rows, units, shared_limit>;
   using Small = std::conditional_t<Of<16, 16>::fits, Of<16, 16>, Of<8, 16>>;
   using Best = std::conditional_t<Of<16, 32>::fits, Of<16, 32>, Small>;
 };
 
-template <class Cell, class S, int K>
-struct ByGrid : GridOf<Cell, S, K, shared_limit_sm80>::Best {
+template <class Cell, class Storage, int K>
+struct ByGrid : GridOf<Cell, Storage, K, shared_limit_sm80>::Best {
   static constexpr int architecture = 80;
   static constexpr bool cluster = false, exists = ByGrid::fits;
 };
 // More shared memory, where that makes for smaller groups or larger batch tiles.
-template <class Cell, class S, int K>
-struct ByWideGrid : GridOf<Cell, S, K, shared_limit_sm90>::Best {
+template <class Cell, class Storage, int K>
+struct ByWideGrid : GridOf<Cell, Storage, K, shared_limit_sm90>::Best {
   static constexpr int architecture = 90;
   static constexpr bool cluster = false;
-  using Less = ByGrid<Cell, S, K>;
+  using Less = ByGrid<Cell, Storage, K>;
   static constexpr int size = ByWideGrid::Tile::rows * ByWideGrid::Tile::units;
   static constexpr bool exists =
       ByWideGrid::fits && (!Less::exists || size > Less::Tile::rows * Less::Tile::units);

@@ -50,7 +50,7 @@ class Kernel {
     static std::map<std::pair<int, int>, int> known;
     std::lock_guard<std::mutex> lock(mutex);
     auto found = known.find({size, device});
-    if (found == known.end()) found = known.emplace(std::pair(size, device), ask(size, device)).first;
+    if (found == known.end()) found = known.emplace(std::pair(size, device), query(size, device)).first;
     return found->second;
   }
 
@@ -83,7 +83,7 @@ class Kernel {
     }
   };
 
-  static int ask(int size, int device) {
+  static int query(int size, int device) {
     if (attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 < Instance::architecture) return 0;
     // The code that the device runs may be older than itself, and have no body: see walk_sequence.
     cudaFuncAttributes code;
@@ -114,7 +114,7 @@ class Kernel {
 };
 
 // What Persistent does, out of the sight of those who only call it.
-template <class Cell, class S>
+template <class Cell, class Storage>
 class Launcher {
  public:
   // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
@@ -140,23 +140,25 @@ class Launcher {
   static constexpr uint32_t wait_limit = 1u << 24;  // polls of at least half a microsecond: some ten seconds
 
   template <class Instance>
-  using ForwardKernel = Kernel<Instance, typename Instance::Forward, ForwardParams<S>>;
+  using ForwardKernel = Kernel<Instance, typename Instance::Forward, ForwardParams<Storage>>;
   template <class Instance>
-  using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<S>>;
+  using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<Storage>>;
 
   // f(instance, group size) for the best instance that runs forward and backward, if there is one.
   template <class F>
   static void with_instance(int64_t H, int64_t directions, Ways ways, int device, const F& f) {
     torch::stable::accelerator::DeviceGuard guard(device);
     with_bucket(H, [&](auto bucket) {
-      return (ways != Ways::grid && attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f)) ||
-             (ways != Ways::cluster && (attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
-                                        attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f)));
+      return (ways != Ways::grid &&
+              try_instance<ByCluster<Cell, Storage, bucket>>(H, directions, device, f)) ||
+             (ways != Ways::cluster &&
+              (try_instance<ByWideGrid<Cell, Storage, bucket>>(H, directions, device, f) ||
+               try_instance<ByGrid<Cell, Storage, bucket>>(H, directions, device, f)));
     });
   }
 
   template <class Instance, class F>
-  static bool attempt(int64_t H, int64_t directions, int device, const F& f) {
+  static bool try_instance(int64_t H, int64_t directions, int device, const F& f) {
     if constexpr (Instance::exists) {
       const int size = static_cast<int>((H + Instance::Tile::units - 1) / Instance::Tile::units);
       // The CTAs of different clusters do not wait for each other, so that there may be more of them than
@@ -179,7 +181,8 @@ class Launcher {
     groups = std::min(groups, most);
     // [D, groups] of: arrivals, a cache line; norms; slots
     const int64_t line = 32, norms = int64_t{2} * size * Slice::rows;
-    const int64_t slots = int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(S)} / int64_t{sizeof(float)};
+    const int64_t slots =
+        int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(Storage)} / int64_t{sizeof(float)};
     const int64_t all = int64_t{p.D} * groups;
     Tensor workspace = frame.empty<float>({Instance::cluster ? 0 : all * (line + norms + slots)});
     float* next = rows<float>(workspace).data;
@@ -195,19 +198,19 @@ class Launcher {
   }
 };
 
-template <class Cell, class S>
-int Persistent<Cell, S>::group_size(int64_t H, int64_t directions, Ways ways, int device) {
-  return Launcher<Cell, S>::group_size(H, directions, ways, device);
+template <class Cell, class Storage>
+int Persistent<Cell, Storage>::group_size(int64_t H, int64_t directions, Ways ways, int device) {
+  return Launcher<Cell, Storage>::group_size(H, directions, ways, device);
 }
-template <class Cell, class S>
-void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, Ways ways,
-                                  const Frame& frame) {
-  Launcher<Cell, S>::template run<true>(cell, p, ways, frame);
+template <class Cell, class Storage>
+void Persistent<Cell, Storage>::forward(const Cell& cell, const ForwardParams<Storage>& p, Ways ways,
+                                        const Frame& frame) {
+  Launcher<Cell, Storage>::template run<true>(cell, p, ways, frame);
 }
-template <class Cell, class S>
-void Persistent<Cell, S>::backward(const Cell& cell, const BackwardParams<S>& p, Ways ways,
-                                   const Frame& frame) {
-  Launcher<Cell, S>::template run<false>(cell, p, ways, frame);
+template <class Cell, class Storage>
+void Persistent<Cell, Storage>::backward(const Cell& cell, const BackwardParams<Storage>& p, Ways ways,
+                                         const Frame& frame) {
+  Launcher<Cell, Storage>::template run<false>(cell, p, ways, frame);
 }
 
 }  // namespace fastrnn

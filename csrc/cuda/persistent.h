@@ -2,7 +2,7 @@
 // scan_rnn.cu, so that they compile side by side.
 #pragma once
 
-#include "../step/tensors.h"
+#include "../common/tensors.h"
 #include "params.cuh"
 
 namespace fastrnn {
@@ -11,13 +11,13 @@ namespace fastrnn {
 enum class Ways { all, cluster, grid };
 
 // Forward and backward of a cell over one storage type. link of the params is the launcher's, but for
-// `trouble`.
-template <class Cell, class S>
+// `timeout_flag`.
+template <class Cell, class Storage>
 struct Persistent {
   // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
   static int group_size(int64_t H, int64_t directions, Ways ways, int device);
-  static void forward(const Cell& cell, const ForwardParams<S>& p, Ways ways, const Frame& frame);
-  static void backward(const Cell& cell, const BackwardParams<S>& p, Ways ways, const Frame& frame);
+  static void forward(const Cell& cell, const ForwardParams<Storage>& p, Ways ways, const Frame& frame);
+  static void backward(const Cell& cell, const BackwardParams<Storage>& p, Ways ways, const Frame& frame);
 };
 
 }  // namespace fastrnn

@@ -6,7 +6,7 @@
 
 namespace fastrnn {
 
-template <class S, class Slice>
+template <class Storage, class Slice>
 class Product {
  public:
   static constexpr int shared_bytes = Slice::weight_bytes + Slice::sum_bytes;
@@ -39,9 +39,9 @@ class Product {
   // Leaves the sums of every split in shared memory; needs a barrier before `sum`.
   template <class Exchange>
   FASTRNN_DEVICE void run(const Exchange& exchange) {
-    forget(warp_), forget(lane_);
+    make_opaque(warp_), make_opaque(lane_);
     float acc[ways][Slice::planes][tiles][4] = {};
-    const S* from = exchange.place(lane_ / 4, first_term(0));
+    const Storage* from = exchange.slot_address(lane_ / 4, first_term(0));
     Quad x[depth][tiles];
 #pragma unroll
     for (int c = 0; c < depth; ++c) load<Exchange>(from, c, x[c]);
@@ -109,19 +109,19 @@ class Product {
   template <class Weight>
   FASTRNN_DEVICE Quad fragment(const Weight& weight, int q) const {
     union {
-      S terms[Slice::lane_terms];
+      Storage terms[Slice::lane_terms];
       Quad quad;
     } made;
     const int strip = q / 2 % Slice::planes * Slice::blocks + warp_ / Slice::splits;
     int unit = lane_ / 4 + q % 2 * 8, term = first_term(q / (2 * Slice::planes));
-    forget(unit), forget(term);
+    make_opaque(unit), make_opaque(term);
 #pragma unroll
     for (int i = 0; i < Slice::lane_terms; ++i) made.terms[i] = weight(strip, unit, term + i);
     return made.quad;
   }
 
   template <class Exchange>
-  FASTRNN_DEVICE static void load(const S* from, int c, Quad (&x)[tiles]) {
+  FASTRNN_DEVICE static void load(const Storage* from, int c, Quad (&x)[tiles]) {
 #pragma unroll
     for (int n = 0; n < tiles; ++n) x[n] = Exchange::read(from + n * 8 * Exchange::stride + c * Slice::chunk);
   }
@@ -130,10 +130,10 @@ class Product {
                                       const Quad& high, const Quad (&x)[tiles]) {
 #pragma unroll
     for (int n = 0; n < tiles; ++n) {
-      mma<S>(acc[0][plane][n], low.word[0], high.word[0], low.word[1], high.word[1], x[n].word[0],
-             x[n].word[1]);
-      mma<S>(acc[ways - 1][plane][n], low.word[2], high.word[2], low.word[3], high.word[3], x[n].word[2],
-             x[n].word[3]);
+      mma<Storage>(acc[0][plane][n], low.word[0], high.word[0], low.word[1], high.word[1], x[n].word[0],
+                   x[n].word[1]);
+      mma<Storage>(acc[ways - 1][plane][n], low.word[2], high.word[2], low.word[3], high.word[3],
+                   x[n].word[2], x[n].word[3]);
     }
   }
 };

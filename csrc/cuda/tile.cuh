@@ -1,5 +1,5 @@
-// How the sequence kernels cut a layer up. The CTAs of a group share the gate rows of one batch tile: each
-// owns `units` hidden units of every gate, and the slice of W_hh that belongs to them.
+// How the sequence kernels divide a layer. The CTAs of a group share the gate rows of one batch tile: each
+// owns `units` hidden units of every gate, and their slice of W_hh.
 #pragma once
 
 #include <cstddef>
@@ -54,21 +54,22 @@ struct Tile {
   using Backward = Slice<strips, 1, bytes, gates * K, rows>;
   static constexpr bool whole = Forward::whole && Backward::whole;
   static constexpr int threads = Forward::threads;
-  static constexpr int width = units < 32 ? units : 32;       // lanes that share a batch row
-  static constexpr int beside = (units + width - 1) / width;  // units of a thread in the same row
-  static constexpr int elements = (rows * width + threads - 1) / threads * beside;  // of one thread
+  static constexpr int row_lanes = units < 32 ? units : 32;  // lanes that share a batch row
+  static constexpr int thread_units =
+      (units + row_lanes - 1) / row_lanes;  // units of a thread in the same row
+  static constexpr int elements = (rows * row_lanes + threads - 1) / threads * thread_units;  // of one thread
 };
 
 // The elements (batch row, hidden unit) that a thread owns from step to step: `beside` units, 32 apart, of
 // some rows. Lanes beside each other have units beside each other.
 template <class Tile>
-struct Place {
+struct ElementIndex {
   int row, unit;
   bool exists;
 
-  FASTRNN_DEVICE explicit Place(int j)
-      : row(thread_index() / Tile::width + j / Tile::beside * (Tile::threads / Tile::width)),
-        unit(thread_index() % Tile::width + j % Tile::beside * Tile::width),
+  FASTRNN_DEVICE explicit ElementIndex(int j)
+      : row(thread_index() / Tile::row_lanes + j / Tile::thread_units * (Tile::threads / Tile::row_lanes)),
+        unit(thread_index() % Tile::row_lanes + j % Tile::thread_units * Tile::row_lanes),
         exists(row < Tile::rows && unit < Tile::units) {}
 };
 
@@ -76,7 +77,7 @@ struct Place {
 template <class Tile>
 FASTRNN_DEVICE double row_sum(double x) {
 #pragma unroll
-  for (int step = Tile::width / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
+  for (int step = Tile::row_lanes / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
   return x;
 }
 

@@ -172,9 +172,9 @@ FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, si
 }
 
 inline float element(uint32_t word, int half, float) { return half ? 0.0f : float_of(word & 0xFFFFE000u); }
-template <class S>
-float element(uint32_t word, int half, S) {
-  return widen(static_cast<S>(static_cast<uint16_t>(half ? word >> 16 : word)));
+template <class Storage>
+float element(uint32_t word, int half, Storage) {
+  return widen(static_cast<Storage>(static_cast<uint16_t>(half ? word >> 16 : word)));
 }
 
 }  // namespace emulated
@@ -185,7 +185,7 @@ inline int group_size() { return emulated::machine.group_size; }
 inline int group_count() { return emulated::machine.groups; }
 inline int block_group() { return emulated::self().block->index / group_size() % group_count(); }
 inline int block_direction() { return emulated::self().block->index / group_size() / group_count(); }
-inline void forget(int&) {}
+inline void make_opaque(int&) {}
 inline void sync_warp() { emulated::meet(emulated::Order::warp, emulated::warp().meeting); }
 inline void sync_block() { emulated::meet(emulated::Order::block, emulated::self().block->meeting); }
 
@@ -205,7 +205,7 @@ inline float operand(float x) {
   return std::isfinite(x) ? float_of((bits_of(x) + 0x1000u) & 0xFFFFE000u) : x;
 }
 
-template <class S>
+template <class Storage>
 FASTRNN_UNSEEN void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                         uint32_t b1) {
   emulated::Warp& warp = emulated::warp();
@@ -214,14 +214,14 @@ FASTRNN_UNSEEN void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(given[lane], own, sizeof own);
   emulated::meet(emulated::Order::nothing, warp.meeting);
-  constexpr int halves = sizeof(S) == 4 ? 1 : 2;
+  constexpr int halves = sizeof(Storage) == 4 ? 1 : 2;
   for (int part = 0; part < 2; ++part)  // k < 4 * halves, and the rest
     for (int q = 0; q < 4; ++q)         // the four lanes that share a row of a, or a column of b
       for (int half = 0; half < halves; ++half)
         for (int i = 0; i < 4; ++i) {  // d0 d1: row lane / 4; d2 d3: eight further
           int row = lane / 4, column = lane % 4 * 2 + i % 2;
-          float a = emulated::element(given[row * 4 + q][part * 2 + i / 2], half, S{});
-          float b = emulated::element(given[column * 4 + q][4 + part], half, S{});
+          float a = emulated::element(given[row * 4 + q][part * 2 + i / 2], half, Storage{});
+          float b = emulated::element(given[column * 4 + q][4 + part], half, Storage{});
           d[i] += a * b;
         }
 }
@@ -237,7 +237,7 @@ FASTRNN_UNSEEN uint32_t load_acquire(const uint32_t* p) {
   emulated::acquire(emulated::Order::grid, const_cast<uint32_t*>(p));
   return *p;
 }
-FASTRNN_UNSEEN void tell_host(uint32_t* p) { *p = 1; }
+FASTRNN_UNSEEN void set_timeout_flag(uint32_t* p) { *p = 1; }
 
 // meeting.size: whether its owner has announced a delivery that is not complete; meeting.arrived: how many of
 // the announced bytes are missing.
@@ -266,7 +266,7 @@ void send(T* p, int rank, T x, Delivery* delivery) {
   *at_peer(p, rank) = x;
   at_peer(delivery, rank)->receive(sizeof x);
 }
-FASTRNN_UNSEEN void begin(Delivery* delivery) { delivery->meeting = {0}; }
+FASTRNN_UNSEEN void init(Delivery* delivery) { delivery->meeting = {0}; }
 FASTRNN_UNSEEN void announce(Delivery* delivery, int bytes) { delivery->count(1, bytes); }
 FASTRNN_UNSEEN void await(Delivery* delivery, uint32_t count) {
   emulated::wait(emulated::Order::delivery, delivery->meeting, count);
