@@ -1,4 +1,4 @@
-// GRU, gates in order r z n (Cho et al. 2014), in cuDNN's form: the reset gate stands behind the product.
+// GRU, gates in order r z n (Cho et al. 2014), in cuDNN's form: the reset gate is applied after the product.
 #pragma once
 
 #include "macros.cuh"
@@ -23,7 +23,7 @@ struct GRU {
     state[0] = n + sigmoid(saved[1]) * (prev[0] - n);
   }
 
-  // dprev: {dh_prev}, the W_hh path left out.
+  // dprev: {dh_prev}, without the path through W_hh.
   template <class A>
   FASTRNN_HD static void backward(const A (&saved)[4], const A (&prev)[1], const A (&dstate)[1], A (&dgx)[3],
                                   A (&dgh)[3], A (&dprev)[1]) {

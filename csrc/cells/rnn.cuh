@@ -53,7 +53,7 @@ struct Elu {
   }
 };
 
-// Per element. state: {h}. saved: the pre-activation. dgx serves as dgh; h_prev acts through W_hh alone.
+// Per element. state: {h}. saved: the pre-activation. dgh equals dgx; h_prev acts through W_hh only.
 template <class Nonlinearity>
 struct RNN {
   static constexpr int gates = 1, states = 1, saved = 1;

@@ -1,4 +1,4 @@
-// Tensors of PyTorch's stable ABI: checks that name the argument, and allocation.
+// Tensors of PyTorch's stable ABI: allocation, and checks whose messages name the argument.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The simple recurrent network with its nonlinearity as an argument, so that one kernel serves all four.
+// The simple recurrent network with its nonlinearity chosen at run time, so that one kernel serves all four.
 #pragma once
 
 #include "../cells/rnn.cuh"
