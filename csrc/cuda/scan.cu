@@ -125,7 +125,8 @@ void persistent_backward(Optional dy, Optional dc, Optional dh_n, Optional dc_n,
     const auto [D, T, B, H] = sizes_of(y);
     const int64_t step = D * B * H;  // in all directions
     const int device = saved.get_device_index();
-    const int64_t size =
+    // A norm comes in parts, one for each CTA of a group.
+    const int64_t parts =
         norms.has_value() ? Persistent<Cell, Storage>::group_size(H, D, ways_of(ways), device) : 0;
     const Pointers from{Frame(saved, B, H)};
     BackwardParams<Storage> p{};

@@ -30,8 +30,3 @@ def why_not(request, device: str, missing: str | None) -> str | None:
     if request.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it has no {request.dtype}"
     return missing
-
-
-def last_dim_contiguous(tensor):
-    """The elements of each row side by side, which they are not in an expanded gradient or a transposed state."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
