@@ -1,7 +1,7 @@
 """csrc's cells: one step of the C++ scan, against the same equations in float64 with autograd's gradients.
 
 The step is written down here once more, apart from fastrnn/equations.py, so that a shared mistake shows. gh is W_hh
-h_prev with a W_hh of signed powers of two, one in each row: so it is exact, and another multiple of h_prev in each gate.
+h_prev with a W_hh of signed powers of two, one in each row: it is exact, and differs from gate to gate.
 """
 
 import pytest

@@ -106,7 +106,7 @@ def test_cuda_library_builds_without_spills(cuda_library):
 @pytest.mark.slow
 @needs_nvcc
 def test_cuda_library_brings_torchs(cuda_library):
-    """The library needs libtorch, which needs libtorch_cuda if there is one, even when built with a torch without CUDA."""
+    """The library needs libtorch, and so libtorch_cuda if there is one, even when built with a torch without CUDA."""
     assert b"\0libtorch.so\0" in cuda_library[0].read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The norms of the C++ scan: right over the whole range of their dtype, denormals included; inf and NaN come through."""
+"""The norms of the C++ scan: right over the whole range of their dtype with denormals; inf and NaN come through."""
 
 import pytest
 import torch

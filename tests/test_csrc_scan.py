@@ -23,6 +23,8 @@ FEATURES = {
     "clip": frozenset({"clip"}),
     "all": frozenset({"flags", "recurrent", "zone", "ln", "bias", "projection", "clip"}),
 }
+
+
 @pytest.fixture(autouse=True, scope="module")
 def poisoned():
     """torch.empty and the like give NaN, also in the extension."""
@@ -244,6 +246,12 @@ def test_any_layout_gives_the_same_bits(cell, layout):
     laid = {name: layout(x) if torch.is_tensor(x) else x for name, x in given.items()}
     dense = {name: x.contiguous() if torch.is_tensor(x) else x for name, x in laid.items()}
     same(run(cpu, cell, laid), run(cpu, cell, dense))
+
+
+@every_cell
+def test_the_bound_of_the_norm_may_have_another_dtype(cell):
+    given = problem(cell, 3, 2, 5, torch.float32, FEATURES["clip"]) | {"clip_norm": torch.tensor(1.5)}
+    same(run(cpu, cell, given), run(cpu, cell, given | {"clip_norm": torch.tensor(1.5, dtype=torch.float64)}))
 
 
 @every_cell

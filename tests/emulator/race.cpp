@@ -1,8 +1,8 @@
-// The sequence kernels of csrc/cuda, emulated, under ThreadSanitizer, for tests/test_csrc_races.py: it
-// reports two accesses to one place, at least one of them a write, that no barrier, release and acquire, or
+// The sequence kernels of csrc/cuda on the emulator under ThreadSanitizer, for tests/test_csrc_races.py: it
+// reports two accesses to one address, at least one of them a write, that no barrier, release and acquire, or
 // delivery orders. The values do not matter, so all are zero.
 //
-//     race [ORDER]: cluster and grid kernels as they are, or as if nothing were ordered by ORDER
+//     race [ORDER]: cluster and grid kernels as they are, or as if ORDER did not order anything
 #include <cstdio>
 
 #include "launch.h"
@@ -15,7 +15,7 @@ using namespace fastrnn;
 
 namespace {
 
-// Zeros of any type, as many as the largest argument has, in memory of its own.
+// Zeros of any type, as many as the largest argument has.
 struct Zeros {
   std::vector<char> bytes;
   template <class T>
@@ -24,7 +24,7 @@ struct Zeros {
   }
 };
 
-// Plain: two groups of `members` CTAs, a batch tile each. Else one group per direction, which walks both
+// Plain: two groups of `members` CTAs, a batch tile each. Otherwise one group per direction, which walks both
 // tiles, with all extras.
 template <class Instance>
 void race(bool plain, unsigned seed = 0, int members = 2) {

@@ -9,7 +9,7 @@ using namespace fastrnn;
 
 namespace {
 
-// f(cell) with the cell of that name
+// f(cell) for the cell of that name.
 template <class F>
 void with_cell(const std::string& name, const F& f) {
   if (name == "lstm") f(LSTM{});
@@ -27,7 +27,8 @@ void with_storage(const std::string& name, const F& f) {
   if (name == "float16") f(Float16{});
 }
 
-// f(cell, instance): the kernel that takes H, by "cluster", "grid" or "wide_grid"; 0 where it does not exist.
+// f(cell, instance) for the kernel that takes H by "cluster", "grid" or "wide_grid"; returns 0 if there is
+// none.
 template <class F>
 int with_instance(const char* cell, const char* dtype, const char* way, int H, const F& f) {
   int found = 0;
@@ -63,7 +64,7 @@ T take(void**& next) {
 
 extern "C" {
 
-// pointers: those of ForwardParams in its order
+// pointers: those of ForwardParams, in its order.
 int emulate_forward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
                     void** pointers) {
   return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
@@ -91,7 +92,7 @@ int emulate_forward(const char* cell, const char* dtype, const char* way, const 
   });
 }
 
-// pointers: those of BackwardParams in its order
+// pointers: those of BackwardParams, in its order.
 int emulate_backward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
                      void** pointers, float clip_value) {
   return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
