@@ -237,7 +237,7 @@ struct NormRow {
     norm[b] = static_cast<A>(scale * std::sqrt(squares));
   }
 
-  // The largest magnitude if one can divide by it, else 1: a zero row gives 0, inf and NaN stay visible.
+  // The largest magnitude if one can divide by it, otherwise 1: a zero row gives 0, inf and NaN stay visible.
   FASTRNN_INLINE A scale_of(const A* x_row) const {
     A largest = 0;
     for (int64_t j = 0; j < H; ++j) {
