@@ -32,6 +32,7 @@ OPS = torch.ops.fastrnn_c
 WAYS = ("all", "cluster", "grid")
 UNSUPPORTED = ("layer_norm", "projection", "zoneout", "recurrent_dropout")
 """Features of a call that change a step in a way that the kernels do not know."""
+UNSUPPORTED_INPUTS = ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c")
 
 
 def why_not(request) -> str | None:
@@ -60,9 +61,9 @@ def _why_not_size(cell: str, hidden_size: int, batch: int) -> str | None:
 
 def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
     """Why the kernels cannot run a scan of these tensors, which `why_not` could not see."""
-    unknown = [name for name in _UNKNOWN_INPUTS if getattr(inputs, name) is not None]
-    if unknown:
-        return f"its kernels have no {', '.join(unknown)}"
+    unsupported = [name for name in UNSUPPORTED_INPUTS if getattr(inputs, name) is not None]
+    if unsupported:
+        return f"its kernels have no {', '.join(unsupported)}"
     dtype, (B, H) = inputs.w_hh.dtype, inputs.h0.shape[-2:]
     if reason := _why_not_dtype(dtype) or _why_not_size(walk.cell, H, B):
         return reason
@@ -72,9 +73,6 @@ def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
         by = "" if _ways() == "all" else f" by {_ways()}"
         return f"W_hh {list(inputs.w_hh.shape)} in {dtype} does not fit the chip{by}"
     return None
-
-
-_UNKNOWN_INPUTS = ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c")
 
 
 def _check(inputs: ScanInputs, walk: Walk):
