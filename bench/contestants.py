@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import dispatch, functional, tiles
+from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.backends import cuda, triton
 
 # Bound of the state gradient's norm in the cases that clip, in units of the norm of dL/dy_t, which is sqrt(H) on
@@ -240,14 +241,15 @@ def triton_mode(mode: str) -> Callable:
 
 
 def cuda_mode(mode: str) -> Callable:
-    """The CUDA backend's persistent kernels, in one way to exchange, instead of its step by step."""
+    """The CUDA backend with one way to exchange."""
     settings = {"FASTRNN_CUDA_MODE": mode}
 
     def build(case, module: nn.Module) -> Model:
         model = on_backend("cuda")(case, module)
-        clip = None if clip_norm(case) is None else torch.tensor(clip_norm(case))
+        clip, w_hh = None if clip_norm(case) is None else torch.tensor(clip_norm(case)), module.weight_hh_l0
+        inputs = ScanInputs(None, w_hh, w_hh.new_empty(case.B, w_hh.shape[-1]), clip_norm=clip)
         with environment(settings):
-            reason = cuda.why_step(case.cell, module.weight_hh_l0, case.B, clip)
+            reason = cuda.why_not_tensors(inputs, Walk(case.cell, False, "cuda"))
         if reason is not None:
             raise CannotRun(reason)
         return model._replace(note=f"mode {mode}", environment=settings)

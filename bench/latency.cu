@@ -65,7 +65,7 @@ __global__ void cluster_delivery(unsigned*, int ctas, int rounds, int* failed) {
 #if __CUDA_ARCH__ >= 900
   __shared__ fastrnn::Quad received[2][16];
   __shared__ fastrnn::Delivery deliveries[2];
-  if (threadIdx.x == 0) fastrnn::begin(deliveries), fastrnn::begin(deliveries + 1);
+  if (threadIdx.x == 0) fastrnn::init(deliveries), fastrnn::init(deliveries + 1);
   fastrnn::arrive_at_cluster();
   fastrnn::wait_for_cluster();
   for (unsigned round = 1; round <= rounds; ++round) {

@@ -24,7 +24,8 @@ def each_direction(run, D: int, reverse: bool, *arguments):
     found = [run(*(_of_direction(x, d) for x in arguments), walks_back(d, reverse)) for d in range(D)]
 
     def stacked(results):
-        return None if results[0] is None else torch.stack(results)
+        missing = results[0] is None or results[0].shape == (0,)
+        return results[0] if missing else torch.stack(results)
 
     if isinstance(found[0], Tensor):
         return stacked(found)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from setups import every_cell, needs_cpu_library, random_inputs
+from setups import every_cell, kept_of, needs_cpu_library, random_inputs
 
-from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
+from fastrnn.arguments import IncomingGradients, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
 from fastrnn.cells import CELLS
 from fastrnn.equations import EQUATIONS, LayerNorm
@@ -65,7 +65,7 @@ def _one_step(launcher, cell, gx, gh, state_prev, dstate):
     inputs = ScanInputs(gx=gx[None], w_hh=w_hh, h0=h0, c0=c0, b_hh=gh)
     walk = Walk(cell, reverse=False, backend="")
     out = launcher.forward(inputs, walk, True)
-    kept, incoming = Kept(out.y, out.c, out.saved), IncomingGradients(dh_n=dh_n, dc_n=dc_n)
+    kept, incoming = kept_of(out), IncomingGradients(dh_n=dh_n, dc_n=dc_n)
     found = launcher.backward(incoming, kept, inputs._replace(gx=None), walk, True)
     return {name: x for part in (out, found) for name, x in part._asdict().items() if x is not None and x.numel()}
 

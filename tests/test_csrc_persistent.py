@@ -1,8 +1,8 @@
 """csrc's persistent CUDA kernels without a GPU: their own source, emulated on the host, against the reference.
 
-`emulate_scan.cpp` compiles csrc/cuda with a C++ compiler: a fiber stands for a CUDA thread; tensor-core products,
-shared memory, clusters and barriers are emulated (csrc/cuda/emulated.h). The launcher is fastrnn/backends/cuda.py, with
-the emulated ops in place of csrc's. Races: test_csrc_races.py. Not covered: caches, and the C++ code that launches.
+`emulator/scan.cpp` compiles csrc/cuda with a C++ compiler: a fiber is a CUDA thread; tensor-core products, shared
+memory, clusters and barriers are emulated (emulator/emulated.h). The launcher is fastrnn/backends/cuda.py, with the
+emulated ops in place of csrc's. Races: test_csrc_races.py. Not covered: caches, and the C++ code that launches.
 """
 
 import ctypes
@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn.backends import cuda, extension, reference
+from fastrnn import ops
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk, as_tensors
+from fastrnn.backends import cuda, reference
 from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.dispatch import Request
 from problems import in_one_call, same_bits
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +31,6 @@ BY_CLUSTER = {"lstm": (640, 256), "gru": (768, 512)} | dict.fromkeys(
 
 if shutil.which(CXX) is None:
     pytest.skip(f"no C++ compiler {CXX}", allow_module_level=True)
-if (reason := extension.load("cpu")) is not None:
-    pytest.skip(f"csrc: {reason}", allow_module_level=True)
 
 
 class Shape(ctypes.Structure):
@@ -39,12 +40,13 @@ class Shape(ctypes.Structure):
 class Layout(ctypes.Structure):
     _fields_ = [
         ("groups", ctypes.c_int), ("seed", ctypes.c_uint), ("wait_limit", ctypes.c_int), ("missing", ctypes.c_int),
-        ("trouble", ctypes.c_uint32),
+        ("timeout_flag", ctypes.c_uint32),
     ]  # fmt: skip
 
 
 class Emulator:
-    """csrc's ops, run by the emulator; `way` chooses the kernel, the other fields a launch. `room`: for directions."""
+    """csrc's ops on the emulator. `way` chooses the kernel, `room` is for how many directions at once; the other fields
+    describe a launch."""
 
     way, groups, seed, wait_limit, missing, room, launches = "grid", 0, 0, 2**30, -1, 2, 0
 
@@ -58,13 +60,13 @@ class Emulator:
         found = self.library.describe(cell.encode(), name, self.way.encode(), hidden_size, sizes)
         return list(sizes) if found else None
 
-    def persistent_group(self, cell, w_hh, ways):
+    def persistent_group(self, w_hh, cell, ways):
         sizes = self.describe(cell, w_hh.dtype, w_hh.shape[-1])
         room = len(w_hh) <= self.room if w_hh.dim() == 3 else self.room
         allowed = ways == "all" or (ways == "cluster") == (self.way == "cluster")
         return -(-w_hh.shape[-1] // sizes[1]) if sizes and room and allowed else 0
 
-    def call(self, function, cell, like, reverse, pointers, trouble, *rest):
+    def call(self, function, cell, like, reverse, pointers, timeout_flag, *rest):
         *D, T, B, H = like.shape
         layout = Layout(self.groups, self.seed, self.wait_limit, self.missing, 0)
         addresses = (ctypes.c_void_p * len(pointers))(*(None if x is None else x.data_ptr() for x in pointers))
@@ -73,20 +75,18 @@ class Emulator:
             ctypes.byref(Shape(T, *(D or [1]), B, H, reverse)), ctypes.byref(layout), addresses, *rest,
         )  # fmt: skip
         self.launches += 1
-        trouble[0] |= layout.trouble
+        timeout_flag[0] |= layout.timeout_flag
 
-    def persistent_forward(self, cell, gx, w_hh, b_hh, h0, c0, flags, reverse, ways, y, h_n, c_n, c, saved, trouble):
+    def persistent_forward(self, gx, w_hh, h0, c0, b_hh, flags, cell, reverse, ways, y, c, h_n, c_n, saved,
+                           timeout_flag):  # fmt: skip
         pointers = [gx, w_hh, b_hh, h0, c0, flags, y, h_n, c_n, c, saved]
-        self.call(self.library.emulate_forward, cell, y, reverse, pointers, trouble)
+        self.call(self.library.emulate_forward, cell, y, reverse, pointers, timeout_flag)
 
-    def persistent_backward(self, cell, dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, clip_value,
-                            reverse, ways, dgx, dgh, dh0, dc0, norms, trouble):  # fmt: skip
+    def persistent_backward(self, dy, dc, dh_n, dc_n, y, c, saved, w_hh, h0, c0, flags, clip_norm, cell, reverse,
+                            clip_value, ways, dgx, dgh, dh0, dc0, norms, timeout_flag):  # fmt: skip
         pointers = [dy, dc, dh_n, dc_n, saved, y, c, h0, c0, w_hh, flags, clip_norm, dgx, dgh, dh0, dc0, norms]
         bound = ctypes.c_float(float("inf") if clip_value is None else clip_value)
-        self.call(self.library.emulate_backward, cell, y, reverse, pointers, trouble, bound)
-
-    def __getattr__(self, name):  # the ops that are not emulated
-        return getattr(torch.ops.fastrnn_c, name)
+        self.call(self.library.emulate_backward, cell, y, reverse, pointers, timeout_flag, bound)
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +94,15 @@ def library(tmp_path_factory):
     """The kernels, compiled for the host."""
     made = tmp_path_factory.mktemp("emulated") / "scan.so"
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", *strict, f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(ROOT / "tests/emulate_scan.cpp"), "-o", str(made)], check=True)
+    command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", *strict]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}"]
+    subprocess.run([*command, str(ROOT / "tests/emulator/scan.cpp"), "-o", str(made)], check=True)
     return made
 
 
 @pytest.fixture
 def emulator(library, monkeypatch, set_precision):
-    """`fastrnn.backends.cuda` runs its persistent path on the emulator, into outputs that hold NaN before."""
+    """`fastrnn.backends.cuda` runs on the emulator, into outputs that hold NaN before."""
     emulator = Emulator(library)
 
     def poison(make):
@@ -114,7 +115,7 @@ def emulator(library, monkeypatch, set_precision):
     for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     monkeypatch.setattr(cuda, "OPS", emulator)
-    monkeypatch.setenv("FASTRNN_CUDA_MODE", "persistent")
+    monkeypatch.delenv("FASTRNN_CUDA_MODE", raising=False)
     set_precision(torch.backends.cudnn.rnn, "tf32")
     return emulator
 
@@ -150,18 +151,24 @@ class Problem:
         flags = PAD * (t >= lengths) + RESET * (torch.rand(T, B, generator=rng) < 0.25)
         return (flags + (START * (t == lengths - 1) if reverse else 0)).to(torch.uint8)
 
+    def arguments(self):
+        tensors = {name: getattr(self, name) for name in ("gx", "w_hh", "h0", "c0", "b_hh", "flags", "clip_norm")}
+        return ScanInputs(**tensors), Walk(self.cell, self.reverse, "cuda", self.clip_value)
+
     def forward(self, backend, save=True):
-        return backend.scan_forward(
-            self.gx, self.w_hh, self.b_hh, self.h0, self.c0, *[None] * 4, self.flags, *[None] * 3,
-            self.cell, self.reverse, save,
-        )  # fmt: skip
+        inputs, walk = self.arguments()
+        if backend is cuda:  # by the raw op, which splits directions
+            return ops.scan_forward(*inputs, *walk, save)
+        return as_tensors(backend.forward(inputs, walk, save), self.gx)
 
     def backward(self, backend, y, c, _h_n, _c_n, saved):
-        return backend.scan_backward(
-            self.dy, self.dc, self.dh_n, self.dc_n, None, saved, y, None if self.c0 is None else c, self.h0, self.c0,
-            self.w_hh, *[None] * 4, self.flags, *[None] * 3, self.clip_norm, self.clip_value,
-            self.cell, self.reverse, self.norms,
-        )  # fmt: skip
+        inputs, walk = self.arguments()
+        inputs = inputs._replace(gx=None)
+        incoming = IncomingGradients(self.dy, self.dc, self.dh_n, self.dc_n)
+        kept = Kept(y, None if self.c0 is None else c, saved)
+        if backend is cuda:
+            return ops.scan_backward(*incoming, *kept, *inputs, *walk, self.norms)
+        return as_tensors(backend.backward(incoming, kept, inputs, walk, self.norms), self.gx)
 
 
 def check(got, want, tolerance):
@@ -320,14 +327,15 @@ def test_both_directions_in_one_launch_equal_each_alone(emulator, cell, extras, 
     assert emulator.launches == 2 * 2  # forward and backward, twice
 
 
-@pytest.mark.parametrize("room", [0, 1])
-def test_directions_that_do_not_fit_together_go_one_after_the_other(emulator, room):
+def test_directions_that_do_not_fit_together_go_one_after_the_other(emulator):
     directions = [Problem("lstm", torch.float32, reverse=back, extras=Problem.ALL, seed=back) for back in range(2)]
-    emulator.room = room
     want = each_alone(directions)
-    emulator.launches = 0
+    emulator.room, emulator.launches = 1, 0
     assert same_bits(all_outputs(in_one_call(directions)), want)
-    assert emulator.launches == 4 * room
+    assert emulator.launches == 4
+    emulator.room = 0
+    with pytest.raises(RuntimeError, match="does not fit the chip"):
+        in_one_call(directions).forward(cuda)
 
 
 def test_a_wait_in_vain_leaves_the_other_direction_alone(emulator):
@@ -392,37 +400,52 @@ def test_a_wait_in_vain_gives_nan_and_the_next_call_raises(emulator, cell, direc
     emulator.missing = -1
     with pytest.raises(RuntimeError, match="waited in vain"):
         problem.forward(cuda)
-    assert same_bits(problem.forward(cuda), want)  # told once
+    assert same_bits(problem.forward(cuda), want)  # raised only once
 
 
-def test_why_a_scan_runs_step_by_step(emulator, monkeypatch, set_precision):
-    w, half = torch.zeros(4 * 40, 40), torch.zeros(4 * 40, 40, dtype=torch.float16)
-    bound = torch.ones(())
+def test_why_not_a_call(emulator, monkeypatch, set_precision):
+    """What `why_not` knows of a call before there are tensors."""
+    monkeypatch.setattr(cuda, "MISSING", None)
 
-    def why(w=w, rows=5, clip_norm=None, **beyond):
-        return cuda.why_step("lstm", w, rows, clip_norm, **beyond) or ""
+    def why(dtype=torch.float32, **request):
+        return cuda.why_not(Request("lstm", "cuda", dtype, 40, **request)) or ""
 
-    assert why() == why(clip_norm=bound) == why(half) == ""
-    assert "no zone_h" in why(zone_h=w)
-    assert "float64" in why(w.double())
-    assert "overflow float16" in why(half, clip_norm=bound)
-    assert "empty" in why(rows=0)
-    assert "32-bit" in why(rows=2**31 // 160 + 1)
-    assert "does not fit" in why(torch.zeros(4 * 1281, 1281, dtype=torch.bfloat16))
+    assert why() == why(torch.float16, batch=5, features=frozenset({"tap", "clip", "lengths", "residual"})) == ""
+    for feature in ("layer_norm", "projection", "zoneout", "recurrent_dropout"):
+        assert f"no {feature}" in why(features=frozenset({feature}))
+    assert "float64" in why(torch.float64)
+    assert "32-bit" in why(batch=2**31 // 160 + 1)
     set_precision(torch.backends.cudnn.rnn, "ieee")
-    assert "not tf32" in why() and why(half) == ""
+    assert "not tf32" in why() and why(torch.float16) == ""
+    monkeypatch.setattr(cuda, "MISSING", "it is not built")
+    assert why(torch.float16) == "it is not built"
+
+
+def test_why_not_these_tensors(emulator, monkeypatch, set_precision):
+    """What shows only in the tensors of a call, or may have changed since."""
+
+    def why(dtype=torch.float32, H=40, B=5, **others):
+        inputs = ScanInputs(None, torch.zeros(4 * H, H, dtype=dtype), torch.zeros(1, H, dtype=dtype).expand(B, H))
+        return cuda.why_not_tensors(inputs._replace(**others), Walk("lstm", False, "cuda")) or ""
+
+    bound = torch.ones(())
+    assert why() == why(clip_norm=bound) == why(torch.float16) == why(B=0) == ""
+    for name in ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c"):
+        assert f"no {name}" in why(**{name: bound})
+    assert "float64" in why(torch.float64)
+    assert "overflow float16" in why(torch.float16, clip_norm=bound)
+    assert "32-bit" in why(B=2**31 // 160 + 1)
+    assert "does not fit" in why(torch.bfloat16, H=1281)
+    set_precision(torch.backends.cudnn.rnn, "ieee")
+    assert "not tf32" in why() and why(torch.float16) == ""
     monkeypatch.setenv("FASTRNN_CUDA_MODE", "step")
-    assert "is step" in why(half)
-    monkeypatch.delenv("FASTRNN_CUDA_MODE")
-    assert "is step" in why(half)
-    monkeypatch.setenv("FASTRNN_CUDA_MODE", "presistent")
-    with pytest.raises(ValueError, match="step, persistent, cluster, grid"):
-        why()
+    with pytest.raises(ValueError, match="all, cluster, grid"):
+        why(torch.float16)
     for emulator.way, other in (("cluster", "grid"), ("grid", "cluster")):
         monkeypatch.setenv("FASTRNN_CUDA_MODE", emulator.way)
-        assert why(half) == ""
+        assert why(torch.float16) == ""
         monkeypatch.setenv("FASTRNN_CUDA_MODE", other)
-        assert f"does not fit the chip by {other}" in why(half)
+        assert f"does not fit the chip by {other}" in why(torch.float16)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
@@ -444,12 +467,31 @@ def test_the_table_has_a_kernel_that_fits(emulator, cell):
     assert emulator.describe(cell, torch.bfloat16, 1281) is None
 
 
-def test_what_the_kernels_do_not_know_runs_step_by_step(emulator):
-    """And gives what the step path gives: here zoneout of c."""
+def test_what_the_kernels_do_not_know_is_refused_with_its_reason(emulator):
     problem = Problem("lstm", torch.float32)
+    inputs, walk = problem.arguments()
     zone = torch.full_like(problem.dc, 0.3)
-    arguments = [problem.gx, problem.w_hh, problem.b_hh, problem.h0, problem.c0, *[None] * 7, zone, "lstm", False, True]
-    check(cuda.scan_forward(*arguments), reference.scan_forward(*arguments), 1e-5)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: its kernels have no zone_c"):
+        cuda.forward(inputs._replace(zone_c=zone), walk, True)
+    _, walk, y = *problem.arguments(), torch.zeros_like(problem.dy)
+    with pytest.raises(RuntimeError, match="no zone_c"):
+        kept = Kept(y, y, y)
+        cuda.backward(IncomingGradients(), kept, inputs._replace(gx=None, zone_c=zone), walk, False)
+    assert emulator.launches == 0
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_an_empty_batch_launches_nothing(emulator, cell):
+    problem = Problem(cell, torch.float32, B=1, extras=("norms",))
+    for name in ("gx", "h0", "c0", "dy", "dh_n", "dc", "dc_n"):
+        x = getattr(problem, name)
+        setattr(problem, name, None if x is None else x[..., :0, :])
+    want = problem.forward(reference)
+    got = problem.forward(cuda)
+    assert [x.shape for x in got] == [x.shape for x in want]
+    gradients = problem.backward(cuda, *got), problem.backward(reference, *want)
+    assert [x.shape for x in gradients[0]] == [x.shape for x in gradients[1]]
+    assert emulator.launches == 0
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------
@@ -457,20 +499,20 @@ def test_what_the_kernels_do_not_know_runs_step_by_step(emulator):
 
 @pytest.fixture
 def native(monkeypatch, set_precision):
-    """A function that runs a problem on the GPU: persistent, or step by step."""
+    """A function that runs a problem on the GPU: by the kernels with that FASTRNN_CUDA_MODE, or by the reference."""
     if cuda.MISSING:
         pytest.skip(f"csrc: {cuda.MISSING}")
     set_precision(torch.backends.cudnn.rnn, "tf32")
     set_precision(torch.backends.cuda.matmul, "tf32")
 
-    def run(problem, mode="persistent"):
+    def run(problem, mode="all"):
         for name, value in vars(problem).items():
             setattr(problem, name, value.cuda() if torch.is_tensor(value) else value)
-        monkeypatch.setenv("FASTRNN_CUDA_MODE", mode)
-        if mode != "step":
-            assert cuda.why_step(problem.cell, problem.w_hh, problem.gx.shape[-2], problem.clip_norm) is None
-        outputs = problem.forward(cuda)
-        return outputs + problem.backward(cuda, *outputs)
+        backend = reference if mode == "reference" else cuda
+        if backend is cuda:
+            monkeypatch.setenv("FASTRNN_CUDA_MODE", mode)
+        outputs = problem.forward(backend)
+        return outputs + problem.backward(backend, *outputs)
 
     return run
 
@@ -481,7 +523,7 @@ def native(monkeypatch, set_precision):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("ways", ["cluster", "grid"])
-def test_gpu_equals_step_by_step_and_repeats_its_bits(native, ways, cell, dtype, reverse, H):
+def test_gpu_equals_the_reference_and_repeats_its_bits(native, ways, cell, dtype, reverse, H):
     if ways == "cluster" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no thread-block clusters")
     if ways == "cluster" and H > BY_CLUSTER[cell][dtype == torch.float32]:
@@ -489,7 +531,7 @@ def test_gpu_equals_step_by_step_and_repeats_its_bits(native, ways, cell, dtype,
     for B in (1, 19, 150):
         problem = Problem(cell, dtype, T=4, B=B, H=H, reverse=reverse, extras=extras_of(dtype))
         first = native(problem, ways)
-        check(first, native(problem, "step"), TOLERANCE[dtype])
+        check(first, native(problem, "reference"), TOLERANCE[dtype])
         assert same_bits(first, native(problem, ways))
 
 
@@ -498,7 +540,7 @@ def test_gpu_equals_step_by_step_and_repeats_its_bits(native, ways, cell, dtype,
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_gpu_both_directions_in_one_launch_equal_each_alone(native, cell, H):
     directions = [Problem(cell, torch.bfloat16, B=70, H=H, reverse=d, extras=Problem.ALL, seed=d) for d in range(2)]
-    if cuda._group(cell, in_one_call(directions).w_hh.cuda()) == 0:
+    if cuda._group_size(cell, in_one_call(directions).w_hh.cuda()) == 0:
         pytest.skip("this GPU does not hold a group of each direction at once")
     want = each_alone(directions, native)
     assert same_bits(native(in_one_call(directions)), want)
@@ -508,7 +550,7 @@ def test_gpu_both_directions_in_one_launch_equal_each_alone(native, cell, H):
 @pytest.mark.parametrize("H", [256, 1000])
 def test_gpu_sums_are_exact(native, H):
     problem = Problem("rnn_relu", torch.bfloat16, B=33, H=H, draw=small_integers, w_hh=three_per_row(H, torch.bfloat16))
-    assert same_bits(native(problem), native(problem, "step"))
+    assert same_bits(native(problem), native(problem, "reference"))
 
 
 @pytest.mark.gpu

@@ -77,7 +77,7 @@ int main() {
 @needs_csrc
 @pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
 def test_every_width_of_vectors_is_right_and_rows_keep_their_bits(tmp_path):
-    """Those narrower than this machine's widest too, which the library would not choose here."""
+    """Also the narrower vectors, which the library would not choose on this machine."""
     torch_home = Path(torch.__file__).parent
     (tmp_path / "widths.cpp").write_text(EVERY_WIDTH)
     flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

@@ -1,8 +1,8 @@
 """csrc's persistent CUDA kernels, emulated on the host, under ThreadSanitizer: no access races another.
 
-Two accesses to one place race where one of them writes and nothing that a GPU knows orders them: a barrier of warp,
-block or cluster, a release that is acquired, a delivery (`send`, `await`). A result need not be wrong for a race to be
-reported. Shuffles and products of a warp order nothing here, as they promise nothing there. Runtimes newer than
+Two accesses to one address race if one of them writes and nothing orders them on a GPU: no barrier of warp, block or
+cluster, no release that is acquired, no delivery (`send`, `await`). A race is reported even if the result is right.
+Shuffles and products of a warp order nothing here, since CUDA does not promise that they do. Runtimes newer than
 g++ 12's let more than 255 threads share clocks, and may miss a race.
 """
 
@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", f"-I{ROOT / 'csrc'}")
-RACE = 66  # ThreadSanitizer's exit code where it has reported one
+INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", *INCLUDES)
+RACE = 66  # ThreadSanitizer's exit code when it has reported one
 PROBE = """
 #ifndef __SANITIZE_THREAD__
 #error "the macro is not defined"
@@ -34,7 +35,7 @@ def program(tmp_path_factory):
     (made / "probe.cpp").write_text(PROBE)
     probe = [CXX, *FLAGS, str(made / "probe.cpp"), "-o", str(made / "probe")]
     done = subprocess.run(probe, capture_output=True, text=True)
-    # Addresses that are too random for ThreadSanitizer end it, now and then.
+    # ThreadSanitizer sometimes fails when addresses are too random.
     fixed = ["setarch", "-R"]
     if shutil.which("setarch") is None or subprocess.run([*fixed, "true"], capture_output=True).returncode != 0:
         fixed = []
@@ -43,11 +44,11 @@ def program(tmp_path_factory):
     if done.returncode != 0:
         pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/race_scan.cpp"), "-o", str(made / "race_scan")], check=True)
+    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/emulator/race.cpp"), "-o", str(made / "race")], check=True)
 
     def run(*order):
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([*fixed, made / "race_scan", *order], env=environment, capture_output=True, text=True)
+        return subprocess.run([*fixed, made / "race", *order], env=environment, capture_output=True, text=True)
 
     return run
 
@@ -59,6 +60,6 @@ def test_nothing_races(program):
 
 @pytest.mark.parametrize("order", ["warp", "block", "grid", "cluster", "delivery"])
 def test_without_any_one_order_something_races(program, order):
-    """None of them is superfluous, and its lack is found."""
+    """None of the orders is superfluous, and the lack of any is found."""
     done = program(order)
     assert done.returncode == RACE and "data race" in done.stderr

@@ -1,11 +1,12 @@
-"""csrc's scan ops on raw tensors, against the reference: every feature, odd sizes, any layout, any number of threads.
+"""csrc's scan on raw tensors, against the reference: every feature, odd sizes, any layout, any number of threads.
 
-Fresh memory is filled with NaN throughout, so that an element which nothing wrote shows.
+New memory is filled with NaN throughout, so that an element which nothing wrote shows.
 """
 
 import pytest
 import torch
 
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
 from fastrnn.cells import CELLS, PAD, RESET, START
 
@@ -22,30 +23,18 @@ FEATURES = {
     "clip": frozenset({"clip"}),
     "all": frozenset({"flags", "recurrent", "zone", "ln", "bias", "projection", "clip"}),
 }
-FORWARD = (
-    "gx", "w_hh", "b_hh", "h0", "c0", "w_hr", "ln_hh", "ln_c_weight", "ln_c_bias",
-    "flags", "recurrent_mask", "zone_h", "zone_c",
-)  # fmt: skip
-BACKWARD = (
-    "dy", "dc", "dh_n", "dc_n", "dsaved", "saved", "y", "c", "h0", "c0", "w_hh", "w_hr", "ln_hh",
-    "ln_c_weight", "ln_c_bias", "flags", "recurrent_mask", "zone_h", "zone_c", "clip_norm", "clip_value",
-)  # fmt: skip
-OUTPUTS = (
-    ("y", "c", "h_n", "c_n", "saved"),
-    ("dgx", "dgh", "dh0", "dc0", "dh_new", "db_hh", "dln_hh", "dln_c_weight", "dln_c_bias", "norms"),
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def poisoned():
-    """torch.empty and its kin give NaN, the extension's allocations too."""
+    """torch.empty and the like give NaN, also in the extension."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def problem(cell, T, B, H, dtype=torch.float32, features=frozenset(), reverse=False, seed=0):
-    """Arguments of both directions by name, the gradients that arrive among them."""
+    """Arguments of forward and backward by name, with the incoming gradients."""
     rng, spec = torch.Generator().manual_seed(seed), CELLS[cell]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     has_c, rows = "c" in spec.states, len(spec.gates) * H
@@ -86,19 +75,26 @@ def problem(cell, T, B, H, dtype=torch.float32, features=frozenset(), reverse=Fa
     return found
 
 
+def present(results):
+    """Named results as a dict, with an empty tensor for each that does not exist."""
+    missing = torch.empty(0)
+    return {n: missing if x is None or x.shape == (0,) else x for n, x in results._asdict().items()}
+
+
 def run(launcher, cell, given, reverse=False, save=True, norms=True):
     """All outputs of forward and backward by name; those that do not exist are empty."""
-    found = launcher.scan_forward(*(given.get(name) for name in FORWARD), cell, reverse, save)
-    found = dict(zip(OUTPUTS[0], found, strict=True))
+    walk = Walk(cell, reverse, launcher.__name__.rpartition(".")[2], given.get("clip_value"))
+    inputs = ScanInputs(*map(given.get, ScanInputs._fields))
+    found = present(launcher.forward(inputs, walk, save))
     if save:
-        given = given | {"saved": found["saved"], "y": found["y"]} | ({"c": found["c"]} if "c0" in given else {})
-        back = launcher.scan_backward(*(given.get(name) for name in BACKWARD), cell, reverse, norms)
-        found |= zip(OUTPUTS[1], back, strict=True)
+        kept = Kept(found["y"], found["c"] if "c0" in given else None, found["saved"])
+        incoming = IncomingGradients(*map(given.get, IncomingGradients._fields))
+        found |= present(launcher.backward(incoming, kept, inputs._replace(gx=None), walk, norms))
     return found
 
 
 def padding(given, name, value):
-    """`saved` where a sequence has ended is nobody's business in the reference, and zero in csrc."""
+    """Where a sequence has ended, `saved` is arbitrary in the reference, and zero in csrc: here zero."""
     if name != "saved" or "flags" not in given:
         return value
     return value.masked_fill((given["flags"] & PAD).bool().unsqueeze(-1), 0)
@@ -145,9 +141,9 @@ def test_errors_are_at_most_twice_the_references(cell, features):
 
 
 def test_sums_over_many_steps_round_once():
-    """The bias behind a layer norm, whose gradient adds up T terms, as do those of the norms' weights: in float64."""
+    """The gradient of the bias after a layer norm adds T terms, as do those of the norms' weights: in float64."""
     found = run(cpu, "lstm", problem("lstm", 5000, 2, 3, torch.float32, FEATURES["layer_norm"]))
-    # The LSTM's dgx is the gradient of that bias, step by step. Half a unit in the last place, or one at a tie.
+    # The LSTM's dgx is that bias's gradient, step by step. Tolerance: half a unit in the last place, or one at a tie.
     torch.testing.assert_close(found["db_hh"], found["dgx"].double().sum(0).float(), rtol=1.2e-7, atol=0)
 
 
@@ -166,8 +162,8 @@ def test_half_types_round_where_the_reference_rounds(cell, dtype):
 
 @every_cell
 @pytest.mark.parametrize("features", ["plain", "flags", "all"])
-def test_a_row_has_the_same_bits_whoever_is_beside_it(cell, features):
-    """On one thread or several, in a block of its own or at the ragged end of another."""
+def test_a_row_has_the_same_bits_in_any_batch(cell, features):
+    """On one thread or several, in a block by itself or at the end of another."""
     given = problem(cell, 5, 150, 65, torch.float32, FEATURES[features])
     threads = torch.get_num_threads()
     try:
@@ -195,7 +191,7 @@ def of_batch(name, x, begin, end):
 @every_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 def test_steps_in_chunks_give_the_same_bits(cell, reverse):
-    """The states passed on, and the gradients passed back, both of which float32 holds as they are."""
+    """States are passed on and gradients passed back, both of which float32 holds exactly."""
     given = problem(cell, 7, 5, 33)
     whole = run(cpu, cell, given, reverse)
     cuts = [(0, 3), (3, 4), (4, 7)]
@@ -253,6 +249,12 @@ def test_any_layout_gives_the_same_bits(cell, layout):
 
 
 @every_cell
+def test_the_bound_of_the_norm_may_have_another_dtype(cell):
+    given = problem(cell, 3, 2, 5, torch.float32, FEATURES["clip"]) | {"clip_norm": torch.tensor(1.5)}
+    same(run(cpu, cell, given), run(cpu, cell, given | {"clip_norm": torch.tensor(1.5, dtype=torch.float64)}))
+
+
+@every_cell
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(cell, value):
     given = problem(cell, 4, 9, 17, torch.float32, FEATURES["all"])
@@ -296,14 +298,17 @@ def test_bad_arguments_are_named():
 
     bad("cell must be lstm, gru", cell="lsmt")
     bad(r"gx must have shape \[T, B, planes \* H\], got \[2, 20\]", gx=given["gx"][0])
-    bad(r"gx must have shape \[3, 2, 20\], got \[3, 2, 19\]", gx=given["gx"][..., 1:])
-    bad(r"w_hh must have shape \[gates \* H, P\], got \[40\]", w_hh=given["w_hh"].flatten())
+    bad(r"gx must have shape \[T, B, 4 \* H\], got \[3, 2, 19\]", gx=given["gx"][..., 1:])
+    bad("gx must be float32, float64, bfloat16 or float16, got Int", gx=given["gx"].int())
+    bad(r"w_hh must have shape \[20, 2\], got \[40\]", w_hh=given["w_hh"].flatten())
+    bad(r"w_hh must have shape \[20, 2\], got \[16, 2\]", w_hh=given["w_hh"][4:])
+    bad(r"h0 must have shape \[B, P\], got \[2\]", h0=given["h0"][0])
+    bad(r"ln_c_bias must have shape \[5\], got \[4\]", ln_c_bias=given["ln_c_bias"][1:])
     bad("w_hh must be Float, got Double", w_hh=given["w_hh"].double())
     bad("c0 is for the cells with a c", c0=None)
-    bad("c0 is for the cells with a c", cell="gru")
+    bad("c0 is for the cells with a c", cell="rnn_tanh")
     bad("flags must be Byte, got Bool", flags=given["flags"].bool())
     bad(r"zone_h must have shape \[3, 2, 2\]", zone_h=given["zone_c"])
     bad(r"dy must have shape \[3, 2, 2\], got \[2, 2, 2\]", dy=given["dy"][1:])
     bad("must be given together", ln_c_bias=None)
-    with pytest.raises(NotImplementedError, match="dsaved"):
-        run(cpu, "lstm", given | {"dsaved": given["gx"]})
+    bad("does not take dsaved", dsaved=given["gx"])

@@ -1,4 +1,4 @@
-// GRU, gates in order r z n (Cho et al. 2014), in cuDNN's form: the reset gate stands behind the product.
+// GRU, gates in order r z n (Cho et al. 2014), in cuDNN's form: the reset gate is applied after the product.
 #pragma once
 
 #include "macros.cuh"
@@ -10,7 +10,7 @@ namespace fastrnn {
 // saved: pre-activations r z n, and gh_n, which the reset gate multiplies.
 struct GRU {
   static constexpr int gates = 3, states = 1, saved = 4;
-  static constexpr bool split = true;  // dgx and dgh differ in n
+  static constexpr bool distinct_dgh = true;  // dgx and dgh differ in n
 
   template <class A>
   FASTRNN_HD static void forward(const A (&gx)[3], const A (&gh)[3], const A (&prev)[1], A (&state)[1],
@@ -23,7 +23,7 @@ struct GRU {
     state[0] = n + sigmoid(saved[1]) * (prev[0] - n);
   }
 
-  // dprev: {dh_prev}, the W_hh path left out.
+  // dprev: {dh_prev}, without the path through W_hh.
   template <class A>
   FASTRNN_HD static void backward(const A (&saved)[4], const A (&prev)[1], const A (&dstate)[1], A (&dgx)[3],
                                   A (&dgh)[3], A (&dprev)[1]) {

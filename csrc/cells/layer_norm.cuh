@@ -1,4 +1,4 @@
-// Layer norm over H, per element: the row's sums come from the caller. Biased variance, eps 1e-5 (Ba et al.
+// Layer norm over H, per element; the caller computes the row's sums. Biased variance, eps 1e-5 (Ba et al.
 // 2016).
 #pragma once
 

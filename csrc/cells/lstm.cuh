@@ -7,11 +7,11 @@
 namespace fastrnn {
 
 // Per element. gx = W_ih x + b_ih, gh = W_hh h_prev + b_hh: [gates]. state: {h, c}. saved: pre-activations i
-// f g o. u = tanh(c), or tanh(LN(c)) where c has a layer norm: its sums run over the row, so step/rows.cuh
-// works u out then.
+// f g o. u = tanh(c), or tanh(LN(c)) if c has a layer norm, which the caller computes, since its sums run
+// over the row.
 struct LSTM {
   static constexpr int gates = 4, states = 2, saved = 4;
-  static constexpr bool split = false;  // dgx == dgh
+  static constexpr bool distinct_dgh = false;  // dgx == dgh
 
   template <class A>
   FASTRNN_HD static A cell_state(const A (&saved)[4], A c_prev) {
@@ -43,14 +43,14 @@ struct LSTM {
     state[0] = output(saved, tanh_of(state[1]));
   }
 
-  // dc with the path c -> h inside the step added, without layer norm of c
+  // dc plus the gradient that reaches c through this step's h; for c without a layer norm
   template <class A>
   FASTRNN_HD static A total(const A (&saved)[4], const A (&prev)[2], const A (&dstate)[2]) {
     A u = tanh_of(cell_state(saved, prev[1]));
     return dstate[1] + output_backward(saved, u, dstate[0]);
   }
 
-  // dstate: {dh, total dc}. dprev: {0, dc_prev}, the W_hh path left out. dgx serves as dgh.
+  // dstate: {dh, total dc}. dprev: {0, dc_prev}, without the path through W_hh. dgh equals dgx.
   template <class A>
   FASTRNN_HD static void backward(const A (&saved)[4], const A (&prev)[2], A u, const A (&dstate)[2],
                                   A (&dgx)[4], A (&dprev)[2]) {

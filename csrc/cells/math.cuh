@@ -1,8 +1,8 @@
-// Nonlinearities: branch-free in float32 on the host, so that g++ vectorises them; the language's own
-// elsewhere.
+// Nonlinearities: branch-free in float32 on the host, so that g++ vectorises them; the language's functions
+// otherwise.
 //
-// Every one of them is right at 0 (relative accuracy kept), at +-inf, and gives NaN for NaN and only for NaN.
-// They rest on exp and expm1 of y <= 0 alone, which cannot overflow.
+// Each keeps its relative accuracy near 0, is right at +-inf, and gives NaN for NaN and only for NaN. All are
+// computed from exp and expm1 of y <= 0, which cannot overflow.
 #pragma once
 
 #include <cmath>
@@ -38,7 +38,7 @@ struct SplitExp {
   }
 };
 
-// n in [-126, 127] -> 2^n. Other n give some number: harmless, since only a NaN's exponent is out of range.
+// n in [-126, 127] -> 2^n. Only the exponent of a NaN is out of range, where any number will do.
 FASTRNN_HD float power_of_two(int32_t n) {
   uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
   float value;
@@ -46,7 +46,7 @@ FASTRNN_HD float power_of_two(int32_t n) {
   return value;
 }
 
-// x, but at least low; NaN stays.
+// max(low, x); NaN stays NaN.
 FASTRNN_HD float at_least(float low, float x) { return x < low ? low : x; }
 
 // y <= 0 or NaN -> exp(y), through the denormals down to 0.

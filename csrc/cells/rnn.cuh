@@ -53,11 +53,11 @@ struct Elu {
   }
 };
 
-// Per element. state: {h}. saved: the pre-activation. dgx serves as dgh; h_prev acts through W_hh alone.
+// Per element. state: {h}. saved: the pre-activation. dgh equals dgx; h_prev acts through W_hh only.
 template <class Nonlinearity>
 struct RNN {
   static constexpr int gates = 1, states = 1, saved = 1;
-  static constexpr bool split = false;
+  static constexpr bool distinct_dgh = false;
 
   template <class A>
   FASTRNN_HD static void forward(const A (&gx)[1], const A (&gh)[1], const A (&)[1], A (&state)[1],

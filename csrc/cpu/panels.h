@@ -1,4 +1,4 @@
-// A matrix packed into panels of a fixed number of columns, so that a product reads it in one stream.
+// A matrix packed into panels of a fixed number of columns, so that a product reads it sequentially.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../step/storage.cuh"
+#include "../common/storage.cuh"
 #include "vectors.h"
 
 namespace fastrnn {
@@ -19,7 +19,7 @@ constexpr int64_t panel_bytes = 128;  // of one row of a panel: two AVX-512 vect
 template <class A>
 constexpr int64_t panel_width = panel_bytes / sizeof(A);
 
-// columns, up to whole panels
+// The columns, rounded up to whole panels.
 template <class A>
 int64_t padded(int64_t columns) {
   return (columns + panel_width<A> - 1) / panel_width<A> * panel_width<A>;
@@ -40,20 +40,20 @@ class Aligned {
   A* data_;
 };
 
-// The rows of a square of numbers, a vector each.
+// A square of numbers, a vector for each row.
 template <class A, int bytes>
 struct Square {
   static constexpr int lanes = bytes / sizeof(A);
   typedef A Vector __attribute__((vector_size(bytes)));
   Vector row[lanes];
 
-  // Row i becomes column i: the corners of 2 x 2 blocks are exchanged, of single numbers first, then of
-  // blocks of twice the size each time.
-  FASTRNN_HD void transpose() { exchange<1>(std::make_integer_sequence<int, lanes>{}); }
+  // Transposes: exchanges the off-diagonal corners of 2 x 2 blocks, first of single numbers, then of blocks
+  // of twice the size each time.
+  FASTRNN_INLINE void transpose() { exchange<1>(std::make_integer_sequence<int, lanes>{}); }
 
  private:
   template <int size, int... lane>
-  FASTRNN_HD void exchange(std::integer_sequence<int, lane...> each) {
+  FASTRNN_INLINE void exchange(std::integer_sequence<int, lane...> each) {
     FASTRNN_UNROLL
     for (int i = 0; i < lanes; ++i) {
       if (i & size) continue;
@@ -64,9 +64,9 @@ struct Square {
     if constexpr (2 * size < lanes) exchange<2 * size>(each);
   }
 
-  // Out of the numbers of a, then those of b.
+  // Selects from the numbers of a, followed by those of b.
   template <int... from>
-  static FASTRNN_HD void choose(const Vector& a, const Vector& b, Vector& out) {
+  static FASTRNN_INLINE void choose(const Vector& a, const Vector& b, Vector& out) {
 #ifdef __clang__
     out = __builtin_shufflevector(a, b, from...);
 #else
@@ -78,19 +78,19 @@ struct Square {
 };
 
 // [K, N] in memory: row k, column n at data[k * k_stride + n * n_stride].
-template <class S>
+template <class Storage>
 struct Matrix {
-  using A = typename Arithmetic<S>::type;
+  using A = typename Arithmetic<Storage>::type;
 
-  const S* data;
+  const Storage* data;
   int64_t K, N, k_stride, n_stride;
 
-  // Rows k to k_end of the panel whose first column is n, into `to` [k_end - k, panel_width]; zeros behind
-  // the last column.
+  // Packs rows k to k_end of the panel whose first column is n into `to` [k_end - k, panel_width]; zeros
+  // after the last column.
   template <int bytes>
-  FASTRNN_HD void panel(int64_t n, int64_t k, int64_t k_end, A* to) const {
+  FASTRNN_INLINE void panel(int64_t n, int64_t k, int64_t k_end, A* to) const {
     constexpr int64_t lanes = Square<A, bytes>::lanes;
-    if (k_stride == 1) {  // columns lie in one piece each, and are read to their ends
+    if (k_stride == 1) {  // each column is contiguous
       for (int64_t j = 0; j < panel_width<A>; j += lanes)
         for (int64_t i = k; i < k_end; i += lanes)
           square<bytes>(i, std::min(lanes, k_end - i), n + j, to + (i - k) * panel_width<A> + j);
@@ -98,24 +98,24 @@ struct Matrix {
     }
     int64_t columns = std::min(panel_width<A>, N - n);
     for (int64_t i = k; i < k_end; ++i, to += panel_width<A>) {
-      const S* from = data + i * k_stride + n * n_stride;
-      const S* next = from + columns * n_stride;  // of the panel behind this one
-      __builtin_prefetch(next), __builtin_prefetch(next + 64 / sizeof(S));
+      const Storage* from = data + i * k_stride + n * n_stride;
+      const Storage* next = from + columns * n_stride;  // of the next panel
+      __builtin_prefetch(next), __builtin_prefetch(next + 64 / sizeof(Storage));
       for (int64_t j = 0; j < columns; ++j) to[j] = widen(from[j * n_stride]);
       std::fill_n(to + columns, panel_width<A> - columns, A(0));
     }
   }
 
  private:
-  // `count` rows from k on, of as many columns from n on as a vector has lanes.
+  // Packs `count` rows from k on, of as many columns from n on as a vector has lanes.
   template <int bytes>
-  FASTRNN_HD void square(int64_t k, int64_t count, int64_t n, A* to) const {
+  FASTRNN_INLINE void square(int64_t k, int64_t count, int64_t n, A* to) const {
     constexpr int lanes = Square<A, bytes>::lanes;
     Square<A, bytes> numbers;
     bool whole = count == lanes && n + lanes <= N;
     FASTRNN_UNROLL
     for (int i = 0; i < lanes; ++i) {
-      const S* column = data + (n + i) * n_stride + k;
+      const Storage* column = data + (n + i) * n_stride + k;
       if (whole)
         read(column, numbers.row[i]);
       else
@@ -128,31 +128,31 @@ struct Matrix {
   }
 
   template <class Vector>
-  static FASTRNN_HD void read(const S* from, Vector& to) {
-    if constexpr (std::is_same_v<S, A>)
+  static FASTRNN_INLINE void read(const Storage* from, Vector& to) {
+    if constexpr (std::is_same_v<Storage, A>)
       std::memcpy(&to, from, sizeof(to));
     else
       read_some(from, sizeof(to) / sizeof(A), to);
   }
 
-  // The first `count` numbers, and zeros.
+  // Reads the first `count` numbers; the rest are zeros.
   template <class Vector>
-  static FASTRNN_HD void read_some(const S* from, int64_t count, Vector& to) {
+  static FASTRNN_INLINE void read_some(const Storage* from, int64_t count, Vector& to) {
     to = Vector{};
     for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
   }
 };
 
-// The panels from begin to end, in the order in which the matrix lies in memory, into
+// Packs the panels from begin to end, in the order of the matrix in memory, into
 // `panels` [padded(N) / panel_width, K, panel_width].
-template <class S>
+template <class Storage>
 struct Pack {
-  Matrix<S> matrix;
-  typename Matrix<S>::A* panels;
+  Matrix<Storage> matrix;
+  typename Matrix<Storage>::A* panels;
 
   template <int bytes>
-  FASTRNN_HD void walk(int64_t begin, int64_t end) const {
-    constexpr int64_t width = panel_width<typename Matrix<S>::A>;
+  FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
+    constexpr int64_t width = panel_width<typename Matrix<Storage>::A>;
     int64_t K = matrix.K, rows = matrix.k_stride == 1 ? std::max<int64_t>(K, 1) : 1;
     for (int64_t k = 0; k < K; k += rows)
       for (int64_t n = begin * width; n < end * width; n += width)
@@ -160,18 +160,18 @@ struct Pack {
   }
 };
 
-// A matrix as products read it: packed once, by PyTorch's threads; or, where it is read but once, left where
-// it is, and a few rows of a panel are packed when they are needed.
-template <class S>
+// A matrix as products read it: packed beforehand, by PyTorch's threads; or, if it is read only once, left in
+// place, and packed a few rows of a panel at a time when a product needs them.
+template <class Storage>
 struct Packed {
-  using A = typename Matrix<S>::A;
+  using A = typename Matrix<Storage>::A;
 
-  Matrix<S> matrix;
-  Aligned<A> panels;  // see `Pack`; empty where it is read once
+  Matrix<Storage> matrix;
+  Aligned<A> panels;  // see `Pack`; empty if it is read once
   Aligned<A> start;   // [padded(N)], what is added to each row of the product
 
   // `bias` [N] or null.
-  Packed(const Matrix<S>& matrix, bool once, const A* bias)
+  Packed(const Matrix<Storage>& matrix, bool once, const A* bias)
       : matrix(matrix),
         panels(once ? 0 : padded<A>(matrix.N) * matrix.K),
         start(padded<A>(matrix.N)),
@@ -181,17 +181,17 @@ struct Packed {
       torch::stable::parallel_for(
           0, padded<A>(matrix.N) / panel_width<A>,
           grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
-          [&](int64_t begin, int64_t end) { walk_widest(Pack<S>{matrix, panels.data()}, begin, end); });
+          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage>{matrix, panels.data()}, begin, end); });
     for (int64_t n = 0; n < padded<A>(matrix.N); ++n)
       start.data()[n] = n < matrix.N && bias != nullptr ? bias[n] : A(0);
   }
 
-  // Rows k to k_end of the panel whose first column is n; `own` has room for them.
+  // Rows k to k_end of the panel whose first column is n; packed into `scratch` if they are not packed yet.
   template <int bytes>
-  FASTRNN_HD const A* panel(int64_t n, int64_t k, int64_t k_end, A* own) const {
+  FASTRNN_INLINE const A* panel(int64_t n, int64_t k, int64_t k_end, A* scratch) const {
     if (!once) return panels.data() + n * matrix.K + k * panel_width<A>;
-    matrix.template panel<bytes>(n, k, k_end, own);
-    return own;
+    matrix.template panel<bytes>(n, k, k_end, scratch);
+    return scratch;
   }
 
  private:

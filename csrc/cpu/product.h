@@ -1,39 +1,38 @@
-// Rows of the batch times a matrix that stays the same for all steps, and is packed for that (panels.h).
+// Rows of the batch times a matrix that stays the same for all steps and is therefore packed (panels.h).
 //
-// An element of the result is always summed in the same order, whatever rows are multiplied beside it and on
-// however many threads.
+// An element of the result is always summed in the same order, whatever the other rows are, on any number of
+// threads.
 #pragma once
 
 #include <cstring>
 
-#include "../step/rows.cuh"
+#include "row_ops.h"
 #include "panels.h"
 
 namespace fastrnn {
 
-// in [rows, K] times the matrix, into out [rows, padded(N)]. The elements of a row of `in` lie in_stride
-// apart.
-template <class S>
+// out [rows, padded(N)] = in [rows, K] times the matrix. The elements of a row of `in` are in_stride apart.
+template <class Storage>
 struct Multiply {
-  using A = typename Arithmetic<S>::type;
+  using A = typename Arithmetic<Storage>::type;
 
-  const Packed<S>& packed;
-  Rows<const A> in;
+  const Packed<Storage>& packed;
+  RowView<const A> in;
   int64_t in_stride;
-  Rows<A> out;
+  RowView<A> out;
 
-  // Rows of a panel that stay in the nearest cache while it is multiplied with all rows of the batch.
+  // How many rows of a panel stay in the nearest cache while all rows of the batch are multiplied with them.
   static constexpr int64_t depth = 128;
 
   template <int bytes>
-  FASTRNN_HD void walk(int64_t begin, int64_t end) const {
-    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as there are registers for
-    alignas(64) A own[depth * panel_width<A>];
+  FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
+    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as fit into registers
+    alignas(64) A scratch[depth * panel_width<A>];
     int64_t K = packed.matrix.K, N = packed.matrix.N;
     for (int64_t k = 0; k < K || k == 0; k += depth) {
       int64_t k_end = std::min(k + depth, K);
       for (int64_t n = 0; n < N; n += panel_width<A>) {
-        const A* panel = packed.template panel<bytes>(n, k, k_end, own);
+        const A* panel = packed.template panel<bytes>(n, k, k_end, scratch);
         int64_t b = begin;
         for (; b + rows <= end; b += rows) tile<bytes, rows>(panel, b, n, k, k_end);
         if constexpr (rows > 4)
@@ -45,10 +44,10 @@ struct Multiply {
     }
   }
 
-  // `rows` rows from b on times one panel, the terms from k to k_end: a sum of its own, which is then added
-  // to those before it, since a long chain of additions would round more.
+  // `rows` rows from b on times one panel, over the terms from k to k_end. These are summed by themselves,
+  // then added to the earlier terms, since a long chain of additions would round more.
   template <int bytes, int rows>
-  FASTRNN_HD void tile(const A* panel, int64_t b, int64_t n, int64_t k, int64_t k_end) const {
+  FASTRNN_INLINE void tile(const A* panel, int64_t b, int64_t n, int64_t k, int64_t k_end) const {
     typedef A Vector __attribute__((vector_size(bytes)));
     constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
     const A* row[rows];

@@ -1,16 +1,29 @@
-// The widest vectors that the machine has, chosen at run time: one binary serves all machines, since whatever
-// goes through `walk_widest` is compiled three times.
+// Loops over rows, compiled for every width of vectors; the widest that the machine has is chosen at run
+// time, so that one binary serves all machines.
 #pragma once
 
 #include <cstdint>
-
-#include "../cells/macros.cuh"
-#include "../step/team.cuh"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTRNN_TARGET(isa) __attribute__((target(isa)))
 #else
 #define FASTRNN_TARGET(isa)
+#endif
+
+// A function without it would not be compiled for the caller's vectors.
+#define FASTRNN_INLINE inline __attribute__((always_inline))
+
+// FASTRNN_SIMD: before a loop whose iterations are independent. FASTRNN_UNROLL: before a short loop whose
+// values must stay in registers.
+#if defined(__GNUC__)
+#define FASTRNN_PRAGMA(text) _Pragma(#text)
+#define FASTRNN_SIMD FASTRNN_PRAGMA(omp simd)
+#define FASTRNN_SIMD_REDUCE(...) FASTRNN_PRAGMA(omp simd reduction(__VA_ARGS__))
+#define FASTRNN_UNROLL FASTRNN_PRAGMA(GCC unroll 16)
+#else
+#define FASTRNN_SIMD
+#define FASTRNN_SIMD_REDUCE(...)
+#define FASTRNN_UNROLL
 #endif
 
 namespace fastrnn {
@@ -28,7 +41,7 @@ inline Vectors widest_vectors() {
   return Vectors::baseline;
 }
 
-// A body has walk<bytes>(begin, end): its rows from begin to end, with vectors of so many bytes.
+// A body has walk<bytes>(begin, end), which computes the rows from begin to end with vectors of `bytes`.
 template <class Body>
 FASTRNN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 void walk_avx512(const Body& body, int64_t begin, int64_t end) {
@@ -55,14 +68,14 @@ void walk_widest(const Body& body, int64_t begin, int64_t end) {
   walk(body, begin, end);
 }
 
-// A row function of step/rows.cuh as a body: one row after another, by one thread.
+// A row function of row_ops.h or cell_rows.h as a body: one row after another.
 template <class Row>
 struct RowByRow {
   const Row& row;
 
   template <int bytes>
-  FASTRNN_HD void walk(int64_t begin, int64_t end) const {
-    for (int64_t b = begin; b < end; ++b) row(b, OneThread{});
+  FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
+    for (int64_t b = begin; b < end; ++b) row(b);
   }
 };
 

@@ -1,4 +1,4 @@
-// The simple recurrent network with its nonlinearity as an argument, so that one kernel serves all four.
+// The simple recurrent network with its nonlinearity chosen at run time, so that one kernel serves all four.
 #pragma once
 
 #include "../cells/rnn.cuh"
@@ -7,7 +7,7 @@ namespace fastrnn {
 
 struct AnyRNN {
   static constexpr int gates = 1, states = 1, saved = 1;
-  static constexpr bool split = false;
+  static constexpr bool distinct_dgh = false;
   enum Kind { tanh, relu, leaky_relu, elu } kind;
 
   template <class F>

@@ -1,7 +1,7 @@
 // The arguments of the sequence kernels.
 //
-// D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. S also stands for the storage
-// type. Everything is contiguous; index t is the input's own t, whichever way the scan walks.
+// D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. Everything is contiguous;
+// index t is the input's own t, in whichever direction the scan walks.
 #pragma once
 
 #include <limits>
@@ -17,48 +17,48 @@ constexpr int start = 4;  // the state before this step is the initial state
 
 constexpr float no_bound = std::numeric_limits<float>::infinity();
 
-template <class S>
+template <class Storage>
 struct ForwardParams {
   int64_t T;
   int D, B, H;
-  bool reverse;          // the first direction walks back, and every other one
-  const S* gx;           // [D, T, B, G*H]
-  const S* w_hh;         // [D, G*H, H]
-  const S* b_hh;         // [D, G*H] or null
-  const S* h0;           // [D, B, H]
+  bool reverse;          // the first direction walks back; directions alternate
+  const Storage* gx;     // [D, T, B, G*H]
+  const Storage* w_hh;   // [D, G*H, H]
+  const Storage* b_hh;   // [D, G*H] or null
+  const Storage* h0;     // [D, B, H]
   const float* c0;       // [D, B, H], only with a c
   const uint8_t* flags;  // [D, T, B] or null
-  S* y;                  // [D, T, B, H]
-  S* h_n;                // [D, B, H]
+  Storage* y;            // [D, T, B, H]
+  Storage* h_n;          // [D, B, H]
   float* c_n;            // [D, B, H], only with a c
   float* c;              // [D, T, B, H] or null
-  S* saved;              // [D, T, B, K*H] or null
+  Storage* saved;        // [D, T, B, K*H] or null
   Link link;
 };
 
-template <class S>
+template <class Storage>
 struct BackwardParams {
   int64_t T;
   int D, B, H;
   bool reverse;            // as in the forward
-  const S* dy;             // [D, T, B, H] or null
+  const Storage* dy;       // [D, T, B, H] or null
   const float* dc;         // [D, T, B, H] or null
-  const S* dh_n;           // [D, B, H] or null
+  const Storage* dh_n;     // [D, B, H] or null
   const float* dc_n;       // [D, B, H] or null
-  const S* saved;          // [D, T, B, K*H]
-  const S* y;              // [D, T, B, H]
+  const Storage* saved;    // [D, T, B, K*H]
+  const Storage* y;        // [D, T, B, H]
   const float* c;          // [D, T, B, H], only with a c
-  const S* h0;             // [D, B, H]
+  const Storage* h0;       // [D, B, H]
   const float* c0;         // [D, B, H], only with a c
-  const S* w_hh;           // [D, G*H, H]
+  const Storage* w_hh;     // [D, G*H, H]
   const uint8_t* flags;    // [D, T, B] or null
   const float* clip_norm;  // [] or null
-  float clip_value;        // no_bound where there is none
-  S* dgx;                  // [D, T, B, G*H]
-  S* dgh;                  // [D, T, B, G*H], only where it differs from dgx
-  S* dh0;                  // [D, B, H]
+  float clip_value;        // no_bound if nothing is clipped
+  Storage* dgx;            // [D, T, B, G*H]
+  Storage* dgh;            // [D, T, B, G*H], only where it differs from dgx
+  Storage* dh0;            // [D, B, H]
   float* dc0;              // [D, B, H], only with a c
-  float* norms;            // [D, 2, S, T, B, group_size]: of the units of each CTA; or null
+  float* norms;            // [D, 2, S, T, B, group_size]: over the units of each CTA; or null
   Link link;
 };
 

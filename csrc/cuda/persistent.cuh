@@ -1,6 +1,5 @@
-// How the sequence kernels are launched: chooses the instance that the device can run, sizes the grid so that
-// CTAs that wait for each other are resident together, and makes the workspace. Instantiated per cell in
-// scan_lstm.cu, scan_gru.cu, scan_rnn.cu, so that they compile side by side.
+// Launches the sequence kernels: chooses the instance that the device can run, sizes the grid so that CTAs
+// that wait for each other are resident together, and allocates the workspace.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,13 +26,14 @@ __global__ void __launch_bounds__(Instance::Tile::threads, 1)
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) cudaGetLastError();  // told here: whoever launches next shall not find it
+  // Clear the sticky error: it is reported here, and the next launch must not inherit it.
+  if (error != cudaSuccess) cudaGetLastError();
   check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
 inline int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, name, device), "a CUDA device does not tell its limits");
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "the limits of a CUDA device are not known");
   return value;
 }
 
@@ -44,17 +44,17 @@ class Kernel {
   static constexpr auto* function = walk_sequence<Instance, Scan, Params>;
 
  public:
-  // Groups of `size` CTAs that are resident together; 0 where not even one is.
+  // How many groups of `size` CTAs can be resident together.
   static int resident(int size, int device) {
     static std::mutex mutex;
     static std::map<std::pair<int, int>, int> known;
     std::lock_guard<std::mutex> lock(mutex);
     auto found = known.find({size, device});
-    if (found == known.end()) found = known.emplace(std::pair(size, device), ask(size, device)).first;
+    if (found == known.end()) found = known.emplace(std::pair(size, device), query(size, device)).first;
     return found->second;
   }
 
-  // `groups` of each direction.
+  // Launches `groups` groups of `size` CTAs for each direction.
   static void launch(const Params& p, const typename Instance::Cell& cell, int size, int groups,
                      cudaStream_t stream) {
     Launch launch(size, groups, p.D, stream);
@@ -83,9 +83,9 @@ class Kernel {
     }
   };
 
-  static int ask(int size, int device) {
+  static int query(int size, int device) {
     if (attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 < Instance::architecture) return 0;
-    // The code that the device runs may be older than itself, and have no body: see walk_sequence.
+    // The device may run code for an older architecture, which has no body: see walk_sequence.
     cudaFuncAttributes code;
     check_cuda(cudaFuncGetAttributes(&code, function),
                "a persistent fastrnn kernel has no code for this device");
@@ -97,7 +97,7 @@ class Kernel {
     int count = 0;
     if constexpr (Instance::cluster) {
       Launch launch(size, 1, 1, nullptr);
-      // More than 8 CTAs per cluster, and sizes that are no power of two, are at the device's discretion.
+      // A device need not support more than 8 CTAs per cluster, or sizes that are not powers of two.
       if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
           cudaOccupancyMaxActiveClusters(&count, function, &launch.config) != cudaSuccess) {
         cudaGetLastError();
@@ -113,8 +113,8 @@ class Kernel {
   }
 };
 
-// What Persistent does, out of the sight of those who only call it.
-template <class Cell, class S>
+// The implementation of Persistent, which persistent.h does not show.
+template <class Cell, class Storage>
 class Launcher {
  public:
   // CTAs of a group, 0 where the device cannot run the kernels, or not all directions at once.
@@ -140,27 +140,28 @@ class Launcher {
   static constexpr uint32_t wait_limit = 1u << 24;  // polls of at least half a microsecond: some ten seconds
 
   template <class Instance>
-  using ForwardKernel = Kernel<Instance, typename Instance::Forward, ForwardParams<S>>;
+  using ForwardKernel = Kernel<Instance, typename Instance::Forward, ForwardParams<Storage>>;
   template <class Instance>
-  using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<S>>;
+  using BackwardKernel = Kernel<Instance, typename Instance::Backward, BackwardParams<Storage>>;
 
-  // f(instance, group size) for the best instance that runs forward and backward, if there is one.
+  // f(instance, group size) for the best instance whose forward and backward can both run, if there is one.
   template <class F>
   static void with_instance(int64_t H, int64_t directions, Ways ways, int device, const F& f) {
     torch::stable::accelerator::DeviceGuard guard(device);
     with_bucket(H, [&](auto bucket) {
-      return (ways != Ways::grid && attempt<ByCluster<Cell, S, bucket>>(H, directions, device, f)) ||
-             (ways != Ways::cluster && (attempt<ByWideGrid<Cell, S, bucket>>(H, directions, device, f) ||
-                                        attempt<ByGrid<Cell, S, bucket>>(H, directions, device, f)));
+      return (ways != Ways::grid &&
+              try_instance<ByCluster<Cell, Storage, bucket>>(H, directions, device, f)) ||
+             (ways != Ways::cluster &&
+              (try_instance<ByWideGrid<Cell, Storage, bucket>>(H, directions, device, f) ||
+               try_instance<ByGrid<Cell, Storage, bucket>>(H, directions, device, f)));
     });
   }
 
   template <class Instance, class F>
-  static bool attempt(int64_t H, int64_t directions, int device, const F& f) {
+  static bool try_instance(int64_t H, int64_t directions, int device, const F& f) {
     if constexpr (Instance::exists) {
       const int size = static_cast<int>((H + Instance::Tile::units - 1) / Instance::Tile::units);
-      // The CTAs of different clusters do not wait for each other, so that there may be more of them than
-      // fit.
+      // Different clusters do not wait for each other, so more of them may be launched than fit.
       const int64_t fewest = Instance::cluster ? 1 : directions;
       const bool runs = ForwardKernel<Instance>::resident(size, device) >= fewest &&
                         BackwardKernel<Instance>::resident(size, device) >= fewest;
@@ -177,12 +178,13 @@ class Launcher {
     int groups = (p.B + Slice::rows - 1) / Slice::rows;
     const int most = Instance::cluster ? 65535 : Kernel::resident(size, frame.device_index) / p.D;
     groups = std::min(groups, most);
-    // [D, groups] of: arrivals, a cache line; norms; slots
+    // [D, groups] each: slots, norms, arrivals (a cache line)
     const int64_t line = 32, norms = int64_t{2} * size * Slice::rows;
-    const int64_t slots = int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(S)} / int64_t{sizeof(float)};
+    const int64_t slots =
+        int64_t{2} * Slice::rows * Slice::K * int64_t{sizeof(Storage)} / int64_t{sizeof(float)};
     const int64_t all = int64_t{p.D} * groups;
     Tensor workspace = frame.empty<float>({Instance::cluster ? 0 : all * (line + norms + slots)});
-    float* next = rows<float>(workspace).data;
+    float* next = static_cast<float*>(workspace.mutable_data_ptr());
     if (!Instance::cluster)
       check_cuda(
           cudaMemsetAsync(next, 0, workspace.numel() * sizeof(float), static_cast<cudaStream_t>(stream)),
@@ -195,19 +197,19 @@ class Launcher {
   }
 };
 
-template <class Cell, class S>
-int Persistent<Cell, S>::group_size(int64_t H, int64_t directions, Ways ways, int device) {
-  return Launcher<Cell, S>::group_size(H, directions, ways, device);
+template <class Cell, class Storage>
+int Persistent<Cell, Storage>::group_size(int64_t H, int64_t directions, Ways ways, int device) {
+  return Launcher<Cell, Storage>::group_size(H, directions, ways, device);
 }
-template <class Cell, class S>
-void Persistent<Cell, S>::forward(const Cell& cell, const ForwardParams<S>& p, Ways ways,
-                                  const Frame& frame) {
-  Launcher<Cell, S>::template run<true>(cell, p, ways, frame);
+template <class Cell, class Storage>
+void Persistent<Cell, Storage>::forward(const Cell& cell, const ForwardParams<Storage>& p, Ways ways,
+                                        const Frame& frame) {
+  Launcher<Cell, Storage>::template run<true>(cell, p, ways, frame);
 }
-template <class Cell, class S>
-void Persistent<Cell, S>::backward(const Cell& cell, const BackwardParams<S>& p, Ways ways,
-                                   const Frame& frame) {
-  Launcher<Cell, S>::template run<false>(cell, p, ways, frame);
+template <class Cell, class Storage>
+void Persistent<Cell, Storage>::backward(const Cell& cell, const BackwardParams<Storage>& p, Ways ways,
+                                         const Frame& frame) {
+  Launcher<Cell, Storage>::template run<false>(cell, p, ways, frame);
 }
 
 }  // namespace fastrnn

@@ -1,16 +1,16 @@
-// All that the sequence kernels ask of the machine, under names that a host build gives too (emulated.h):
-// there one fiber stands for one CUDA thread, so g++ runs the same index arithmetic, exchange and order of
-// steps.
+// What the sequence kernels need of the machine. A build without nvcc takes the same names from an emulator
+// on its include path (tests/emulator), where a fiber is a CUDA thread: so a C++ compiler runs the same index
+// arithmetic, exchange and order of steps.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "../step/storage.cuh"
+#include "../common/storage.cuh"
 
 namespace fastrnn {
 
-// 16 bytes: what one lane loads, stores and sends at a time.
+// 16 bytes: the most that one lane loads, stores or sends at a time.
 struct alignas(16) Quad {
   uint32_t word[4];
 };
@@ -18,7 +18,7 @@ struct alignas(16) Quad {
 }  // namespace fastrnn
 
 #ifndef __CUDACC__
-#include "emulated.h"
+#include <emulated.h>
 #else
 
 #define FASTRNN_DEVICE __device__ __forceinline__
@@ -35,47 +35,48 @@ FASTRNN_DEVICE void sync_block() { __syncthreads(); }
 // The compiler moves no access to memory across it.
 FASTRNN_DEVICE void sync_warp() { __syncwarp(); }
 
-// Behind this the compiler knows nothing of x: what it would work out from x once and keep in registers for
-// the whole loop, it works out where it is used.
-FASTRNN_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+// After this the compiler knows nothing of x: it computes what follows from x where it is used, rather than
+// once before the loop, to be held in registers.
+FASTRNN_DEVICE void make_opaque(int& x) { asm volatile("" : "+r"(x)); }
 
-// Nothing that follows from it, and that is a good part of all addresses, stays in registers.
+// Read blockIdx.z afresh each time, so that the addresses derived from it (most of them) are recomputed
+// rather than held in registers.
 FASTRNN_DEVICE int block_direction() {
   int direction = blockIdx.z;
-  forget(direction);
+  make_opaque(direction);
   return direction;
 }
 
-// The value that `lane` gives; for all 32 lanes of a warp together, as are the products below.
+// The `value` of lane `lane`. All 32 lanes of a warp call it together; the same holds for mma.
 FASTRNN_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
 FASTRNN_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
-// What an operand of the tensor cores keeps of x: ten bits of a float32 (rounded, else they would be cut
-// off).
+// x rounded to the ten bits that the tensor cores keep of a float32, which they would otherwise cut off.
 FASTRNN_DEVICE float operand(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return __uint_as_float(bits);
 }
 
-// d [16, 8] += a [16, k] b [k, 8]; k = 16 for the half types, 8 for float32. Who holds what: PTX ISA, mma.
+// d [16, 8] += a [16, k] b [k, 8]; k = 16 for the half types, 8 for float32. The PTX ISA (mma) says which
+// lane holds which element.
 #define FASTRNN_MMA(instruction)                                                    \
   asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
-template <class S>
+template <class Storage>
 FASTRNN_DEVICE void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                         uint32_t b1) {
-  if constexpr (sizeof(S) == 4)
+  if constexpr (sizeof(Storage) == 4)
     FASTRNN_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
-  else if constexpr (std::is_same_v<S, BFloat16>)
+  else if constexpr (std::is_same_v<Storage, BFloat16>)
     FASTRNN_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
   else
     FASTRNN_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
 }
 #undef FASTRNN_MMA
 
-// Global memory that other CTAs write during the launch: past the level-1 cache, which is not coherent.
+// From global memory that other CTAs write during the launch: past the level-1 cache, which is not coherent.
 FASTRNN_DEVICE Quad load_shared_by_grid(const Quad* p) {
   uint4 x = __ldcg(reinterpret_cast<const uint4*>(p));
   return {{x.x, x.y, x.z, x.w}};
@@ -90,21 +91,21 @@ FASTRNN_DEVICE uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
-// For the host, which reads it without waiting for the kernel.
-FASTRNN_DEVICE void tell_host(uint32_t* p) {
+// The host reads the flag without waiting for the kernel.
+FASTRNN_DEVICE void set_timeout_flag(uint32_t* p) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(1u) : "memory");
 }
 
-// Thread-block clusters (sm_90). What peers send to a CTA's shared memory is counted by a Delivery there; it
-// is complete when all bytes have come that were announced. A fence after ordinary stores would wait for all
-// that the CTA wrote to global memory as well.
+// Thread-block clusters (sm_90). A Delivery in a CTA's shared memory counts the bytes that peers send there;
+// it is complete when all announced bytes have arrived. The alternative, ordinary stores and a fence, would
+// also wait for everything that the CTA wrote to global memory.
 struct alignas(16) Delivery {
   uint64_t barrier;
 };
 FASTRNN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// At CTA `rank`, at the place of `p` in one's own shared memory.
+// The address in CTA `rank` that corresponds to `p` in this CTA's shared memory.
 FASTRNN_DEVICE uint32_t at_peer(const void* p, int rank) {
   uint32_t there = 0;
 #if __CUDA_ARCH__ >= 900
@@ -129,8 +130,8 @@ FASTRNN_DEVICE void send(float* p, int rank, float x, Delivery* delivery) {
       : "memory");
 #endif
 }
-// By one thread, before the CTAs of the cluster meet; then, per round, by one thread.
-FASTRNN_DEVICE void begin(Delivery* delivery) {
+// One thread calls `init` before the CTAs of the cluster meet, and `announce` once per round.
+FASTRNN_DEVICE void init(Delivery* delivery) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n"
@@ -145,7 +146,7 @@ FASTRNN_DEVICE void announce(Delivery* delivery, int bytes) {
                : "memory");
 #endif
 }
-// By every thread that reads what was sent: until the `count`-th delivery, counted from 0, is complete.
+// Waits until delivery number `count`, from 0, is complete. Every thread that reads what was sent calls it.
 FASTRNN_DEVICE void await(Delivery* delivery, uint32_t count) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;

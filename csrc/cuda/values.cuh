@@ -1,4 +1,4 @@
-// Numbers as the sequence kernels store and send them.
+// Numbers in the form in which the sequence kernels store and send them.
 #pragma once
 
 #include "primitives.cuh"
@@ -17,13 +17,13 @@ FASTRNN_DEVICE T not_a_number() {
   return rounded<T>(float_of(0x7FC00000u));
 }
 
-// A float as an operand of the tensor cores.
-template <class S>
-FASTRNN_DEVICE S operand_of(float x) {
-  if constexpr (sizeof(S) == 4) {
+// x as an operand of the tensor cores.
+template <class Storage>
+FASTRNN_DEVICE Storage operand_of(float x) {
+  if constexpr (sizeof(Storage) == 4) {
     return operand(x);
   } else {
-    return rounded<S>(x);
+    return rounded<Storage>(x);
   }
 }
 

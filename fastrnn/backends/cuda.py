@@ -1,7 +1,8 @@
 """csrc's persistent CUDA kernels: NVIDIA GPUs, when the library is built.
 
-One launch for all steps, W_hh on the chip; `why_not_these` says which calls it cannot take. The environment's
-FASTRNN_CUDA_MODE "cluster" or "grid" leaves thread blocks that way only to exchange h.
+One launch runs all steps, with W_hh on the chip. Thread blocks exchange h in one of two ways; FASTRNN_CUDA_MODE =
+"cluster" or "grid" in the environment allows only that one. The kernels have never run on a GPU, so they are used only
+when asked for. `why_not` knows what they cannot do; what only the tensors of a call show raises RuntimeError there.
 """
 
 import os
@@ -28,103 +29,120 @@ from . import extension
 # A CUDA library beside a torch without CUDA cannot be loaded.
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
 OPS = torch.ops.fastrnn_c
-# The modes, and the ways to exchange that each leaves to the persistent kernels' launcher.
-MODES = ("all", "cluster", "grid")
+WAYS = ("all", "cluster", "grid")
+UNSUPPORTED = ("layer_norm", "projection", "zoneout", "recurrent_dropout")
+"""Features of a call that change a step in a way that the kernels do not know."""
+UNSUPPORTED_INPUTS = ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c")
 
 
 def why_not(request) -> str | None:
-    return extension.why_not(request, "cuda", MISSING)
+    unsupported = [name for name in UNSUPPORTED if name in request.features]
+    return (
+        extension.why_not(request, "cuda", MISSING)
+        or (f"its kernels have no {', '.join(unsupported)}" if unsupported else None)
+        or _why_not_dtype(request.dtype)
+        or _why_not_size(request.cell, request.hidden_size, request.batch)
+    )
 
 
-def why_not_these(inputs: ScanInputs, walk: Walk, B: int) -> str | None:
-    """Why the kernels cannot take a scan over B sequences."""
-    w_hh = inputs.w_hh
-    for name in ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c"):
-        if getattr(inputs, name) is not None:
-            return f"the persistent kernels have no {name}"
-    if w_hh.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the persistent kernels have no {w_hh.dtype}"
-    if w_hh.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32":
-        return "their float32 products are TF32, and torch.backends.cudnn.rnn.fp32_precision is not tf32"
-    if w_hh.dtype == torch.float16 and inputs.clip_norm is not None:
-        return "gradients travel before they are clipped by norm, and may overflow float16"
-    if B == 0:
-        return "the batch is empty"
-    if B * len(CELLS[walk.cell].saved) * w_hh.shape[-1] >= 2**31:
-        return "a step of the batch is too large for 32-bit offsets"
-    if _group(walk.cell, w_hh) == 0:
-        by = "" if _ways() == "all" else f" by {_ways()}"
-        return f"W_hh {list(w_hh.shape)} in {w_hh.dtype} does not fit the chip{by}"
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels accumulate in float32, which is too coarse for float64"
+    if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32":
+        return "its float32 products are TF32, and torch.backends.cudnn.rnn.fp32_precision is not tf32"
     return None
 
 
-def _check(inputs: ScanInputs, walk: Walk, B: int):
-    reason = why_not_these(inputs, walk, B)
+def _why_not_size(cell: str, hidden_size: int, batch: int) -> str | None:
+    if batch * len(CELLS[cell].saved) * hidden_size >= 2**31:
+        return "a step of the batch is too large for its 32-bit offsets"
+    return None
+
+
+def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
+    """Why the kernels cannot run a scan of these tensors, which `why_not` could not see."""
+    unsupported = [name for name in UNSUPPORTED_INPUTS if getattr(inputs, name) is not None]
+    if unsupported:
+        return f"its kernels have no {', '.join(unsupported)}"
+    dtype, (B, H) = inputs.w_hh.dtype, inputs.h0.shape[-2:]
+    if reason := _why_not_dtype(dtype) or _why_not_size(walk.cell, H, B):
+        return reason
+    if dtype == torch.float16 and inputs.clip_norm is not None:
+        return "gradients are exchanged before they are clipped by norm, and may overflow float16"
+    if _group_size(walk.cell, inputs.w_hh) == 0:
+        by = "" if _ways() == "all" else f" by {_ways()}"
+        return f"W_hh {list(inputs.w_hh.shape)} in {dtype} does not fit the chip{by}"
+    return None
+
+
+def _check(inputs: ScanInputs, walk: Walk):
+    reason = why_not_tensors(inputs, walk)
     if reason is not None:
         raise RuntimeError(f"backend 'cuda' cannot run this call: {reason}")
 
 
 def takes_directions(inputs: ScanInputs, walk: Walk) -> bool:
-    return True
+    """Whether a group of thread blocks for each direction fits on the chip at once."""
+    return _group_size(walk.cell, inputs.w_hh) > 0
 
 
 def _ways() -> str:
     """The ways to exchange among which the launcher may choose."""
-    mode = os.environ.get("FASTRNN_CUDA_MODE", "all")
-    if mode not in MODES:
-        raise ValueError(f"FASTRNN_CUDA_MODE: unknown mode {mode!r}; known are {', '.join(MODES)}")
-    return mode
+    ways = os.environ.get("FASTRNN_CUDA_MODE") or "all"
+    if ways not in WAYS:
+        raise ValueError(f"FASTRNN_CUDA_MODE: unknown mode {ways!r}; known are {', '.join(WAYS)}")
+    return ways
 
 
-def _group(cell: str, w_hh: Tensor) -> int:
+def _group_size(cell: str, w_hh: Tensor) -> int:
     """How many thread blocks share the W_hh of a direction; 0 where the device cannot run the kernels, or cannot hold a
     group of each direction at once where they exchange through global memory."""
-    return OPS.persistent_group(cell, w_hh, _ways())
+    return OPS.persistent_group(w_hh, cell, _ways())
 
 
 @cache
-def _trouble() -> Tensor:
+def _timeout_flag() -> Tensor:
     """One word in the host's memory that a kernel sets when a wait ran past its bound."""
     return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
 
 
 def _check_earlier_calls() -> Tensor:
-    trouble = _trouble()
-    if trouble.item():
-        trouble.zero_()
+    timeout_flag = _timeout_flag()
+    if timeout_flag.item():
+        timeout_flag.zero_()
         raise RuntimeError(
             "a persistent kernel of an earlier fastrnn call waited in vain for its other thread blocks; that call's "
-            "outputs are NaN. Other backends do not wait so"
+            "outputs are NaN. backend='triton' runs the same calls"
         )
-    return trouble
+    return timeout_flag
 
 
 def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
-    _check(inputs, walk, inputs.h0.shape[-2])
+    _check(inputs, walk)
     i = contiguous(inputs)
     found = empty_outputs(i, walk, save)
-    OPS.persistent_forward(
-        walk.cell, i.gx, i.w_hh, i.b_hh, i.h0, i.c0, i.flags, walk.reverse, _ways(), found.y, found.h_n, found.c_n,
-        found.c, found.saved, _check_earlier_calls(),
-    )  # fmt: skip
+    if found.h_n.numel():
+        OPS.persistent_forward(
+            i.gx, i.w_hh, i.h0, i.c0, i.b_hh, i.flags, walk.cell, walk.reverse, _ways(), *found, _check_earlier_calls()
+        )
     return found
 
 
 def backward(incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> ScanGradients:
     if incoming.dsaved is not None:
         raise NotImplementedError("the cuda backend does not take dsaved; the reference does")
-    *D, T, B, _ = kept.y.shape
-    _check(inputs, walk, B)
+    _check(inputs, walk)
     d, k, i = contiguous(incoming), contiguous(kept), contiguous(inputs)
     clip_norm = None if i.clip_norm is None else i.clip_norm.to(k.saved.device, torch.float32)
     found = empty_gradients(k, i, walk, norms=False)
-    parts = None
+    partial_norms = None  # of the units of each thread block
     if norms:
-        shape = (*D, 2, len(CELLS[walk.cell].states), T, B, _group(walk.cell, i.w_hh))
-        parts = k.saved.new_empty(shape, dtype=torch.float32)
-    OPS.persistent_backward(
-        walk.cell, d.dy, d.dc, d.dh_n, d.dc_n, k.saved, k.y, k.c, i.h0, i.c0, i.w_hh, i.flags, clip_norm,
-        walk.clip_value, walk.reverse, _ways(), found.dgx, found.dgh, found.dh0, found.dc0, parts,
-        _check_earlier_calls(),
-    )  # fmt: skip
-    return found._replace(norms=row_norm(parts) if norms else None)
+        *D, T, B, _ = k.y.shape
+        shape = (*D, 2, len(CELLS[walk.cell].states), T, B, _group_size(walk.cell, i.w_hh))
+        partial_norms = k.saved.new_empty(shape, dtype=torch.float32)
+    if found.dh0.numel():
+        OPS.persistent_backward(
+            d.dy, d.dc, d.dh_n, d.dc_n, *k, i.w_hh, i.h0, i.c0, i.flags, clip_norm, walk.cell, walk.reverse,
+            walk.clip_value, _ways(), found.dgx, found.dgh, found.dh0, found.dc0, partial_norms, _check_earlier_calls(),
+        )  # fmt: skip
+    return found._replace(norms=row_norm(partial_norms) if norms else None)

@@ -10,7 +10,7 @@ LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in th
 
 @cache
 def load(device: str) -> str | None:
-    """Loads the libraries for a device type, once; None when their ops are there, else the reason why not."""
+    """Loads the libraries for a device type, once; None if their ops are there, otherwise the reason why not."""
     for name in LIBRARIES[device]:
         package = Path(__file__).parents[1]
         found = sorted(package.glob(f"{name}.*so"))
@@ -24,14 +24,9 @@ def load(device: str) -> str | None:
 
 
 def why_not(request, device: str, missing: str | None) -> str | None:
-    """The common part of both backends' `why_not`; `missing` is what `load` said."""
+    """The common part of both backends' `why_not`; `missing` is the result of `load`."""
     if request.device != device:
         return f"its tensors are on {request.device}"
     if request.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it has no {request.dtype}"
     return missing
-
-
-def last_dim_contiguous(tensor):
-    """The elements of each row side by side, which they are not in an expanded gradient or a transposed state."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -3,13 +3,13 @@
 #include <cstring>
 #include <string>
 
-#include "emulate_scan.h"
+#include "launch.h"
 
 using namespace fastrnn;
 
 namespace {
 
-// f(cell) with the cell of that name
+// f(cell) for the cell of that name.
 template <class F>
 void with_cell(const std::string& name, const F& f) {
   if (name == "lstm") f(LSTM{});
@@ -27,7 +27,8 @@ void with_storage(const std::string& name, const F& f) {
   if (name == "float16") f(Float16{});
 }
 
-// f(cell, instance): the kernel that takes H, by "cluster", "grid" or "wide_grid"; 0 where it does not exist.
+// f(cell, instance) for the kernel that takes H by "cluster", "grid" or "wide_grid"; returns 0 if there is
+// none.
 template <class F>
 int with_instance(const char* cell, const char* dtype, const char* way, int H, const F& f) {
   int found = 0;
@@ -35,13 +36,13 @@ int with_instance(const char* cell, const char* dtype, const char* way, int H, c
     with_storage(dtype, [&](auto zero) {
       with_bucket(H, [&](auto bucket) {
         using Cell = decltype(cell);
-        using S = decltype(zero);
+        using Storage = decltype(zero);
         auto run = [&](auto instance) {
           if constexpr (decltype(instance)::exists) found = 1, f(cell, instance);
         };
-        if (std::string(way) == "cluster") run(ByCluster<Cell, S, bucket>{});
-        if (std::string(way) == "grid") run(ByGrid<Cell, S, bucket>{});
-        if (std::string(way) == "wide_grid") run(ByWideGrid<Cell, S, bucket>{});
+        if (std::string(way) == "cluster") run(ByCluster<Cell, Storage, bucket>{});
+        if (std::string(way) == "grid") run(ByGrid<Cell, Storage, bucket>{});
+        if (std::string(way) == "wide_grid") run(ByWideGrid<Cell, Storage, bucket>{});
         return found != 0;
       });
     });
@@ -63,48 +64,51 @@ T take(void**& next) {
 
 extern "C" {
 
-// pointers: those of ForwardParams in its order
+// pointers: those of ForwardParams, in its order.
 int emulate_forward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
                     void** pointers) {
   return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
     using Instance = decltype(instance);
-    using S = typename Instance::S;
+    using Storage = typename Instance::Storage;
     void** next = pointers;
-    ForwardParams<S> p{shape->T,
-                       shape->D,
-                       shape->B,
-                       shape->H,
-                       shape->reverse != 0,
-                       take<S*>(next),
-                       take<S*>(next),
-                       take<S*>(next),
-                       take<S*>(next),
-                       take<float*>(next),
-                       take<uint8_t*>(next),
-                       take<S*>(next),
-                       take<S*>(next),
-                       take<float*>(next),
-                       take<float*>(next),
-                       take<S*>(next),
-                       {}};
+    ForwardParams<Storage> p{shape->T,
+                             shape->D,
+                             shape->B,
+                             shape->H,
+                             shape->reverse != 0,
+                             take<Storage*>(next),
+                             take<Storage*>(next),
+                             take<Storage*>(next),
+                             take<Storage*>(next),
+                             take<float*>(next),
+                             take<uint8_t*>(next),
+                             take<Storage*>(next),
+                             take<Storage*>(next),
+                             take<float*>(next),
+                             take<float*>(next),
+                             take<Storage*>(next),
+                             {}};
     launch<typename Instance::Forward, Instance>(p, cell, *layout, Instance::Tile::Forward::K);
   });
 }
 
-// pointers: those of BackwardParams in its order
+// pointers: those of BackwardParams, in its order.
 int emulate_backward(const char* cell, const char* dtype, const char* way, const Shape* shape, Layout* layout,
                      void** pointers, float clip_value) {
   return with_instance(cell, dtype, way, shape->H, [&](auto cell, auto instance) {
     using Instance = decltype(instance);
-    using S = typename Instance::S;
+    using Storage = typename Instance::Storage;
     void** next = pointers;
-    BackwardParams<S> p{};
+    BackwardParams<Storage> p{};
     p.T = shape->T, p.D = shape->D, p.B = shape->B, p.H = shape->H, p.reverse = shape->reverse != 0;
-    p.dy = take<S*>(next), p.dc = take<float*>(next), p.dh_n = take<S*>(next), p.dc_n = take<float*>(next);
-    p.saved = take<S*>(next), p.y = take<S*>(next), p.c = take<float*>(next), p.h0 = take<S*>(next);
-    p.c0 = take<float*>(next), p.w_hh = take<S*>(next), p.flags = take<uint8_t*>(next);
+    p.dy = take<Storage*>(next), p.dc = take<float*>(next), p.dh_n = take<Storage*>(next),
+    p.dc_n = take<float*>(next);
+    p.saved = take<Storage*>(next), p.y = take<Storage*>(next), p.c = take<float*>(next),
+    p.h0 = take<Storage*>(next);
+    p.c0 = take<float*>(next), p.w_hh = take<Storage*>(next), p.flags = take<uint8_t*>(next);
     p.clip_norm = take<float*>(next), p.clip_value = clip_value;
-    p.dgx = take<S*>(next), p.dgh = take<S*>(next), p.dh0 = take<S*>(next), p.dc0 = take<float*>(next);
+    p.dgx = take<Storage*>(next), p.dgh = take<Storage*>(next), p.dh0 = take<Storage*>(next),
+    p.dc0 = take<float*>(next);
     p.norms = take<float*>(next);
     launch<typename Instance::Backward, Instance>(p, cell, *layout, Instance::Tile::Backward::K);
   });

@@ -1,7 +1,8 @@
-// The primitives of the sequence kernels on the host: one fiber per CUDA thread, all in one host thread,
-// switched only where a thread waits for others. For tests: it proves index arithmetic, exchange and order of
-// steps; and, built with ThreadSanitizer, that no access races another. What it cannot show is caches and the
-// proxies of asynchronous copies, since a host thread sees its own writes at once.
+// The primitives of the sequence kernels (csrc/cuda/primitives.cuh) on the host: a fiber is a CUDA thread.
+// All fibers are in one host thread, and switch only where a CUDA thread waits for others. It shows that
+// index arithmetic, exchange and order of steps are right, and, built with ThreadSanitizer, that no accesses
+// race. It cannot show caches or the proxies of asynchronous copies, since a host thread sees its own writes
+// at once.
 #pragma once
 
 #include <ucontext.h>
@@ -20,7 +21,7 @@
 namespace fastrnn {
 namespace emulated {
 
-// `size` threads meet; each meeting starts a new round.
+// Where `size` threads wait for each other; then a new round starts.
 struct alignas(16) Meeting {
   int size, arrived = 0;
   unsigned round = 0;
@@ -28,8 +29,8 @@ struct alignas(16) Meeting {
   FASTRNN_UNSEEN void arrive() {
     if (++arrived == size) arrived = 0, ++round;
   }
-  // What a round releases and acquires: two addresses inside this object, in turn, since a thread that has
-  // not yet left a round may find the next one begun, never the one after it.
+  // The address that a round releases and acquires: one of two in this object, in turn. A thread that has not
+  // left a round may find that the next round has begun, but never the one after it.
   FASTRNN_UNSEEN void* place(unsigned of_round) const { return (char*)this + of_round % 2 * 8; }
 };
 
@@ -55,9 +56,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   Block* block;
   int thread;
-  unsigned turn = 0;                   // which half of the warp's buffers is next
+  unsigned turn = 0;                   // which half of the warp's buffers comes next
   unsigned cluster_round = 0;          // at the last arrival
-  const Meeting* waits_for = nullptr;  // until its round is no longer `round`
+  const Meeting* waits_for = nullptr;  // while its round is `round`
   unsigned round = 0;
   bool done = false;
   Thread as_thread;
@@ -104,7 +105,7 @@ FASTRNN_UNSEEN char* aligned(Block& block) {
   return start + (-reinterpret_cast<uintptr_t>(start) & 15);
 }
 
-// Of a CTA that is gone.
+// Overwrites the shared memory of a CTA that has exited.
 inline void lose(std::vector<char>& memory) { std::memset(memory.data(), 0xFF, memory.size()); }
 
 FASTRNN_UNSEEN void start() {
@@ -117,7 +118,7 @@ FASTRNN_UNSEEN void start() {
   yield();
 }
 
-// Every fiber of [first, first + count) that can go on does, up to its next wait; how many there were.
+// Runs every fiber of [first, first + count) that can continue, up to its next wait; returns how many did.
 FASTRNN_UNSEEN size_t turn(size_t first, size_t count) {
   size_t moved = 0;
   for (size_t k = first; k < first + count; ++k) {
@@ -134,8 +135,8 @@ FASTRNN_UNSEEN size_t turn(size_t first, size_t count) {
 
 // Runs body(shared memory) as `groups` clusters per direction, of `size` blocks of `threads`. Shared memory
 // starts as NaN.
-// With a `seed`, turns are unfair: again and again one block or one warp, drawn by lot, runs ahead as far as
-// it can, so that whoever does not wait where it should reads too early or writes too early.
+// With a `seed`, turns are unfair: again and again a random block or warp runs ahead as far as it can, so
+// that a missing wait makes it read or write too early.
 FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, size_t shared_bytes,
                            unsigned seed, const std::function<void(char*)>& body) {
   Machine& m = machine;
@@ -172,9 +173,9 @@ FASTRNN_UNSEEN void launch(int directions, int groups, int size, int threads, si
 }
 
 inline float element(uint32_t word, int half, float) { return half ? 0.0f : float_of(word & 0xFFFFE000u); }
-template <class S>
-float element(uint32_t word, int half, S) {
-  return widen(static_cast<S>(static_cast<uint16_t>(half ? word >> 16 : word)));
+template <class Storage>
+float element(uint32_t word, int half, Storage) {
+  return widen(static_cast<Storage>(static_cast<uint16_t>(half ? word >> 16 : word)));
 }
 
 }  // namespace emulated
@@ -185,7 +186,7 @@ inline int group_size() { return emulated::machine.group_size; }
 inline int group_count() { return emulated::machine.groups; }
 inline int block_group() { return emulated::self().block->index / group_size() % group_count(); }
 inline int block_direction() { return emulated::self().block->index / group_size() / group_count(); }
-inline void forget(int&) {}
+inline void make_opaque(int&) {}
 inline void sync_warp() { emulated::meet(emulated::Order::warp, emulated::warp().meeting); }
 inline void sync_block() { emulated::meet(emulated::Order::block, emulated::self().block->meeting); }
 
@@ -205,7 +206,7 @@ inline float operand(float x) {
   return std::isfinite(x) ? float_of((bits_of(x) + 0x1000u) & 0xFFFFE000u) : x;
 }
 
-template <class S>
+template <class Storage>
 FASTRNN_UNSEEN void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                         uint32_t b1) {
   emulated::Warp& warp = emulated::warp();
@@ -214,14 +215,14 @@ FASTRNN_UNSEEN void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(given[lane], own, sizeof own);
   emulated::meet(emulated::Order::nothing, warp.meeting);
-  constexpr int halves = sizeof(S) == 4 ? 1 : 2;
+  constexpr int halves = sizeof(Storage) == 4 ? 1 : 2;
   for (int part = 0; part < 2; ++part)  // k < 4 * halves, and the rest
     for (int q = 0; q < 4; ++q)         // the four lanes that share a row of a, or a column of b
       for (int half = 0; half < halves; ++half)
         for (int i = 0; i < 4; ++i) {  // d0 d1: row lane / 4; d2 d3: eight further
           int row = lane / 4, column = lane % 4 * 2 + i % 2;
-          float a = emulated::element(given[row * 4 + q][part * 2 + i / 2], half, S{});
-          float b = emulated::element(given[column * 4 + q][4 + part], half, S{});
+          float a = emulated::element(given[row * 4 + q][part * 2 + i / 2], half, Storage{});
+          float b = emulated::element(given[column * 4 + q][4 + part], half, Storage{});
           d[i] += a * b;
         }
 }
@@ -237,7 +238,7 @@ FASTRNN_UNSEEN uint32_t load_acquire(const uint32_t* p) {
   emulated::acquire(emulated::Order::grid, const_cast<uint32_t*>(p));
   return *p;
 }
-FASTRNN_UNSEEN void tell_host(uint32_t* p) { *p = 1; }
+FASTRNN_UNSEEN void set_timeout_flag(uint32_t* p) { *p = 1; }
 
 // meeting.size: whether its owner has announced a delivery that is not complete; meeting.arrived: how many of
 // the announced bytes are missing.
@@ -248,7 +249,7 @@ struct alignas(16) Delivery {
     meeting.size += announced, meeting.arrived += bytes;
     if (meeting.size == 1 && meeting.arrived == 0) meeting.size = 0, ++meeting.round;
   }
-  // Assumed: who is told that all has come also knows what the sender did before, not only what it sent.
+  // Assumption: a thread that learns of the delivery also sees what the sender did before it sent.
   FASTRNN_UNSEEN void receive(int bytes) {
     emulated::release(emulated::Order::delivery, meeting.place(meeting.round));
     count(0, -bytes);
@@ -266,7 +267,7 @@ void send(T* p, int rank, T x, Delivery* delivery) {
   *at_peer(p, rank) = x;
   at_peer(delivery, rank)->receive(sizeof x);
 }
-FASTRNN_UNSEEN void begin(Delivery* delivery) { delivery->meeting = {0}; }
+FASTRNN_UNSEEN void init(Delivery* delivery) { delivery->meeting = {0}; }
 FASTRNN_UNSEEN void announce(Delivery* delivery, int bytes) { delivery->count(1, bytes); }
 FASTRNN_UNSEEN void await(Delivery* delivery, uint32_t count) {
   emulated::wait(emulated::Order::delivery, delivery->meeting, count);

@@ -1,4 +1,4 @@
-// Tensors of PyTorch's stable ABI: checks that name the argument, and allocation.
+// Tensors of PyTorch's stable ABI: allocation, and checks whose messages name the argument.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "rows.cuh"
+#include "storage.cuh"
 
 namespace fastrnn {
 
@@ -60,7 +60,7 @@ constexpr ScalarType dtype_of<uint8_t>() {
   return ScalarType::Byte;
 }
 
-// What every tensor of one call shares.
+// What every tensor of one call has in common: the batch, the hidden size, the device.
 struct Frame {
   int64_t B, H;
   int32_t device_type, device_index;
@@ -69,7 +69,7 @@ struct Frame {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   }
 
-  // dtype, shape and device of an argument, checked
+  // Checks the dtype, shape and device of an argument.
   template <class T>
   void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     check(t.scalar_type() == dtype_of<T>(), name, " must be ", dtype_name(dtype_of<T>()), ", got ",
@@ -80,30 +80,7 @@ struct Frame {
     check_device(name, t);
   }
 
-  // [B, columns] of T, checked
-  template <class T>
-  Rows<const T> input(const char* name, const Tensor& t, int64_t columns) const {
-    expect<T>(name, t, {B, columns});
-    check(columns <= 1 || t.stride(1) == 1, name, " must be contiguous in its last dimension, got stride ",
-          t.stride(1));
-    return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
-  }
-
-  template <class T>
-  Rows<const T> input(const char* name, const std::optional<Tensor>& t, int64_t columns) const {
-    check(t.has_value(), name, " is needed for this cell, got None");
-    return input<T>(name, *t, columns);
-  }
-
-  // [H] of A, checked
-  template <class A>
-  const A* vector(const char* name, const Tensor& t) const {
-    expect<A>(name, t, {H});
-    check(H <= 1 || t.stride(0) == 1, name, " must be contiguous, got stride ", t.stride(0));
-    return static_cast<const A*>(t.const_data_ptr());
-  }
-
-  // a new contiguous tensor
+  // A new contiguous tensor of T, uninitialised.
   template <class T>
   Tensor empty(std::initializer_list<int64_t> sizes) const {
     int64_t dim = static_cast<int64_t>(sizes.size()), strides[max_dim];
@@ -130,11 +107,5 @@ struct Frame {
  private:
   static constexpr int64_t max_dim = 4;
 };
-
-template <class T>
-Rows<T> rows(const Tensor& t) {
-  if (t.numel() == 0) return {nullptr, 0};
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0)};
-}
 
 }  // namespace fastrnn

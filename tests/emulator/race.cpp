@@ -1,11 +1,11 @@
-// The sequence kernels of csrc/cuda, emulated, under ThreadSanitizer, for tests/test_csrc_races.py: it
-// reports two accesses to one place, at least one of them a write, that no barrier, release and acquire, or
+// The sequence kernels of csrc/cuda on the emulator under ThreadSanitizer, for tests/test_csrc_races.py: it
+// reports two accesses to one address, at least one of them a write, that no barrier, release and acquire, or
 // delivery orders. The values do not matter, so all are zero.
 //
-//     race_scan [ORDER]: cluster and grid kernels as they are, or as if nothing were ordered by ORDER
+//     race [ORDER]: cluster and grid kernels as they are, or as if ORDER did not order anything
 #include <cstdio>
 
-#include "emulate_scan.h"
+#include "launch.h"
 
 #ifndef __SANITIZE_THREAD__
 #error "compile with -fsanitize=thread"
@@ -15,7 +15,7 @@ using namespace fastrnn;
 
 namespace {
 
-// Zeros of any type, as many as the largest argument has, in memory of its own.
+// Zeros of any type, as many as the largest argument has.
 struct Zeros {
   std::vector<char> bytes;
   template <class T>
@@ -24,11 +24,11 @@ struct Zeros {
   }
 };
 
-// Plain: two groups of `members` CTAs, a batch tile each. Else one group per direction, which walks both
+// Plain: two groups of `members` CTAs, a batch tile each. Otherwise one group per direction, which walks both
 // tiles, with all extras.
 template <class Instance>
 void race(bool plain, unsigned seed = 0, int members = 2) {
-  using S = typename Instance::S;
+  using Storage = typename Instance::Storage;
   using Cell = typename Instance::Cell;
   constexpr int T = 3, B = Instance::Tile::rows + 3;
   const int H = (members - 1) * Instance::Tile::units + 9;
@@ -42,10 +42,10 @@ void race(bool plain, unsigned seed = 0, int members = 2) {
   const float bound = 1;
   Cell cell{};
   Layout layout{plain ? 2 : 1, seed, 1 << 30, -1, 0};
-  ForwardParams<S> forward{T, D,   B,   H, true,  gx, w, b, h0, c0, plain ? nullptr : flags.data(),
-                           y, h_n, c_n, c, saved, {}};
+  ForwardParams<Storage> forward{T, D,   B,   H, true,  gx, w, b, h0, c0, plain ? nullptr : flags.data(),
+                                 y, h_n, c_n, c, saved, {}};
   launch<typename Instance::Forward, Instance>(forward, cell, layout, Instance::Tile::Forward::K);
-  BackwardParams<S> backward{};
+  BackwardParams<Storage> backward{};
   backward.T = T, backward.D = D, backward.B = B, backward.H = H, backward.reverse = true;
   backward.dy = dy, backward.dc = dc, backward.dh_n = dh_n, backward.dc_n = dc_n;
   backward.saved = saved, backward.y = y, backward.c = c, backward.h0 = h0, backward.c0 = c0;

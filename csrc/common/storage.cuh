@@ -1,5 +1,6 @@
-// The storage types and their conversion from and to the arithmetic type, in integer arithmetic: no CUDA
-// include, and g++ vectorises it. Both round to nearest even and keep NaN and +-inf.
+// The types of numbers in memory, and their conversion from and to the type of the arithmetic. It uses
+// integer operations: these need no CUDA include, and g++ vectorises them. It rounds to nearest even, and
+// keeps NaN and +-inf.
 #pragma once
 
 #include <cmath>
@@ -59,7 +60,7 @@ FASTRNN_HD void narrow(float x, Float16& out) {
   out = static_cast<Float16>(sign | (x != x ? 0x7E00u : finite));
 }
 
-// The arithmetic type of a storage type.
+// The type of the arithmetic on a storage type.
 template <class S>
 struct Arithmetic {
   using type = float;

@@ -1,10 +1,11 @@
-// What the emulator tells ThreadSanitizer: that every fiber is a thread, and what orders the accesses of one
-// before those of another. Without the sanitizer all of it does nothing.
+// Tells ThreadSanitizer that every fiber is a thread, and which accesses of one come before those of another.
+// Without the sanitizer it does nothing.
 #pragma once
 
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
-#define FASTRNN_UNSEEN __attribute__((no_sanitize_thread)) inline  // what only the emulator reads and writes
+#define FASTRNN_UNSEEN \
+  __attribute__((no_sanitize_thread)) inline  // for what only the emulator reads and writes
 #else
 #define FASTRNN_UNSEEN inline
 #endif
@@ -12,9 +13,9 @@
 namespace fastrnn {
 namespace emulated {
 
-// What comes before `release` comes before what follows `acquire` of the same place.
+// Accesses before a `release` come before accesses after the `acquire` of the same address.
 enum class Order { nothing, warp, block, grid, cluster, delivery, launch };
-inline Order ignored = Order::nothing;  // for tests that have to fail: this orders nothing either
+inline Order ignored = Order::nothing;  // for tests that must fail: this orders nothing either
 
 #ifdef __SANITIZE_THREAD__
 FASTRNN_UNSEEN void release(Order by, void* place) {

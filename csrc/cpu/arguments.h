@@ -1,0 +1,182 @@
+// The tensors of one call: as they come from Python, and checked, in the form that the scans take.
+#pragma once
+
+#include <string>
+
+#include "../common/tensors.h"
+#include "scan.h"
+
+namespace fastrnn {
+
+using Optional = std::optional<Tensor>;
+
+// The named tuples of fastrnn/arguments.py, field by field, except that gx goes by itself: only the forward
+// has it.
+struct ScanInputs {
+  const Tensor &w_hh, &h0;
+  const Optional &c0, &b_hh, &w_hr, &ln_hh, &ln_c_weight, &ln_c_bias, &flags, &recurrent_mask, &zone_h,
+      &zone_c, &clip_norm;
+};
+struct IncomingGradients {
+  const Optional &dy, &dc, &dh_n, &dc_n, &dsaved;
+};
+struct Kept {
+  const Tensor& y;
+  const Optional& c;
+  Tensor& saved;
+};
+
+// Gives the elements of a row the stride 1, which those of a transposed or expanded tensor do not have.
+inline void make_last_dim_contiguous(Tensor& t) {
+  int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) t = torch::stable::contiguous(t);
+}
+
+template <class Storage, class A>
+struct Call {
+  int64_t T, B, H, P;
+  Frame frame;
+
+  // like: gx [T, B, gates * H], or saved [T, B, planes * H].
+  Call(const char* name, const Tensor& like, int64_t planes, const Tensor& h0)
+      : T(like.size(0)),
+        B(like.size(1)),
+        H(like.size(2) / planes),
+        P(h0.dim() == 2 ? h0.size(1) : 0),
+        frame(like, B, H) {
+    check(H * planes == like.size(2), name, " must have shape [T, B, ", planes, " * H], got ",
+          shape_of(like));
+    check(h0.dim() == 2, "h0 must have shape [B, P], got ", shape_of(h0));
+  }
+
+  // [T, B, columns], or [B, columns] as one step.
+  template <class X>
+  Steps<const X> view(const char* name, const Optional& t, std::initializer_list<int64_t> shape) const {
+    if (!t.has_value()) return {};
+    return view<X>(name, *t, shape);
+  }
+
+  template <class X>
+  Steps<const X> view(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    frame.expect<X>(name, t, shape);
+    int64_t last = t.dim() - 1, j_stride = t.size(last) > 1 ? t.stride(last) : 1;
+    return {static_cast<const X*>(t.const_data_ptr()), last == 2 ? t.stride(0) : 0, t.stride(last - 1),
+            j_stride};
+  }
+
+  Steps<const uint8_t> flags(const Optional& t) const {
+    if (!t.has_value()) return {};
+    frame.expect<uint8_t>("flags", *t, {T, B});
+    return {static_cast<const uint8_t*>(t->const_data_ptr()), t->stride(0), t->stride(1), 1};
+  }
+
+  // The value of a 0-d tensor of any dtype.
+  std::optional<A> number(const char* name, const Optional& t) const {
+    if (!t.has_value()) return std::nullopt;
+    Tensor converted = t->scalar_type() == dtype_of<A>() ? *t : torch::stable::to(*t, dtype_of<A>());
+    frame.expect<A>(name, converted, {});
+    return *static_cast<const A*>(converted.const_data_ptr());
+  }
+
+  // A parameter [length] in the arithmetic type; empty where it does not exist.
+  std::vector<A> vector(const char* name, const Optional& t, int64_t length) const {
+    if (!t.has_value()) return {};
+    frame.expect<Storage>(name, *t, {length});
+    std::vector<A> found(length);
+    const Storage* data = static_cast<const Storage*>(t->const_data_ptr());
+    for (int64_t j = 0; j < length; ++j) found[j] = widen(data[j * t->stride(0)]);
+    return found;
+  }
+
+  // Whether each thread reads the weights only once: for a single step, in one block of rows that all run.
+  bool reads_once(const Steps<const uint8_t>& flags) const {
+    if (T > 1 || B > Scan::block) return false;
+    for (int64_t b = 0; T == 1 && b < B; ++b)
+      if (flags && (*flags.at(0, b).data & pad)) return false;
+    return true;
+  }
+
+  // The matrix [rows, columns], or its transpose, as the right operand of products.
+  std::unique_ptr<Packed<Storage>> packed(const char* name, const Tensor& t, int64_t rows, int64_t columns,
+                                          bool transposed, bool once, const std::vector<A>& bias) const {
+    frame.expect<Storage>(name, t, {rows, columns});
+    Matrix<Storage> matrix{static_cast<const Storage*>(t.const_data_ptr()), rows, columns, t.stride(0),
+                           t.stride(1)};
+    if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
+    return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data());
+  }
+
+  // The forward multiplies with the transposes of w_hh [width, P] and w_hr [P, H].
+  Weights<Storage> weights(const ScanInputs& inputs, int64_t width, bool forward, bool once) const {
+    check(inputs.ln_c_weight.has_value() == inputs.ln_c_bias.has_value(),
+          "ln_c_weight and ln_c_bias must be given together");
+    const bool normalised = inputs.ln_hh.has_value();
+    Weights<Storage> found;
+    if (forward) found.b_hh = vector("b_hh", inputs.b_hh, width);
+    found.ln_hh = vector("ln_hh", inputs.ln_hh, width);
+    found.ln_c_weight = vector("ln_c_weight", inputs.ln_c_weight, H);
+    found.ln_c_bias = vector("ln_c_bias", inputs.ln_c_bias, H);
+    // With a layer norm, the bias is added after it.
+    found.w_hh =
+        packed("w_hh", inputs.w_hh, width, P, forward, once, normalised ? std::vector<A>{} : found.b_hh);
+    if (!forward && normalised) found.forward_w_hh = packed("w_hh", inputs.w_hh, width, P, true, once, {});
+    if (inputs.w_hr.has_value()) found.w_hr = packed("w_hr", *inputs.w_hr, P, H, forward, once, {});
+    return found;
+  }
+
+  // The fields that the forward and the backward scan share.
+  template <class ScanOfCell>
+  void fill(ScanOfCell& scan, const ScanInputs& inputs, int64_t width, bool forward, bool reverse) const {
+    scan.T = T, scan.B = B, scan.H = H, scan.P = P;
+    scan.reverse = reverse;
+    scan.flags = flags(inputs.flags);
+    scan.weights = weights(inputs, width, forward, reads_once(scan.flags));
+    scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
+    scan.c0 = view<A>("c0", inputs.c0, {B, H});
+    scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});
+    scan.zone_h = view<Storage>("zone_h", inputs.zone_h, {T, B, P});
+    scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, H});
+  }
+
+  // A new tensor of these sizes, or an empty one if `exists` is false.
+  template <class X>
+  Tensor output(bool exists, std::initializer_list<int64_t> sizes) const {
+    return exists ? frame.empty<X>(sizes) : frame.empty<X>({0});
+  }
+
+  // How many steps run in the sequences before each, and last in all of them.
+  std::vector<int64_t> steps_before(const Steps<const uint8_t>& flags) const {
+    std::vector<int64_t> before(B + 1);
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t steps = T;
+      for (int64_t t = 0; flags && t < T; ++t) steps -= *flags.at(t, b).data & pad ? 1 : 0;
+      before[b + 1] = before[b] + std::max<int64_t>(steps, 1);  // an empty sequence needs a thread, too
+    }
+    return before;
+  }
+
+  // scan(begin, end) over the batch, shared among PyTorch's threads: each walks about as many steps as the
+  // others, however long the sequences, and gets at least some 15 us of work, since to wake one costs a few.
+  template <class ScanOfCell>
+  void run(const ScanOfCell& scan, int64_t gates) const {
+    constexpr int64_t grain = 1 << 21;  // multiplications
+    int64_t step_work = std::max<int64_t>(gates * H * (P + 16), 1);
+    std::vector<int64_t> before = steps_before(scan.flags);
+    torch::stable::parallel_for(
+        0, before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {
+          auto first = [&](int64_t steps) {
+            return std::lower_bound(before.begin(), before.end(), steps) - before.begin();
+          };
+          if (first(from) < first(to)) scan(first(from), first(to));
+        });
+  }
+};
+
+// What `Call::output` made; one step where it has no time.
+template <class X>
+Steps<X> output_view(const Tensor& t) {
+  if (t.numel() == 0) return {};
+  return {static_cast<X*>(t.mutable_data_ptr()), t.dim() == 3 ? t.stride(0) : 0, t.stride(t.dim() - 2), 1};
+}
+
+}  // namespace fastrnn
