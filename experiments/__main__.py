@@ -1,7 +1,7 @@
-"""Trains what the table asks for and the results lack: `python -m bench.experiments [NAME ...] [--seeds N] [--full]`.
+"""Trains what the table asks for and the results lack: `python -m experiments [NAME ...] [--seeds N] [--full]`.
 
-Every finished run is written at once to bench/results/experiments/NAME.json; interrupt at will and start again.
-`python -m bench.experiments.report` then makes docs/experiments.md and its pictures.
+Every finished run is written at once to experiments/results/NAME.json; interrupt at will and start again.
+`python -m experiments.page` then makes docs/experiments.md and its pictures.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run(name: str, full: bool = False, seeds: int | None = None, folder: Path = 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ", ".join(f"{name} ({experiment.title})" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{names}; none means all")

@@ -1,4 +1,4 @@
-"""docs/experiments.md and its pictures, from the JSON: `python -m bench.experiments.report`."""
+"""docs/experiments.md and its pictures, from the JSON: `python -m experiments.page`."""
 
 import argparse
 import collections
@@ -6,20 +6,21 @@ import math
 import statistics
 from pathlib import Path
 
-from ..report import markdown
+from bench.tables import markdown
+
 from . import store
 from .table import EXPERIMENTS, Experiment
 from .training import DIVERGED, TASKS, TEST_BATCH
 
-DOCS = Path(__file__).parents[2] / "docs"
-COMMAND = "python -m bench.experiments.report"
+DOCS = Path(__file__).parents[1] / "docs"
+COMMAND = "python -m experiments.page"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Okabe & Ito's palette."""
 
 HEAD = f"""# Experiments
 
-Made by `{COMMAND}` from `bench/results/experiments/*.json`, which
-`python -m bench.experiments` writes: it trains what the table in `bench/experiments/table.py` asks for and the results
+Made by `{COMMAND}` from `experiments/results/*.json`, which
+`python -m experiments` writes: it trains what the table in `experiments/table.py` asks for and the results
 lack, one thread, seeded. A row pools the seeds of one arm. *Solved*: the score met the goal on {TEST_BATCH:,} test
 sequences, where the run stops. *Diverged*: the test loss ends not finite or above {DIVERGED:g} times the best constant
 answer's. *Monitor*: `GradientMonitor`'s verdict on test sequences before the first step and after the last, with the
@@ -159,7 +160,7 @@ def section(name: str, full: bool, results: Results) -> str:
         table(results),
         grid(results) if len(experiment.points) > 1 else "",
         f"![{experiment.title}]({picture})",
-        f"`python -m bench.experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} min on one thread of "
+        f"`python -m experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} min on one thread of "
         f"{results.machine['device']}, torch {results.machine['versions']['torch']}. {settings(results)}.",
     ]
     return "\n\n".join(filter(None, parts))
@@ -201,7 +202,7 @@ def write(folder: Path = store.RESULTS, docs: Path = DOCS, pictures: bool = True
                 if pictures:
                     picture(results, docs / f"experiments_{name}{'_full' if full else ''}.png")
             elif not full:
-                sections.append(f"## {EXPERIMENTS[name].title}\n\nNot run yet: `python -m bench.experiments {name}`.")
+                sections.append(f"## {EXPERIMENTS[name].title}\n\nNot run yet: `python -m experiments {name}`.")
     text = "\n\n".join(part.strip() for part in sections) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     return text
