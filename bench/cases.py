@@ -121,7 +121,7 @@ def _cpu_cases() -> list[Case]:
 
 # ------------------------------------------------------------------------------------------------------------ GPU
 
-# (B, T, H), I = H: from latency-bound to compute-bound.
+# (B, T, H), I = H: from bound by latency to bound by arithmetic.
 GPU_SIZES = ((64, 512, 256), (64, 512, 512), (64, 512, 1024), (128, 1024, 1024), (16, 2048, 256), (256, 256, 2048))
 GPU_DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
 _LOOPS = ("loop", "fastrnn:reference")

@@ -43,7 +43,7 @@ def candidates(cell: str, dtype: torch.dtype, H: int, B: int) -> list[tuple]:
     return found
 
 
-class Problem:
+class Layer:
     """Random arguments of one layer, and the calls that a tile is timed on."""
 
     def __init__(self, cell: str, dtype: torch.dtype, H: int, B: int):
@@ -95,7 +95,7 @@ def wrong(got, want, dtype: torch.dtype) -> bool:
 def search(cell: str, dtype: torch.dtype, H: int, B: int, until: float) -> dict:
     """The record of one key: every tile that was tried, fastest first, and how many were not."""
     torch.manual_seed(0)
-    problem, tried = Problem(cell, dtype, H, B), []
+    problem, tried = Layer(cell, dtype, H, B), []
     base = tiles.choose(cell, dtype, H, B)
     y, c, h_n, c_n, saved = problem.forward(base)
     gradients = problem.backward(base, y, c, saved)

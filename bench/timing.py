@@ -91,7 +91,7 @@ def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
 
 
 def input_sets(bytes_per_set: int, device: str) -> int:
-    """How many input sets to rotate through, so that on a GPU they do not all sit in the cache (twice its size)."""
+    """How many input sets to rotate through: on a GPU, twice the size of its cache."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -99,7 +99,7 @@ def input_sets(bytes_per_set: int, device: str) -> int:
 
 
 def _warm(call: Callable[[int], None], watch, seconds: float) -> float:
-    """Seconds per call once warm: the least of the repeats after the first, which may compile."""
+    """Seconds per call after the first, which may compile: the least of some repeats."""
     watch(lambda: call(0))
     spent, least, k = 0.0, math.inf, 1
     while k < 3 or (spent < seconds and k < 20):
@@ -118,8 +118,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
-    The order rotates from round to round. There are at least `rounds`, after which those in `brief` drop out, to leave
-    the time to the others.
+    The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out, which leaves their time
+    to the others.
     """
     watch = stopwatch(device)
     samples = {}
