@@ -68,7 +68,7 @@ def measure() -> dict:
 
 
 def typical(folder: str | Path, device_name: str) -> dict[str, float]:
-    """By means, the seconds of groups of the usual size (`TYPICAL`) on a full device, from the file; empty without one."""
+    """By means, the seconds of groups of the usual size (`TYPICAL`) on a full device; empty where there is no file."""
     file = path(folder, device_name)
     found = json.loads(file.read_text())["seconds"] if file.exists() else {}
     full = {}

@@ -118,8 +118,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
-    The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out, which leaves their time
-    to the others.
+    The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out and leave their time to
+    the others.
     """
     watch = stopwatch(device)
     samples = {}
