@@ -69,7 +69,7 @@ format: $(LINTERS)
 
 bench: $(READY)
 	mkdir -p bench/results
-	$(RUN) -m pytest bench --benchmark-json=bench/results/bench-cpu.json $(PYTEST_ARGS)
+	$(RUN) -m pytest bench --records=bench/results/bench-cpu.json $(PYTEST_ARGS)
 
 # Every stage runs, whatever became of the one before it; the exit codes come last. Side by side on the GPU, processes
 # mostly compile. What failed beside others is run once more alone, because kernels wait for each other for a bounded
@@ -89,7 +89,7 @@ gpu:
 
 GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --durations=20 --tb=short \
     --max-worker-restart=100 $(PYTEST_ARGS)
-GPU_BENCH = $(PYTHON) -m pytest --benchmark-json='$(OUT)/$(1).json' --records='$(OUT)/$(1).jsonl' $(PYTEST_ARGS)
+GPU_BENCH = $(PYTHON) -m pytest --records='$(OUT)/$(1).json' $(PYTEST_ARGS)
 WARM      = timeout -k 5 120 $(PYTHON) -m bench.warm
 # A small case of each kind of kernel, for compute-sanitizer.
 SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
@@ -124,4 +124,4 @@ gpu-test:
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f bench/results/*.log fastrnn/*.so
-	find bench csrc fastrnn kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find bench csrc experiments fastrnn kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,1 +1,1 @@
-"""The throughput suite: `pytest bench --benchmark-json=FILE`, then `python bench/report.py FILE`."""
+"""The benchmarks: `pytest bench --records=FILE`, then `python -m bench.report FILE`."""

@@ -1,13 +1,12 @@
-"""Where the C++ scan comes before torch's own kernels in `auto` on a CPU: it and torch.nn timed on a grid of calls.
+"""The evidence for `auto` on a CPU: the C++ scan and torch.nn timed on a grid of calls.
 
-`python -m bench.auto bench/results/auto-cpu.json`; `tests/test_dispatch.py` holds `auto` to the result: wherever it
-takes the scan, the scan took less time. The calls are packed batches, projections, and plain calls of what torch runs
-step by step; and single steps with a layer norm, beside the reference.
+`python -m bench.auto bench/results/auto-cpu.json` measures. `tests/test_dispatch.py` checks `auto` against the result:
+wherever it takes the scan, the scan took less time. The calls are packed batches, projections, and plain calls of the
+cells that torch runs step by step; and single steps with a layer norm, beside the reference.
 """
 
 import argparse
 import copy
-import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 
-from . import machine, timing
+from . import files, timing
 
 # B, T, H: of long calls, of short ones, and of wide batches; of single steps
 SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))
@@ -25,13 +24,16 @@ SHORT = ((1, 8, 64), (16, 8, 64), (64, 8, 512), (4, 16, 64), (16, 16, 256), (2, 
 LONG = ((1, 128, 16), (32, 128, 32), (256, 64, 64), (512, 64, 128))  # of packed batches
 WIDE = ((64, 64, 256), (256, 64, 64), (512, 64, 64), (512, 64, 128), (256, 64, 256))
 STEPS = tuple((B, 1, H) for B in (1, 16, 64) for H in (64, 256, 512, 1024))
-SECONDS, ROUNDS = 0.4, 12  # of the timing of one call; of 12 rounds the interval leaves out two on either side
+SECONDS, ROUNDS = 0.4, 12  # of the timing of one call; the interval of 12 rounds leaves out two at either end
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`filled`: of a packed batch, the share of T that all sequences but the longest have, which is the worst for a
-    scan that pads; or "ragged": their lengths fall evenly from T to 1. None for a batch that is not packed."""
+    """A kind of call.
+
+    `filled`: of a packed batch, the length of all sequences but the longest as a share of T, which is the worst case
+    for a scan that pads; or "ragged": their lengths fall evenly from T to 1. None for a batch that is not packed.
+    """
 
     cell: str
     projected: bool = False
@@ -104,20 +106,12 @@ def measure(kind: Kind, B: int, T: int, H: int, mode: str) -> dict:
     dy = dy if lengths is None else pack_padded_sequence(dy, lengths, enforce_sorted=False).data
     calls = {kind.rival: call(rival()), "cpu": call(on("cpu"))}
     samples = timing.interleave(calls, "cpu", SECONDS, set(), warmup=0.0, rounds=ROUNDS)
-    found = timing.ratio(samples["cpu"], samples[kind.rival])
     return {
         **asdict(kind), "B": B, "T": T, "H": H, "mode": mode,
         "packed": None if lengths is None else lengths.sum().item() / (T * B),
-        "ratio": found.median, "interval": [found.low, found.high],
-        "seconds": {name: [float(f"{s:.4g}") for s in own.seconds] for name, own in samples.items()},
+        "ratio": timing.ratio(samples["cpu"], samples[kind.rival]).record(),
+        "seconds": {name: own.record() for name, own in samples.items()},
     }  # fmt: skip
-
-
-def write(out: Path, content: dict) -> None:
-    """One line per call."""
-    head = json.dumps({name: value for name, value in content.items() if name != "calls"})[:-1]
-    lines = ",\n".join(json.dumps(row) for row in content["calls"])
-    out.write_text(f'{head}, "calls": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -126,14 +120,14 @@ def main() -> None:
     out = parser.parse_args().out
     warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
     torch.manual_seed(0)
-    content = {"machine": machine.describe("cpu"), "commit": machine.commit(), "calls": []}
+    head, calls = files.head("cpu"), []
     for kind, sizes in KINDS.items():
         for B, T, H in sizes:
             for mode in ("train", "infer"):
                 row = measure(kind, B, T, H, mode)
-                content["calls"].append(row)
-                print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']:.2f}", flush=True)
-    write(out, content)
+                calls.append(row)
+                print(f"{kind} B {B}, T {T}, H {H}, {mode}: {row['ratio']['median']:.2f}", flush=True)
+    files.write(out, head, "calls", calls)
 
 
 if __name__ == "__main__":

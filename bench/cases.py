@@ -1,6 +1,7 @@
-"""What is timed, as data: one `Case` per size, cell, dtype and set of features, chosen by the device that is there.
+"""What is timed beside torch.nn, as data: one `Case` per size, cell, dtype and set of features, for the device at hand.
 
-Order matters: when the session's time budget is spent, the cases that are left are recorded as not run.
+Order matters: when the suite's time is spent, the remaining cases are recorded as not run. `feature_cases.py` has the
+cases of the features that torch.nn lacks; the engine reads the same fields and properties from both types.
 """
 
 import os
@@ -9,10 +10,19 @@ from itertools import product
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("FASTRNN_TEST_DEVICE") != "cpu" else "cpu"
+# The bound of the state gradient's norm in cases that clip, in units of sqrt(H), the average norm of dL/dy_t: low
+# enough that most steps are clipped. The cost of clipping does not depend on it.
+CLIP = 0.9
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Bound:
-    """An acceptance: `contestant` takes at most `ratio` times as long as torch.nn's plain call, beyond noise."""
+    """A requirement: `contestant` takes at most `ratio` times as long as torch.nn's plain call, beyond noise."""
 
     contestant: str
     ratio: float
@@ -39,6 +49,30 @@ class Case:
     features: frozenset[str] = frozenset()  # of "tap", "clip"
     without: dict[str, str] = field(default_factory=dict, hash=False)
     bounds: tuple[Bound, ...] = ()
+    suite: str = "throughput"  # a key of suites.SUITES
+
+    differentiated = ("y", "h_n", "c_n")  # the outputs that have a gradient where results are compared
+
+    @property
+    def options(self) -> dict:
+        """Arguments of fastrnn's constructor beyond the sizes."""
+        found = {"num_layers": self.num_layers, "bidirectional": self.bidirectional}
+        if "_" in self.cell:
+            found["nonlinearity"] = self.cell.partition("_")[2]
+        if "clip" in self.features:
+            found["clip_state_grad_norm"] = CLIP * self.H**0.5
+        return found
+
+    @property
+    def call(self) -> frozenset[str]:
+        """What the call gets besides x."""
+        return self.features & {"tap"}
+
+    def describe(self) -> dict:
+        """The fields of a record."""
+        names = ("cell", "B", "T", "I", "H", "num_layers", "bidirectional", "mode", "tf32")
+        fields = {name: getattr(self, name) for name in names}
+        return fields | {"dtype": dtype_name(self.dtype), "features": sorted(self.features)}
 
     @property
     def name(self) -> str:
@@ -53,14 +87,14 @@ class Case:
 
 # A plain call costs what torch.nn costs; `auto` may add its checks.
 PLAIN = (Bound("fastrnn", 1.05),)
-# What the norms and the clipping may cost on a CPU, against torch.nn's plain call, which has neither.
+# The norms and the clipping may cost so much on a CPU against torch.nn's plain call, which has neither.
 FEATURED = (Bound("fastrnn:cpu", 1.5), Bound("fastrnn:reference", 3.0))
 
 
 def _cpu_cases() -> list[Case]:
     size = {"B": 32, "T": 100, "I": 256, "H": 256}
     small = {"B": 16, "T": 64, "I": 128, "H": 128}
-    tiny = {"B": 16, "T": 16, "I": 32, "H": 32}  # shows what a call costs before any arithmetic; not bounded
+    tiny = {"B": 16, "T": 16, "I": 32, "H": 32}  # shows the cost of a call before any arithmetic; not bounded
     features = [frozenset({"tap"}), frozenset({"clip"}), frozenset({"tap", "clip"})]
     return [
         Case("lstm", **size, bounds=PLAIN),
@@ -70,12 +104,12 @@ def _cpu_cases() -> list[Case]:
         Case("rnn_tanh", **size, bounds=PLAIN),
         *(Case("rnn_tanh", **size, features=on, bounds=FEATURED) for on in features[:2]),
         *(Case(cell, **small, bounds=PLAIN) for cell in ("lstm", "gru", "rnn_tanh")),
-        # Where `auto` begins to take the C++ scan for plain calls, at the sizes that gain least.
+        # The shortest plain calls for which `auto` takes the C++ scan, at the sizes that gain least.
         Case("gru", B=1, T=64, I=1024, H=1024, mode="infer", bounds=PLAIN),
         Case("rnn_tanh", B=8, T=64, I=16, H=16, mode="infer", bounds=PLAIN),
         Case("lstm", **small, features=features[2], bounds=FEATURED[:1]),
         Case("lstm", **size, mode="infer", bounds=PLAIN),
-        # A call of one step is as long as what stands around its arithmetic.
+        # A call of one step takes as long as the code around its arithmetic.
         *(Case(cell, B=1, T=1, I=64, H=64, mode="infer", bounds=PLAIN) for cell in ("lstm", "gru", "rnn_tanh")),
         Case("lstm", **small, num_layers=2, bidirectional=True, bounds=PLAIN),
         Case("lstm", **small, num_layers=2, bidirectional=True, features=features[2], bounds=FEATURED[:1]),
@@ -87,7 +121,7 @@ def _cpu_cases() -> list[Case]:
 
 # ------------------------------------------------------------------------------------------------------------ GPU
 
-# (B, T, H), I = H: from latency-bound to compute-bound.
+# (B, T, H), I = H: from bound by latency to bound by arithmetic.
 GPU_SIZES = ((64, 512, 256), (64, 512, 512), (64, 512, 1024), (128, 1024, 1024), (16, 2048, 256), (256, 256, 2048))
 GPU_DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
 _LOOPS = ("loop", "fastrnn:reference")
@@ -111,14 +145,4 @@ def _gpu_cases() -> list[Case]:
     return [*cases, small, replace(small, cell="gru"), replace(small, num_layers=2, bidirectional=True)]
 
 
-# --------------------------------------------------------------------------------------------------------- choosing
-
-DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("FASTRNN_TEST_DEVICE") != "cpu" else "cpu"
 CASES: list[Case] = _gpu_cases() if DEVICE == "cuda" else _cpu_cases()
-
-# Wall time of the whole session, after which no further case starts, and of the timing within one case (what checks
-# and compilation take comes on top). The suite must end within three minutes on two CPU cores, eight on a GPU machine.
-SESSION_SECONDS = {"cpu": 170.0, "cuda": 390.0}[DEVICE]
-CASE_SECONDS = {"cpu": 5.0, "cuda": 2.5}[DEVICE]
-# A case on a GPU that takes longer, all in all, is given up: something in it hangs.
-LONGEST_CASE = 90.0

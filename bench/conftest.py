@@ -1,68 +1,74 @@
-"""One measurement per case and session, shared by the benchmarks and the acceptance tests; the JSON; the summary."""
+"""One measurement per case and session, which the benchmarks and the acceptance tests share; the results file."""
 
-import json
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
-from . import feature_cases, machine, report, rivals
-from .cases import CASES, DEVICE, LONGEST_CASE, SESSION_SECONDS
-from .measure import measure
+from . import files, machine, tables
+from .cases import DEVICE
+from .measure import fastrnn_call, measure
+from .suites import SUITES
 from .worker import Worker
+
+ROUNDS = 5  # of pytest-benchmark's own timing, which is not interleaved and decides nothing
 
 
 class Session:
-    """The records so far, by case, and when each suite (told by its `measure`) began.
+    """The records so far, by case, and the time at which each suite began.
 
-    `path`: takes the machine's description and each record as a line of JSON, as soon as it is there.
+    `path`: the results file, written after every record, so that a run that is cut off leaves what it has measured.
     """
 
     def __init__(self, path: Path | None):
-        self.begin: dict[Callable, float] = {}
-        self.records: dict[tuple[Callable, str], dict] = {}
-        self.failed: dict[tuple[Callable, str], Exception] = {}
+        self.begin: dict[str, float] = {}
+        self.records: dict[str, dict] = {}
+        self.failed: dict[str, Exception] = {}
         self.not_run: dict[str, str] = {}
         self.path, self.worker = path, Worker()
+        self.head = files.head(DEVICE) if path else {}
 
-    def record(
-        self, case, measure: Callable = measure, seconds: float = SESSION_SECONDS, longest: float = LONGEST_CASE
-    ) -> dict:
+    def record(self, case, measure=measure) -> dict:
         """Measures a case the first time it is asked for; skips the test once the suite's time is spent."""
-        key = measure, case.name
+        key, suite = f"{case.suite} {case.name}", SUITES[case.suite]
         if key in self.failed:
             raise self.failed[key]
         if key not in self.records:
-            if time.monotonic() - self.begin.setdefault(measure, time.monotonic()) > seconds:
-                self.not_run[case.name] = f"the time budget of {seconds:.0f} s was spent"
+            if time.monotonic() - self.begin.setdefault(case.suite, time.monotonic()) > suite.session_seconds:
+                self.not_run[case.name] = f"the time of {suite.session_seconds:.0f} s was spent"
+                self.write()
                 pytest.skip(self.not_run[case.name])
             try:
                 on_gpu = DEVICE == "cuda"
-                self.records[key] = self.worker.measure(measure, case, longest) if on_gpu else measure(case, {})
+                self.records[key] = self.worker.measure(measure, case, suite.longest) if on_gpu else measure(case, {})
             except Exception as error:
                 self.failed[key] = error
                 raise
-            self.write(self.records[key])
+            self.write()
         return self.records[key]
 
-    def write(self, record: dict) -> None:
-        if self.path is None:
-            return
-        if len(self.records) == 1:
-            now = datetime.now(timezone.utc).isoformat()
-            head = {"datetime": now, "machine_info": machine.describe(DEVICE), "commit_info": machine.commit()}
-            self.path.write_text(json.dumps(head) + "\n")
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+    def write(self) -> None:
+        if self.path is not None:
+            files.write(self.path, self.head | {"not_run": self.not_run}, "cases", list(self.records.values()))
+
+
+def bench(case, session: Session, benchmark, must: set[str] | None = None) -> None:
+    """Records a case, and fails for the contestants that failed; `must`: only for those."""
+    record = session.record(case)
+    benchmark.extra_info.update(record)
+    benchmark.group = f"{case.suite} {case.name}"
+    failed = {name: entry["failed"] for name, entry in record["contestants"].items() if "failed" in entry}
+    if "fastrnn" not in failed:
+        benchmark.pedantic(fastrnn_call(case), rounds=ROUNDS, warmup_rounds=1)
+    failed = {name: why for name, why in failed.items() if must is None or name in must}
+    assert not failed, "\n".join(f"{case.name}: {name}: {why}" for name, why in failed.items())
 
 
 SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--records", type=Path, help="a file that takes each case's record at once, as a line of JSON")
+    parser.addoption("--records", type=Path, help="the results file")
 
 
 def pytest_configure(config):
@@ -79,16 +85,17 @@ def session(request) -> Session:
 
 
 def pytest_collection_modifyitems(items):
-    """Each case's acceptance right behind its measurement, so that a spent budget drops whole cases."""
-    order = {id(case): k for k, case in enumerate([*CASES, *feature_cases.CASES, *rivals.RIVAL_CASES])}
+    """Each case's acceptance right after its measurement, so that spent time drops whole cases."""
+    order = {id(case): k for k, case in enumerate(case for suite in SUITES.values() for case in suite.cases)}
 
-    def place(item) -> int:
+    def rank(item) -> int:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         return order.get(id(parameters.get("case")), -1)
 
-    items.sort(key=place)
+    items.sort(key=rank)
 
 
+# pytest-benchmark's own descriptions would name the machine.
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config):
     return machine.describe(DEVICE)
@@ -99,18 +106,10 @@ def pytest_benchmark_generate_commit_info(config):
     return machine.commit()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["not_run"] = config.stash[SESSION].not_run
-
-
 def pytest_terminal_summary(terminalreporter, config):
     session = config.stash[SESSION]
-    if not session.records:
-        return
-    for suite, records in report.by_suite(list(session.records.values())).items():
-        title, table = report.SUITES[suite]
+    for title, table in tables.by_suite(list(session.records.values())).items():
         terminalreporter.section(f"{title}, {machine.device_name(DEVICE)}")
-        terminalreporter.write_line(table(records))
+        terminalreporter.write_line(table)
     for name, reason in session.not_run.items():
         terminalreporter.write_line(f"not run: {name}: {reason}")

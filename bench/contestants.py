@@ -1,27 +1,25 @@
-"""Who is timed, as data: torch.nn, the Python loop that users write instead, and fastrnn on every backend.
+"""The contestants, as data: torch.nn, the Python loop that users write instead, and fastrnn on every backend.
 
-To add a contestant, write a function `(case, module) -> Model` and give it a row in `CONTESTANTS`; to add a feature,
-name it in the `features` of the rows that have it.
+To add one, write a function `Problem -> Model` and give it a row in `THROUGHPUT` or in `features`.
 """
 
-import os
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import dispatch, functional, tiles
-from fastrnn.arguments import ScanInputs, Walk
-from fastrnn.backends import cuda, triton
+from fastrnn import dispatch, tiles
+from fastrnn.backends import triton
 
-# Bound of the state gradient's norm in the cases that clip, in units of the norm of dL/dy_t, which is sqrt(H) on
-# average: low enough that most steps are clipped. What clipping costs does not depend on it.
-CLIP = 0.9
+from . import loops
+from .cases import DEVICE
+from .feature_cases import P
+from .problem import Model, Outcome, Problem, call, environment
 
 
 class CannotRun(Exception):
@@ -32,201 +30,152 @@ class CannotRun(Exception):
         self.same_as = same_as
 
 
-class Model(NamedTuple):
-    """A contestant ready for one case.
-
-    `forward(x [T, B, I])` returns the outputs (y, h_n, and c_n for the LSTM) and, where the state gradients' norms are
-    asked for, the leaf whose gradient they become. `environment` is set during forward and backward.
-    """
-
-    forward: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor | None]]
-    parameters: tuple[Tensor, ...]  # in the order of torch.nn's module
-    note: str = ""
-    environment: Mapping[str, str] = MappingProxyType({})
-
-
-@contextmanager
-def environment(values: Mapping[str, str]):
-    """os.environ with these set, within the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 @dataclass(frozen=True)
 class Contestant:
     """A row.
 
     Attributes:
-        features: those it can compute. A contestant without a case's features does not take part, except the yardstick.
-        own_way: of these, the ones where it computes something else than fastrnn: its gradients are not compared.
+        build: Problem -> Model; raises CannotRun.
         brief: timed for the fewest rounds.
-        yardstick: runs plain whatever the case asks for: it is what everybody is measured against.
+        yardstick: its errors are the measure of the 2x rule.
+        plain: runs without the case's features.
+        own_way: features that it computes differently from fastrnn; with "clip" its gradients are not compared.
+        checked: whether its results are compared.
     """
 
     name: str
-    build: Callable
-    features: frozenset[str] = frozenset()
-    own_way: frozenset[str] = frozenset()
+    build: Callable[[Problem], Model]
     brief: bool = False
     yardstick: bool = False
-
-    def computes(self, case) -> frozenset[str]:
-        return case.features & self.features
-
-    def model(self, case, module: nn.Module) -> Model:
-        """Raises CannotRun with the reason."""
-        if self.name in case.without:
-            raise CannotRun(case.without[self.name])
-        missing = case.features - self.features
-        if missing and not self.yardstick:
-            raise CannotRun(f"has no {', '.join(sorted(missing))}")
-        return self.build(case, module)
-
-
-def yardstick_module(case, device: str) -> nn.Module:
-    """torch.nn's module of a case, with random weights."""
-    kind, *nonlinearity = case.cell.upper().split("_")
-    options = {"nonlinearity": nonlinearity[0].lower()} if nonlinearity else {}
-    module = getattr(nn, kind)(
-        case.I, case.H, case.num_layers, bidirectional=case.bidirectional, device=device, dtype=case.dtype, **options
-    )
-    return module.train(case.mode == "train")
-
-
-def clip_norm(case) -> float | None:
-    return CLIP * case.H**0.5 if "clip" in case.features else None
-
-
-def _flat(y: Tensor, hidden) -> tuple[Tensor, ...]:
-    return (y, *hidden) if isinstance(hidden, tuple) else (y, hidden)
+    plain: bool = False
+    own_way: frozenset[str] = frozenset()
+    checked: bool = True
 
 
 # ------------------------------------------------------------------------------------------------------- torch.nn
 
 
-def torch_nn(case, module: nn.Module) -> Model:
-    def forward(x):
-        return _flat(*module(x)), None
+def _torch_module(problem: Problem) -> nn.Module:
+    """torch.nn's module with the problem's parameters."""
+    case, names = problem.case, ("num_layers", "bidirectional", "nonlinearity", "proj_size")
+    options = {name: problem.options[name] for name in names if name in problem.options}
+    module = getattr(nn, problem.kind)(case.I, case.H, **options, device="meta").train(case.mode == "train")
+    for name, parameter in problem.parameters.items():
+        setattr(module, name, parameter)
+    module.flatten_parameters()
+    return module
 
-    note = f"runs without {', '.join(sorted(case.features))}, which it does not have" if case.features else ""
-    return Model(forward, tuple(module.parameters()), note)
+
+def _flat(y, hidden, *c) -> tuple:
+    return (y, *(hidden if isinstance(hidden, tuple) else (hidden,)), *c)
+
+
+def torch_nn(problem: Problem) -> Model:
+    """The plain call, whatever the case asks for."""
+    module, features = _torch_module(problem), problem.case.features
+    note = f"runs without {', '.join(sorted(features))}, which it does not have" if features else ""
+    return Model(lambda x: Outcome(_flat(*module(x))), note)
+
+
+def torch_nn_with_feature(problem: Problem) -> Model:
+    """The features that can be had with torch.nn's fused kernels."""
+    case = problem.case
+    if case.feature.name not in ("lengths", "weight dropout", "projection"):
+        raise CannotRun("torch.nn does not have it")
+    module = _torch_module(problem)
+    lengths = None if problem.lengths is None else problem.lengths.cpu()  # where packing expects them
+
+    def packed(x):
+        y, hidden = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return _flat(pad_packed_sequence(y, total_length=case.T)[0], hidden)
+
+    def dropped(x):
+        weight = F.dropout(module.weight_hh_l0, P)
+        return _flat(*torch.func.functional_call(module, {"weight_hh_l0": weight}, (x,)))
+
+    forward = {"lengths": packed, "weight dropout": dropped}.get(case.feature.name, lambda x: _flat(*module(x)))
+    return Model(lambda x: Outcome(forward(x)))
 
 
 # ----------------------------------------------------------------------------------------------------------- loops
 
 
-def _cells(module: nn.Module) -> list[nn.Module]:
-    """torch.nn's single-step cells, one per layer and direction, sharing the module's parameters."""
-    kind = getattr(nn, f"{module.mode.split('_')[0]}Cell")
-    options = {"nonlinearity": module.nonlinearity} if hasattr(module, "nonlinearity") else {}
-    cells = []
-    for names in module.all_weights:
-        cell = kind(names[0].shape[1], module.hidden_size, device="meta", **options)
-        for name, parameter in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), names, strict=True):
-            setattr(cell, name, parameter)
-        cells.append(cell)
-    return cells
+def loop(style: str) -> Callable[[Problem], Model]:
+    def build(problem: Problem) -> Model:
+        if style == "cells" and problem.case.suite == "features" and not problem.case.feature.cells:
+            raise CannotRun("torch.nn's cells do not have it")
 
+        network = loops.build(problem, style)
 
-def _hook(state: Tensor, case, norms: list[Tensor]) -> None:
-    """The norm of one step's state gradient, and its clipping, as a hook on the tensor: what users write today."""
+        def run(x):
+            outputs, norms = network(x)
+            return Outcome(outputs, norms=norms)
 
-    def hook(gradient):
-        norm = gradient.norm(dim=-1, keepdim=True)
-        if "tap" in case.features:
-            norms.append(norm)
-        return gradient * (clip_norm(case) / norm).clamp(max=1) if "clip" in case.features else None
+        return Model(run)
 
-    state.register_hook(hook)
-
-
-def loop(case, module: nn.Module) -> Model:
-    """torch.nn's cell once per step, in Python; norms and clipping by hooks, on h and on c each on its own."""
-    cells, directions = _cells(module), 2 if module.bidirectional else 1
-    lstm = case.cell == "lstm"
-
-    def walk(cell, steps: list[Tensor], reverse: bool, norms: list[Tensor]):
-        h = steps[0].new_zeros(steps[0].shape[0], module.hidden_size)
-        state, ys = ((h, h) if lstm else h), [None] * len(steps)
-        for t in reversed(range(len(steps))) if reverse else range(len(steps)):
-            state = cell(steps[t], state)
-            if case.features:
-                for s in state if lstm else (state,):
-                    _hook(s, case, norms)
-            ys[t] = state[0] if lstm else state
-        return ys, state
-
-    def forward(x):
-        steps, final, norms = x.unbind(0), [], []
-        for layer in range(module.num_layers):
-            walked = [walk(cells[layer * directions + d], steps, bool(d), norms) for d in range(directions)]
-            final += [state for _, state in walked]
-            steps = [torch.cat(ys, -1) for ys in zip(*(ys for ys, _ in walked), strict=True)]
-        last = tuple(map(torch.stack, zip(*final, strict=True))) if lstm else (torch.stack(final),)
-        return (torch.stack(steps), *last), None
-
-    note = "norms and clipping by tensor hooks, on h and c separately" if case.features else ""
-    return Model(forward, tuple(module.parameters()), note)
+    return build
 
 
 # --------------------------------------------------------------------------------------------------------- fastrnn
 
 
-def _tap(case, x: Tensor) -> Tensor | None:
-    if "tap" not in case.features:
-        return None
-    rows, states = case.num_layers * (2 if case.bidirectional else 1), 2 if case.cell == "lstm" else 1
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.zeros(rows, 2, states, *x.shape[:2], dtype=dtype, device=x.device, requires_grad=True)
-
-
-def chosen(case, module: nn.Module, x: Tensor, backend: str | None = None) -> str:
-    """The backend that runs a case. Raises CannotRun where a forced one cannot."""
-    twin, tap = _twin(case, module, backend), _tap(case, x)
+def fused(problem: Problem, backend: str | None, plain: bool = False) -> Model:
+    """fastrnn, on the backend that it chooses or on a given one; `plain`: without the arguments of the call."""
+    case, module = problem.case, copy.copy(problem.module)
+    keywords = dict if plain else problem.keywords
+    probe = torch.empty(case.T, case.B, case.I, device=DEVICE, dtype=problem.dtype, requires_grad=case.mode == "train")
     with torch.set_grad_enabled(case.mode == "train"):
-        arguments = {**twin._arguments(), "tap": tap}
-        request = functional.check(twin._cell, x, None, twin._parameters_by_name(), **arguments).request
-    reason = dispatch.BACKENDS[backend].reason(request) if backend else None
-    if reason is not None:
-        raise CannotRun(reason)
-    return dispatch.choose(request, backend)
+        explained = fastrnn.explain(module, probe, **keywords())
+    if backend is not None:
+        reason = next(row[1] for row in explained.rows if row[0] == backend)
+        if reason != "yes":
+            raise CannotRun(reason)
+    module.backend = backend
+
+    def run(x):
+        arguments = keywords()
+        return Outcome(_flat(*module(x, **arguments)), arguments.get("tap"))
+
+    return Model(run, takes=explained.chosen)
 
 
-def _twin(case, module: nn.Module, backend: str | None) -> nn.Module:
-    """fastrnn's module with the parameters of torch.nn's."""
-    twin = fastrnn.convert(module)
-    twin.backend, twin.clip_state_grad_norm = backend, clip_norm(case)
-    return twin
-
-
-def on_backend(backend: str | None) -> Callable:
-    def build(case, module: nn.Module) -> Model:
-        twin = _twin(case, module, backend)
-        probe = torch.empty(case.T, case.B, case.I, device=twin.weight_ih_l0.device, dtype=twin.weight_ih_l0.dtype)
-        name = chosen(case, module, probe.requires_grad_(case.mode == "train"), backend)
-        if backend and name == chosen(case, module, probe):
-            raise CannotRun(f"auto takes {name}: the same as fastrnn", same_as="fastrnn")
-
-        def forward(x):
-            tap = _tap(case, x)
-            return _flat(*twin(x, tap=tap)), tap
-
-        return Model(forward, tuple(twin.parameters()), f"auto takes {name}" if backend is None else "")
+def on_backend(backend: str | None) -> Callable[[Problem], Model]:
+    def build(problem: Problem) -> Model:
+        model = fused(problem, backend)
+        if backend is None:
+            return model
+        if model.takes == backend:
+            raise CannotRun(f"auto takes {backend}: the same as fastrnn", same_as="fastrnn")
+        return model._replace(takes="")
 
     return build
 
 
-def triton_mode(mode: str) -> Callable:
+def _tried(problem: Problem, model: Model) -> Model:
+    """The model, unless its backend refuses the call only when it runs: the CUDA kernels do where W_hh does not fit."""
+    try:
+        call(problem, model, problem.inputs())
+    except RuntimeError as error:
+        if "cannot run this call" not in str(error):
+            raise
+        raise CannotRun(str(error)) from error
+    return model
+
+
+def plain_call(backend: str) -> Callable[[Problem], Model]:
+    return lambda problem: _tried(problem, fused(problem, backend, plain=True)._replace(takes=""))
+
+
+def reference(problem: Problem) -> Model:
+    return fused(problem, "reference")
+
+
+def triton_mode(mode: str) -> Callable[[Problem], Model]:
     """The Triton backend in one of its modes, where it would not take that by itself."""
     settings = {"FASTRNN_TRITON_MODE": mode}
 
-    def build(case, module: nn.Module) -> Model:
-        model, weight = on_backend("triton")(case, module), module.weight_hh_l0
+    def build(problem: Problem) -> Model:
+        model, case, weight = on_backend("triton")(problem), problem.case, problem.module.weight_hh_l0
         own = triton.choose_tile(case.cell, weight, case.B)
         try:
             with environment(settings):
@@ -240,34 +189,42 @@ def triton_mode(mode: str) -> Callable:
     return build
 
 
-def cuda_mode(mode: str) -> Callable:
-    """The CUDA backend with one way to exchange."""
+def cuda_mode(mode: str) -> Callable[[Problem], Model]:
+    """The CUDA backend with one of its means of exchange, or with all."""
     settings = {"FASTRNN_CUDA_MODE": mode}
 
-    def build(case, module: nn.Module) -> Model:
-        model = on_backend("cuda")(case, module)
-        clip, w_hh = None if clip_norm(case) is None else torch.tensor(clip_norm(case)), module.weight_hh_l0
-        inputs = ScanInputs(None, w_hh, w_hh.new_empty(case.B, w_hh.shape[-1]), clip_norm=clip)
-        with environment(settings):
-            reason = cuda.why_not_tensors(inputs, Walk(case.cell, False, "cuda"))
-        if reason is not None:
-            raise CannotRun(reason)
-        return model._replace(note=f"mode {mode}", environment=settings)
+    def build(problem: Problem) -> Model:
+        model = on_backend("cuda")(problem)
+        return _tried(problem, model._replace(note=f"mode {mode}", environment=settings))
 
     return build
 
 
-EVERYTHING = frozenset({"tap", "clip"})
+# ------------------------------------------------------------------------------------------------------- the lists
 
-# fastrnn itself (auto) before its backends one by one. The first row is the yardstick.
-CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant("torch.nn", torch_nn, yardstick=True),
-    Contestant("loop", loop, EVERYTHING, own_way=frozenset({"clip"}), brief=True),
-    Contestant("fastrnn", on_backend(None), EVERYTHING),
-    *(
-        Contestant(f"fastrnn:{name}", on_backend(name), EVERYTHING, brief=name in ("cpu", "reference"))
-        for name in dispatch.BACKENDS
-    ),
-    *(Contestant(f"fastrnn:triton {mode}", triton_mode(mode), EVERYTHING) for mode in tiles.MODES if mode != "local"),
-    *(Contestant(f"fastrnn:cuda {mode}", cuda_mode(mode), EVERYTHING) for mode in ("cluster", "grid")),
+# fastrnn itself (auto) comes before its backends one by one.
+BACKENDS = {name: cuda_mode("all") if name == "cuda" else on_backend(name) for name in dispatch.BACKENDS}
+THROUGHPUT: tuple[Contestant, ...] = (
+    Contestant("torch.nn", torch_nn, yardstick=True, plain=True),
+    Contestant("loop", loop("cells"), brief=True, own_way=frozenset({"tap", "clip"})),
+    Contestant("fastrnn", on_backend(None)),
+    *(Contestant(f"fastrnn:{name}", way, brief=name in ("cpu", "reference")) for name, way in BACKENDS.items()),
+    *(Contestant(f"fastrnn:triton {mode}", triton_mode(mode)) for mode in tiles.MODES if mode != "local"),
+    *(Contestant(f"fastrnn:cuda {mode}", cuda_mode(mode)) for mode in ("cluster", "grid")),
 )
+
+LOOPS = ("loop", "loop of cells")
+PLAIN = "plain "  # before a backend's name: its plain call
+
+
+def features(case) -> tuple[Contestant, ...]:
+    own = [name for name in BACKENDS if name != "aten"]
+    overhead = [name for name in own if name != "reference" and case.feature.overhead]
+    return (
+        Contestant("loop", loop("ops"), brief=True, yardstick=True),
+        Contestant("loop of cells", loop("cells"), brief=True, yardstick=True),
+        Contestant("torch.nn", torch_nn_with_feature, yardstick=True),
+        Contestant("fastrnn", on_backend(None)),
+        *(Contestant(f"fastrnn:{name}", BACKENDS[name], brief=name == "reference") for name in own),
+        *(Contestant(f"{PLAIN}{name}", plain_call(name), plain=True, checked=False) for name in overhead),
+    )

@@ -1,10 +1,11 @@
-"""The features beyond torch.nn's plain call that are timed against the Python loop, as data; see `features.py`."""
+"""The features beyond torch.nn's plain call that are timed against the Python loop, as data."""
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
-from .cases import DEVICE
+from .cases import CLIP, DEVICE, dtype_name
 
 P = 0.5  # of every random mask: its inverse is exact in every dtype
 
@@ -13,8 +14,8 @@ P = 0.5  # of every random mask: its inverse is exact in every dtype
 class Feature:
     """A row. `module`: arguments of fastrnn's constructor; `call`: what the call gets besides x.
 
-    `clip` counts in units of sqrt(H), the size of dL/dy_t. `cells`: torch.nn's cell can do it, so that loop runs too.
-    `overhead`: also timed against the same backend's plain call.
+    `cells`: torch.nn's cell can do it, so the loop over cells runs too. `overhead`: the same backend's plain call is
+    timed as well.
     """
 
     name: str
@@ -28,14 +29,14 @@ class Feature:
 FEATURES = (
     Feature("lengths", call=frozenset({"lengths"}), overhead=True),
     Feature("resets", call=frozenset({"resets"}), overhead=True),
-    # A fused cell (torch.nn's on a GPU) hides the way from c to h inside the step, so hooks cannot see all of dL/dc.
+    # A fused cell (torch.nn's on a GPU) computes h from c inside the step, so hooks do not see all of dL/dc.
     Feature("tap", call=frozenset({"tap"}), cells=False, overhead=True),
     Feature("layer norm", module={"layer_norm": True}, cells=False),
     Feature("zoneout", module={"zoneout": P}),
     Feature("recurrent dropout", module={"recurrent_dropout": P}),
     Feature("weight dropout", module={"weight_dropout": P}),
-    # The LSTM's joint norm over h and c is not within a hook's reach; the GRU's is.
-    Feature("clipping by norm", "gru", module={"clip_state_grad_norm": 0.9}),
+    # A hook cannot compute the LSTM's joint norm over h and c; the GRU has one state.
+    Feature("clipping by norm", "gru", module={"clip_state_grad_norm": CLIP}),  # times sqrt(H), as in cases.py
     Feature("clipping by value", module={"clip_state_grad_value": 0.05}),
     Feature("return_cells", call=frozenset({"return_cells"})),
     Feature("leaky ReLU", "rnn_leaky_relu", cells=False),
@@ -46,7 +47,7 @@ FEATURES = (
 
 @dataclass(frozen=True)
 class FeatureCase:
-    """A feature at a size and in a dtype; fields as in `cases.Case`."""
+    """A feature at a size and in a dtype: a layer in one direction, in training. Fields as in `cases.Case`."""
 
     feature: Feature
     B: int
@@ -56,10 +57,40 @@ class FeatureCase:
     dtype: torch.dtype = torch.float32
     tf32: bool = False
 
+    suite, mode, num_layers, bidirectional, bounds = "features", "train", 1, False, ()
+    without = MappingProxyType({})
+    differentiated = ("y", "c")
+
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.feature.name.replace(' ', '_')}-B{self.B}-T{self.T}-I{self.I}-H{self.H}-{dtype}"
+        return f"{self.feature.name.replace(' ', '_')}-B{self.B}-T{self.T}-I{self.I}-H{self.H}-{dtype_name(self.dtype)}"
+
+    @property
+    def cell(self) -> str:
+        return self.feature.cell
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset({self.feature.name})
+
+    @property
+    def call(self) -> frozenset[str]:
+        return self.feature.call
+
+    @property
+    def options(self) -> dict:
+        found = dict(self.feature.module)
+        if "_" in self.cell:
+            found["nonlinearity"] = self.cell.partition("_")[2]
+        if "proj_size" in found:
+            found["proj_size"] = int(found["proj_size"] * self.H)
+        if "clip_state_grad_norm" in found:
+            found["clip_state_grad_norm"] *= self.H**0.5
+        return found
+
+    def describe(self) -> dict:
+        fields = {name: getattr(self, name) for name in ("cell", "B", "T", "I", "H", "tf32")}
+        return {"feature": self.feature.name, **fields, "dtype": dtype_name(self.dtype)}
 
 
 def _cases() -> list[FeatureCase]:
@@ -70,12 +101,4 @@ def _cases() -> list[FeatureCase]:
 
 
 CASES = _cases()
-# As in cases.py: of all features together, and of the timing within one case.
-SESSION_SECONDS = {"cpu": 70.0, "cuda": 240.0}[DEVICE]
-CASE_SECONDS = {"cpu": 1.0, "cuda": 2.0}[DEVICE]
-LOOPS = ("loop", "loop of cells")
-PLAIN = "plain "  # before a backend's name: its plain call
-# The rounding floor, in units of agreement.FLOOR. In float32 the gradient of a bias is one sum over T*B in torch.nn and
-# in fastrnn and T small sums in the loop, which err less: seen at 8 eps against 1.4.
-ROUNDING = {torch.float32: 4.0}
-OVERHEAD = 1.03  # what a feature marked so may cost on a GPU, against the plain call
+OVERHEAD = 1.03  # the most that a feature marked so may cost on a GPU, against the plain call

@@ -1,8 +1,8 @@
-"""How long CTAs take to agree on this GPU, by each means: the figures that `limit.py` would otherwise estimate.
+"""How long CTAs take to agree on this GPU, by each means: `limit.py` estimates these figures where they are missing.
 
     python -m bench.latency bench/results        measures, and writes latency-<device>.json there
 
-Needs nvcc and a GPU. Each figure is the median of several runs of many rounds with nothing but the agreement in them.
+It needs nvcc and a GPU. Each figure is the median of several runs of many rounds that contain only the agreement.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ KINDS = ("counter", "flag", "cluster", "cluster barrier", "kernel edge")  # in t
 CTAS = {
     "counter": (2, 4, 8, 16, 32, 64, 132),
     "flag": (2, 4, 8, 16, 32, 64),
-    "cluster": (2, 4, 8, 16),  # as the scan does it; `cluster barrier` is what it could do instead
+    "cluster": (2, 4, 8, 16),  # as the scan does it; `cluster barrier` is the alternative
     "cluster barrier": (2, 4, 8, 16),
     "kernel edge": (132,),
 }
@@ -37,7 +37,7 @@ def compile_line(out: str, architectures: tuple[str, ...] = ("80", "90")) -> lis
 
 
 def seconds(library: ctypes.CDLL, kind: str, ctas: int, groups: int) -> float:
-    """Of one agreement. RuntimeError where the device cannot, or a wait gave up."""
+    """Of one agreement. RuntimeError where the device cannot do it, or where a wait gave up."""
     rounds = EDGES if kind == "kernel edge" else ROUNDS
     found = []
     while len(found) < REPEATS:
@@ -68,7 +68,7 @@ def measure() -> dict:
 
 
 def typical(folder: str | Path, device_name: str) -> dict[str, float]:
-    """By means, what groups of the usual size (`TYPICAL`) took on a full device, from the file; empty without one."""
+    """By means, the seconds of groups of the usual size (`TYPICAL`) on a full device; empty where there is no file."""
     file = path(folder, device_name)
     found = json.loads(file.read_text())["seconds"] if file.exists() else {}
     full = {}

@@ -2,14 +2,14 @@
 
     time = input GEMM + T steps that cannot overlap (+ for training: T steps back, then three GEMMs: dX, dW_ih, dW_hh)
     GEMM = its operations / (0.65 peak)
-    step = max(its arithmetic, its exchange of h) + the latency of getting every CTA to agree that h is complete
+    step = max(its arithmetic, its exchange of h) + the latency until every CTA knows that h is complete
 
 W_hh stays on the chip where it fits; then n CTAs share the gate rows of one tile of the batch, and only these n have to
-agree. The floor is the best over all n and tiles. Where W_hh does not fit, every step reads it again, and ends in
-a kernel edge. Everything else (pointwise work, memory traffic of gx and of what is saved) counts as free: a floor, not
-a forecast.
+agree. The floor is the best over all n and tiles. Where W_hh does not fit, every step reads it again and ends in a
+kernel edge. Everything else (pointwise work, memory traffic of gx and of the saved planes) counts as free: this is a
+floor, not a forecast.
 
-`python -m bench.limit` prints what the model says of two layers, one after the other and as a wavefront.
+`python -m bench.limit` prints the model's times of two layers, one after the other and as a wavefront.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from . import latency
 from .cases import GPU_SIZES
 
 RESULTS = Path(__file__).with_name("results")
-GEMM_EFFICIENCY = 0.65  # estimate: what a library GEMM reaches of the data sheet's peak, at the sizes here
+GEMM_EFFICIENCY = 0.65  # estimate: the share of the data sheet's peak that a library GEMM reaches at the sizes here
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ DEVICES = (H100, H200)
 
 
 def device_model(name: str) -> Device | None:
-    """The model of the device with this name, with the latencies of agreement that were measured on one such (see
-    `latency.py`); None where there is no model, as for every CPU."""
+    """The model of the device with this name; None where there is no model, as for every CPU.
+
+    Latencies of agreement that were measured on such a device (see `latency.py`) replace the estimates."""
     device = next((device for device in DEVICES if device.match in name), None)
     measured = latency.typical(RESULTS, name) if device else {}
     if not measured:
@@ -119,7 +120,7 @@ def floor(device: Device | None, case) -> dict | None:
     peak, rows, directions = device.peak[kind], _gates(case.cell) * case.H, 2 if case.bidirectional else 1
     step, means = step_floor(device, case.cell, case.B, case.H, case.dtype.itemsize, peak)
     train = case.mode == "train"
-    # Both directions of a layer can run side by side; layers can overlap as a wavefront, one step behind another.
+    # Both directions of a layer can run side by side; layers can overlap as a wavefront, one step after another.
     steps = (case.T + case.num_layers - 1) * step * (2 if train else 1)
     gemms = 0.0
     for layer in range(case.num_layers):

@@ -1,58 +1,31 @@
-"""The loops that users write today where torch.nn's fused kernels lack a feature: one Python turn per step.
+"""The loop that users write today where torch.nn's fused kernels lack a feature: one turn of Python per step.
 
-Written twice, the way a careful user would: "ops" computes the input's product for all steps at once and does the cell
-in plain operations; "cells" calls torch.nn's cell, which on a GPU fuses the pointwise part. Masks are drawn for the
-whole sequence at once. They are drawn by the same calls in the same order as fastrnn's, so one seed gives one result.
+It comes in two styles, each the way a careful user would write it: "ops" computes the input's product for all steps at
+once and the cell in plain operations; "cells" calls torch.nn's cell, which on a GPU fuses the pointwise part. Masks are
+drawn for the whole sequence at once, by the same calls in the same order as fastrnn's, so one seed gives one result.
 
-Shapes: T steps, B batch, I input, H hidden, P projection (else H). Parameters go by torch.nn's names.
+Shapes: T steps, B batch, I input, H hidden, P projection (else H), L layers, D directions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Params = dict[str, Tensor]
+Params = dict[str, Tensor]  # of one layer and direction, by torch.nn's names without their suffix: weight_ih, ...
 State = tuple[Tensor, ...]  # h [B, P], and for the LSTM c [B, H]
 Step = Callable[[Tensor, Tensor, State], State]  # (input of the step, operand of W_hh, state) -> state
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "leaky_relu": F.leaky_relu, "elu": F.elu}
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What a loop does besides the cell; the names are those of fastrnn's arguments.
-
-    `mask_dtype`: the type in which masks are drawn, so that a float64 run sees the masks of the type under test.
-    """
-
-    mask_dtype: torch.dtype
-    lengths: Tensor | None = None  # [B]
-    reset_mask: Tensor | None = None  # bool [T, B]
-    recurrent_dropout: float = 0.0
-    weight_dropout: float = 0.0
-    zoneout: float = 0.0
-    clip_state_grad_norm: float | None = None
-    clip_state_grad_value: float | None = None
-    tap: bool = False
-    return_cells: bool = False
-
-
-class Looped(NamedTuple):
-    """y [T, B, P], h_n and c_n [1, B, .], and c [T, B, H] where asked for; `norms` gives the tap after backward."""
-
-    outputs: tuple[Tensor, ...]
-    norms: Callable[[], Tensor] | None
-
-
 # ------------------------------------------------------------------------------------------------------- the cells
 
 
 def lstm_ops(p: Params) -> Step:
-    w, w_hr = p["weight_hh_l0"].t(), p.get("weight_hr_l0")
+    w, w_hr = p["weight_hh"].t(), p.get("weight_hr")
 
     def step(gx, operand, state):
         i, f, g, o = torch.addmm(gx, operand, w).chunk(4, -1)
@@ -64,8 +37,8 @@ def lstm_ops(p: Params) -> Step:
 
 
 def layer_norm_lstm_ops(p: Params) -> Step:
-    w, ln, shift = p["weight_hh_l0"], p["ln_hh_l0"], p["bias_hh_l0"]
-    ln_c, ln_c_bias = p["ln_c_l0"], p["ln_c_bias_l0"]
+    w, ln, shift = p["weight_hh"], p["ln_hh"], p["bias_hh"]
+    ln_c, ln_c_bias = p["ln_c"], p["ln_c_bias"]
 
     def step(gx, operand, state):
         i, f, g, o = (gx + F.layer_norm(F.linear(operand, w), ln.shape, ln, shift)).chunk(4, -1)
@@ -76,7 +49,7 @@ def layer_norm_lstm_ops(p: Params) -> Step:
 
 
 def gru_ops(p: Params) -> Step:
-    w, bias = p["weight_hh_l0"], p["bias_hh_l0"]
+    w, bias = p["weight_hh"], p["bias_hh"]
     H = w.shape[1]
 
     def step(gx, operand, state):
@@ -90,31 +63,34 @@ def gru_ops(p: Params) -> Step:
 
 def rnn_ops(activation: Callable[[Tensor], Tensor]) -> Callable[[Params], Step]:
     def build(p: Params) -> Step:
-        w = p["weight_hh_l0"].t()
+        w = p["weight_hh"].t()
         return lambda gx, operand, state: (activation(torch.addmm(gx, operand, w)),)
 
     return build
 
 
 def input_product(cell: str, p: Params, x: Tensor) -> Tensor:
-    """What the input gives to all steps at once: `[T, B, G*H]`."""
-    if "ln_ih_l0" in p:
-        ln = p["ln_ih_l0"]
-        return F.layer_norm(F.linear(x, p["weight_ih_l0"]), ln.shape, ln, p["bias_ih_l0"])
-    bias = p["bias_ih_l0"] if cell == "gru" else p["bias_ih_l0"] + p["bias_hh_l0"]
-    return F.linear(x, p["weight_ih_l0"], bias)
+    """The input's part of the gates of all steps: `[T, B, G*H]`."""
+    if "ln_ih" in p:
+        ln = p["ln_ih"]
+        return F.layer_norm(F.linear(x, p["weight_ih"]), ln.shape, ln, p["bias_ih"])
+    bias = p["bias_ih"] if cell == "gru" else p["bias_ih"] + p["bias_hh"]
+    return F.linear(x, p["weight_ih"], bias)
 
 
 def torch_cell(cell: str, p: Params) -> Step:
-    """torch.nn's LSTMCell or GRUCell on these weights."""
-    kind = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell]
-    module = kind(p["weight_ih_l0"].shape[1], p["weight_hh_l0"].shape[1], device="meta")
+    """torch.nn's cell on these weights."""
+    kind, _, nonlinearity = cell.partition("_")
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    module = getattr(nn, f"{kind.upper()}Cell")(
+        p["weight_ih"].shape[1], p["weight_hh"].shape[1], device="meta", **options
+    )
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         delattr(module, name)  # a dropped-out weight is no Parameter
-        setattr(module, name, p[f"{name}_l0"])
-    if cell == "gru":
-        return lambda x, operand, state: (module(x, operand),)
-    return lambda x, operand, state: module(x, (operand, state[1]))
+        setattr(module, name, p[name])
+    if cell == "lstm":
+        return lambda x, operand, state: module(x, (operand, state[1]))
+    return lambda x, operand, state: (module(x, operand),)
 
 
 OPS = {
@@ -128,17 +104,18 @@ OPS = {
 
 
 class Norms:
-    """Hooks that keep every step's dL/dh, dL/dc, total and carried; their norms are taken together at the end."""
+    """Hooks that keep every step's dL/dh and dL/dc, total and carried; their norms are taken together at the end."""
 
     def __init__(self, T: int):
-        self.gradients: dict[tuple[int, int], list[Tensor | None]] = {}
+        self.gradients: dict[tuple[int, int], dict[int, Tensor]] = {}  # (total or carried, state) -> by step
         self.T = T
 
     def _keep(self, row: int, k: int, t: int, state: Tensor) -> None:
-        state.register_hook(lambda g: self.gradients.setdefault((row, k), [None] * self.T).__setitem__(t, g))
+        kept = self.gradients.setdefault((row, k), {})
+        state.register_hook(lambda gradient: kept.__setitem__(t, gradient))
 
     def watch(self, t: int, state: State) -> State:
-        """The state as the next step shall take it."""
+        """The state in the form that the next step must take."""
         onward = tuple(s.view_as(s) for s in state)
         for k, (total, carried) in enumerate(zip(state, onward, strict=True)):
             self._keep(0, k, t, total)
@@ -146,30 +123,26 @@ class Norms:
         return onward
 
     def norms(self) -> Tensor:
-        """`[1, 2, S, T, B]`, as fastrnn's tap: total and carried."""
+        """`[2, S, T, B]`: total and carried, as in one layer and direction of fastrnn's tap."""
         states = 1 + max(k for _, k in self.gradients)
 
         def norm(row: int, k: int) -> Tensor:
             kept = self.gradients[row, k]
-            zero = torch.zeros_like(next(g for g in kept if g is not None))
+            zero = torch.zeros_like(next(iter(kept.values())))
             dtype = torch.promote_types(zero.dtype, torch.float32)
-            return torch.stack([zero if g is None else g for g in kept]).to(dtype).norm(dim=-1)
+            return torch.stack([kept.get(t, zero) for t in range(self.T)]).to(dtype).norm(dim=-1)
 
-        return torch.stack([torch.stack([norm(row, k) for k in range(states)]) for row in (0, 1)])[None]
+        return torch.stack([torch.stack([norm(row, k) for k in range(states)]) for row in (0, 1)])
 
 
-def clip_norm(state: State, bound: float) -> State:
-    """dL/dh of every sample scaled down to `bound`: the state of a GRU or RNN."""
-
-    def hook(g):
-        return g * (bound / g.norm(dim=-1, keepdim=True)).clamp(max=1)
-
-    state[0].register_hook(hook)
-    return state
+def clip_norm(state: State, bound: float) -> None:
+    """Scales dL/dh, and dL/dc on its own, of every sample down to `bound`."""
+    for s in state:
+        s.register_hook(lambda g: g * (bound / g.norm(dim=-1, keepdim=True)).clamp(max=1))
 
 
 def clip_value(state: State, bound: float) -> State:
-    """Every element of dL/dh, and of the dL/dc that the next step sends back, clamped."""
+    """Clamps every element of dL/dh, and of the dL/dc that the next step sends back; not beside a tap."""
     onward = (state[0], *(s.view_as(s) for s in state[1:]))
     for s in onward:
         s.register_hook(lambda g: g.clamp(-bound, bound))
@@ -179,59 +152,93 @@ def clip_value(state: State, bound: float) -> State:
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
-def _dropout(x: Tensor, p: float, extras: Extras) -> Tensor:
-    if x.dtype == extras.mask_dtype:
+def _dropout(x: Tensor, p: float, mask_dtype: torch.dtype) -> Tensor:
+    if x.dtype == mask_dtype:
         return F.dropout(x, p)
-    return x * F.dropout(torch.ones_like(x, dtype=extras.mask_dtype), p)
+    return x * F.dropout(torch.ones_like(x, dtype=mask_dtype), p)
 
 
-def _zones(shapes, extras: Extras, device) -> list[Tensor]:
-    """Where each state keeps its old value: bool `[T, B, .]` per state."""
-    p = torch.full((), extras.zoneout, dtype=extras.mask_dtype, device=device)
-    return [torch.bernoulli(p.expand(shape)).bool() for shape in shapes]
+class Walk(NamedTuple):
+    """One layer in one direction. `cell`: torch.nn's, made once, in the style "cells" where the weights stay."""
+
+    params: Params
+    reverse: bool
+    cell: Step | None
 
 
-def run(cell: str, style: str, params: Params, x: Tensor, extras: Extras) -> Looped:
-    """One layer over `x [T, B, I]` from zero states."""
+def _walk(problem, style: str, walk: Walk, x: Tensor):
+    """y and c of every step over `x [T, B, .]` from zero states, the last state, and the norms.
+
+    Masks are drawn in the dtype of the case, so that a run in float64 sees the same ones.
+    """
+    cell, option, mask_dtype, p = problem.case.cell, problem.options.get, problem.case.dtype, walk.params
     T, B, _ = x.shape
-    p = dict(params)
-    if extras.weight_dropout:
-        p["weight_hh_l0"] = _dropout(p["weight_hh_l0"], extras.weight_dropout, extras)
+    if option("weight_dropout"):
+        p = p | {"weight_hh": _dropout(p["weight_hh"], option("weight_dropout"), mask_dtype)}
     if style == "cells":
-        step, steps = torch_cell(cell, p), x.unbind(0)
+        step, steps = walk.cell or torch_cell(cell, p), x.unbind(0)
     else:
-        step = (layer_norm_lstm_ops if "ln_hh_l0" in p else OPS[cell])(p)
+        step = (layer_norm_lstm_ops if "ln_hh" in p else OPS[cell])(p)
         steps = input_product(cell, p, x).unbind(0)
-    rows, size = p["weight_hh_l0"].shape
+    rows, size = p["weight_hh"].shape
     state = (x.new_zeros(B, size), *([x.new_zeros(B, rows // 4)] if cell == "lstm" else []))
-    mask = _dropout(torch.ones_like(state[0]), extras.recurrent_dropout, extras) if extras.recurrent_dropout else None
-    zones = _zones([(T, *s.shape) for s in state], extras, x.device) if extras.zoneout else None
-    active = kept = watcher = None
-    if extras.lengths is not None:
-        active = (torch.arange(T, device=x.device).unsqueeze(1) < extras.lengths).unsqueeze(-1)
-    if extras.reset_mask is not None:
-        kept = (~extras.reset_mask).to(x.dtype).unsqueeze(-1).unbind(0)
-    if extras.tap:
+    mask = zones = active = kept = watcher = None
+    if option("recurrent_dropout"):
+        mask = _dropout(torch.ones_like(state[0]), option("recurrent_dropout"), mask_dtype)
+    if option("zoneout"):
+        chance = torch.full((), option("zoneout"), dtype=mask_dtype, device=x.device)
+        zones = [torch.bernoulli(chance.expand(T, *s.shape)).bool() for s in state]
+    if problem.lengths is not None:
+        active = (torch.arange(T, device=x.device).unsqueeze(1) < problem.lengths).unsqueeze(-1)
+    if problem.reset_mask is not None:
+        kept = (~problem.reset_mask).to(x.dtype).unsqueeze(-1).unbind(0)
+    if "tap" in problem.case.call:
         watcher = Norms(T)
-    ys, cs = [], []
-    for t, x_t in enumerate(steps):
+    norm_bound, value_bound = option("clip_state_grad_norm"), option("clip_state_grad_value")
+    ys, cs = {}, {}
+    for t in reversed(range(T)) if walk.reverse else range(T):
         if kept is not None:
             state = tuple(s * kept[t] for s in state)
-        new = step(x_t, state[0] if mask is None else state[0] * mask, state)
+        new = step(steps[t], state[0] if mask is None else state[0] * mask, state)
         if zones is not None:
-            new = tuple(torch.where(z[t], old, fresh) for z, old, fresh in zip(zones, state, new, strict=True))
+            new = tuple(torch.where(z[t], old, s) for z, old, s in zip(zones, state, new, strict=True))
         if active is not None:
-            new = tuple(torch.where(active[t], fresh, old) for old, fresh in zip(state, new, strict=True))
-        ys.append(new[0])
-        if extras.return_cells:
-            cs.append(new[1])
-        if watcher is not None:
-            new = watcher.watch(t, new)
-        elif extras.clip_state_grad_norm is not None:
-            new = clip_norm(new, extras.clip_state_grad_norm)
-        elif extras.clip_state_grad_value is not None:
-            new = clip_value(new, extras.clip_state_grad_value)
-        state = new
-    y = torch.stack(ys)
-    outputs = (y if active is None else y * active, *(s.unsqueeze(0) for s in state))
-    return Looped(outputs + ((torch.stack(cs),) if cs else ()), None if watcher is None else watcher.norms)
+            new = tuple(torch.where(active[t], s, old) for old, s in zip(state, new, strict=True))
+        ys[t], cs[t] = new[0], new[-1]
+        state = new if watcher is None else watcher.watch(t, new)
+        if norm_bound is not None:
+            clip_norm(new, norm_bound)
+        if value_bound is not None:
+            state = clip_value(state, value_bound)
+    y = torch.stack([ys[t] for t in range(T)])
+    return y if active is None else y * active, cs, state, watcher
+
+
+def build(problem, style: str) -> Callable[[Tensor], tuple[tuple[Tensor, ...], Callable[[], Tensor] | None]]:
+    """A problem's network as a function of `x [T, B, I]`; lengths and resets are for the forward direction only.
+
+    The function returns y `[T, B, D*P]`, h_n and c_n `[L*D, B, .]`, and where it is asked for c `[T, B, H]` of every
+    step; and a function that returns the norms after the backward, or None.
+    """
+    case, layers = problem.case, []
+    for layer in range(case.num_layers):
+        layers.append([])
+        for reverse in (False, True)[: 1 + case.bidirectional]:
+            suffix = f"_l{layer}" + "_reverse" * reverse
+            p = {name.removesuffix(suffix): v for name, v in problem.parameters.items() if name.endswith(suffix)}
+            made_once = style == "cells" and not problem.options.get("weight_dropout")
+            layers[-1].append(Walk(p, reverse, torch_cell(case.cell, p) if made_once else None))
+
+    def run(x):
+        final, watchers = [], []
+        for walks in layers:
+            ys, cs, states, watched = zip(*(_walk(problem, style, walk, x) for walk in walks), strict=True)
+            final += states
+            watchers += watched
+            x = torch.cat(ys, -1) if len(ys) > 1 else ys[0]
+        outputs = (x, *map(torch.stack, zip(*final, strict=True)))
+        if "return_cells" in case.call:
+            outputs += (torch.stack([cs[0][t] for t in range(case.T)]),)
+        return outputs, None if watchers[0] is None else lambda: torch.stack([w.norms() for w in watchers])
+
+    return run

@@ -1,5 +1,6 @@
-"""What the figures were measured on: device, clocks, versions, and which of its algorithms torch.nn takes. Reads only,
-sets nothing, and leaves out what names the machine."""
+"""The machine that the figures were measured on: device, clocks, versions, and the algorithms that torch.nn takes.
+
+Everything is read, nothing is set. Host names and the like are left out."""
 
 import os
 import platform
@@ -22,7 +23,7 @@ def _output(*command: str) -> str | None:
 
 
 def clocks(device: str) -> dict[str, str] | None:
-    """The GPU's clocks, temperature and power now, as nvidia-smi tells them; None where it does not."""
+    """The GPU's clocks, temperature and power now, as nvidia-smi reports them; None without it."""
     line = _output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader") if device == "cuda" else None
     return dict(zip(QUERY.split(","), map(str.strip, line.split(",")), strict=False)) if line else None
 
@@ -82,7 +83,7 @@ def commit() -> dict:
 
 
 def torch_algorithm(case, device: str) -> str:
-    """What torch.nn runs on, by the rules in ATen's sources (native/cudnn/RNN.cpp, native/RNN.cpp): not observed."""
+    """The algorithm of torch.nn by the rules in ATen's sources (native/cudnn/RNN.cpp, native/RNN.cpp): not observed."""
     if device == "cpu":
         kernel = "oneDNN" if case.cell == "lstm" and torch.backends.mkldnn.is_available() else "ATen's step by step"
         return f"{kernel} (by rule, not observed)"

@@ -1,5 +1,5 @@
-"""Other people's fused kernels as contestants: FlashRNN, TorchRL's Triton LSTM and GRU, and a Python loop over a cell
-that `torch.compile` has fused. They run where they are installed, at the sizes of `RIVAL_CASES`.
+"""Other projects' fused kernels as contestants: FlashRNN, TorchRL's Triton LSTM and GRU, and a Python loop over a cell
+that `torch.compile` has fused. They run where they are installed, at the sizes of `CASES`.
 
 `pip install flashrnn torchrl` brings the first two; FlashRNN compiles its kernels with nvcc at the first call of every
 shape. Written against flashrnn 1.0.8 and torchrl 0.14.1, from their own signatures.
@@ -9,22 +9,23 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .cases import DEVICE, Case
-from .contestants import CONTESTANTS, CannotRun, Contestant, Model
+from .contestants import THROUGHPUT, CannotRun, Contestant
+from .problem import Model, Outcome, Problem
 
 SIZES = ((16, 1024, 768), (64, 512, 128), (64, 512, 256), (64, 512, 512))  # B, T, H; I = H
-"""The size of FlashRNN's own figures, and up to where its Triton kernels and TorchRL's find room."""
+"""The size of FlashRNN's own figures, and sizes up to the largest that its Triton kernels and TorchRL's can take."""
 
 
-def _one_layer(case, module: nn.Module, cells: tuple[str, ...]) -> list[torch.Tensor]:
+def _one_layer(problem: Problem, cells: tuple[str, ...]) -> list[torch.Tensor]:
     """weight_ih, weight_hh, bias_ih, bias_hh of a plain one-layer network, or CannotRun."""
+    case = problem.case
     if case.cell not in cells:
         raise CannotRun(f"has no {case.cell}")
     if case.num_layers > 1 or case.bidirectional:
         raise CannotRun("its kernels take one layer in one direction")
-    return module.all_weights[0]
+    return [problem.parameters[f"{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
 
 
 def _installed(package: str) -> None:
@@ -36,8 +37,9 @@ def flashrnn(backend: str):
     """FlashRNN (Pöppel, Beck, Hochreiter 2024) with one head. Its GRU keeps W_hn h apart, so its four gates are
     `W_hn h + b_hn`, r, z, and `W_in x + b_in`."""
 
-    def build(case, module: nn.Module) -> Model:
-        w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm", "gru"))
+    def build(problem: Problem) -> Model:
+        case = problem.case
+        w_ih, w_hh, b_ih, b_hh = _one_layer(problem, ("lstm", "gru"))
         _installed("flashrnn")
         if DEVICE == "cpu" and backend != "vanilla":
             raise CannotRun("its kernels need a GPU")
@@ -56,16 +58,17 @@ def flashrnn(backend: str):
                 bias = x_bias + h_bias
             states, last = run(wx, r, bias, function=case.cell, backend=backend, dtype=dtype)
             y = states[0].squeeze(2).transpose(0, 1)  # [S, B, T, heads, H] -> [T, B, H]
-            return (y, *(last[k].transpose(0, 1).reshape(1, B, case.H) for k in range(len(last)))), None
+            return Outcome((y, *(last[k].transpose(0, 1).reshape(1, B, case.H) for k in range(len(last)))))
 
-        return Model(forward, tuple(module.parameters()), f"flashrnn, backend {backend}")
+        return Model(forward, f"flashrnn, backend {backend}")
 
     return build
 
 
-def torchrl(case, module: nn.Module) -> Model:
-    """The kernels behind TorchRL's `recurrent_backend="triton"`: float32 in and out, products in bfloat16 on wish."""
-    w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm", "gru"))
+def torchrl(problem: Problem) -> Model:
+    """The kernels of TorchRL's `recurrent_backend="triton"`: float32 in and out, products in the case's dtype."""
+    case = problem.case
+    w_ih, w_hh, b_ih, b_hh = _one_layer(problem, ("lstm", "gru"))
     _installed("torchrl")
     if DEVICE == "cpu":
         raise CannotRun("its kernels need a GPU")
@@ -84,16 +87,17 @@ def torchrl(case, module: nn.Module) -> Model:
             x.transpose(0, 1).float(), *states, *weights, starts, compute_dtype=case.dtype, input_precision=precision
         )
         y, final = outputs[0], outputs[len(outputs) // 2 :]
-        return (y.transpose(0, 1).to(x.dtype), *(s.unsqueeze(0).to(x.dtype) for s in final)), None
+        return Outcome((y.transpose(0, 1).to(x.dtype), *(s.unsqueeze(0).to(x.dtype) for s in final)))
 
-    return Model(forward, tuple(module.parameters()), "torchrl's kernels; casts from and to float32 included")
+    return Model(forward, "torchrl's kernels; casts from and to float32 included")
 
 
 def compiled_loop(backend: str):
-    """What a user gets from `torch.compile` on one step, called T times: the whole loop takes minutes to trace."""
+    """One step under `torch.compile`, called T times: to trace the whole loop would take minutes."""
 
-    def build(case, module: nn.Module) -> Model:
-        w_ih, w_hh, b_ih, b_hh = _one_layer(case, module, ("lstm",))
+    def build(problem: Problem) -> Model:
+        case = problem.case
+        w_ih, w_hh, b_ih, b_hh = _one_layer(problem, ("lstm",))
 
         @torch.compile(backend=backend, fullgraph=True, dynamic=False)
         def step(gx, h, c):
@@ -107,9 +111,9 @@ def compiled_loop(backend: str):
             for gx in F.linear(x, w_ih, b_ih).unbind():
                 h, c = step(gx, h, c)
                 ys.append(h)
-            return (torch.stack(ys), h.unsqueeze(0), c.unsqueeze(0)), None
+            return Outcome((torch.stack(ys), h.unsqueeze(0), c.unsqueeze(0)))
 
-        return Model(forward, tuple(module.parameters()), "one compiled step per call, T calls")
+        return Model(forward, "one compiled step per call, T calls")
 
     return build
 
@@ -120,22 +124,21 @@ RIVALS = (
     Contestant("TorchRL triton", torchrl),
     Contestant("compiled loop", compiled_loop("inductor"), brief=True),
 )
-OURS = tuple(row for row in CONTESTANTS if row.name == "torch.nn" or row.name.startswith("fastrnn"))
-CONTESTANTS_OF_RIVAL_CASES = (*OURS, *RIVALS)
+OURS = tuple(row for row in THROUGHPUT if row.name == "torch.nn" or row.name.startswith("fastrnn"))
+CONTESTANTS = (*OURS, *RIVALS)
 
 
 def _case(cell: str, B: int, T: int, H: int) -> Case:
     """In bfloat16. The reference loop is left out for time."""
-    return Case(cell, B, T, H, H, dtype=torch.bfloat16, without={"fastrnn:reference": "left out for time"})
+    without = {"fastrnn:reference": "left out for time"}
+    return Case(cell, B, T, H, H, dtype=torch.bfloat16, without=without, suite="rivals")
 
 
-RIVAL_CASES = [_case(cell, *size) for cell in ("lstm", "gru") for size in SIZES] if DEVICE == "cuda" else []
-SESSION_SECONDS = 300.0  # cases that no longer fit are recorded as not run
-LONGEST_CASE = 240.0  # as in cases.py; FlashRNN runs nvcc several times per shape where `warm.py` has not done it
+CASES = [_case(cell, *size) for cell in ("lstm", "gru") for size in SIZES] if DEVICE == "cuda" else []
 
 SMALL_TOLERANCE = 64 * 2.0**-23  # 64 float32 roundings of numbers of order one
 
 
 def small_case(cell: str) -> Case:
-    """A tiny case in float32 that shows on any machine that the adapters hand over the right weights."""
-    return Case(cell, 3, 5, 4, 8)
+    """A tiny case in float32 that shows on any machine whether the adapters pass the right weights on."""
+    return Case(cell, 3, 5, 4, 8, suite="rivals")

@@ -44,7 +44,7 @@ def candidates(cell: str, dtype: torch.dtype, H: int, B: int) -> list[tuple]:
     return found
 
 
-class Problem:
+class Layer:
     """Random arguments of one layer, and the calls that a tile is timed on."""
 
     def __init__(self, cell: str, dtype: torch.dtype, H: int, B: int):
@@ -94,7 +94,7 @@ def wrong(got, want, dtype: torch.dtype) -> bool:
 def search(cell: str, dtype: torch.dtype, H: int, B: int, until: float) -> dict:
     """The record of one key: every tile that was tried, fastest first, and how many were not."""
     torch.manual_seed(0)
-    problem, tried = Problem(cell, dtype, H, B), []
+    problem, tried = Layer(cell, dtype, H, B), []
     base = tiles.choose(cell, dtype, H, B)
     outputs = problem.forward(base)
     kept = Kept(outputs.y, outputs.c, outputs.saved)
@@ -118,7 +118,7 @@ def search(cell: str, dtype: torch.dtype, H: int, B: int, until: float) -> dict:
     return {**key, "not tried": len(left), "tiles": tried}
 
 
-def report(record: dict) -> str:
+def summary(record: dict) -> str:
     """The best of each mode."""
     lines = [f"{record['cell']} {record['dtype']} H={record['H']} B={record['B']}, {record['not tried']} not tried"]
     good = [row for row in record["tiles"] if "forward_us" in row]
@@ -143,7 +143,7 @@ def main() -> None:
     records, share = [], arguments.seconds / len(keys)
     for cell, dtype, H, B in keys:
         records.append(search(cell, getattr(torch, dtype), H, B, time.monotonic() + share))
-        print(report(records[-1]), flush=True)
+        print(summary(records[-1]), flush=True)
     name = machine.device_name("cuda").replace(" ", "-")
     content = {"machine": machine.describe("cuda"), "commit": machine.commit(), "steps": STEPS, "keys": records}
     (arguments.out / f"tiles-{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,7 @@
 one of them (clocks, other load) it does to all.
 
 A sample is the mean of `inner` calls in a row, so that a sample of a short call is long enough to be timed, and a GPU's
-queue stays as full as in training. Raw samples are kept; figures are medians.
+queue stays as full as in training. Results keep medians, their intervals, and the number of rounds.
 """
 
 import math
@@ -20,6 +20,18 @@ WARMUP_SECONDS = 0.2
 MAX_INNER = 200
 
 
+class Figure(NamedTuple):
+    """The median of some values, and the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+    def record(self) -> dict:
+        median, low, high = (float(f"{value:.5g}") for value in self)
+        return {"median": median, "interval": [low, high]}
+
+
 @dataclass
 class Samples:
     """Seconds per call of one contestant. `rounds[k]` is the round of `seconds[k]`."""
@@ -32,58 +44,30 @@ class Samples:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    @property
-    def spread(self) -> float:
-        """Distance of the quartiles, relative to the median."""
-        return _quartile_distance(self.seconds) / self.median
+    def record(self) -> dict:
+        return figure(self.seconds).record() | {"rounds": len(self.rounds), "inner": self.inner}
 
 
-class Ratio(NamedTuple):
-    """A contestant's time over the yardstick's: the median over rounds, and the 95 % interval of that median."""
-
-    median: float
-    low: float
-    high: float
-
-
-def _quartile_distance(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % interval of the median by order statistics, which asks nothing of the distribution: the k-th smallest
-    and the k-th largest value, k from the binomial distribution. Up to five values: smallest and largest."""
+def figure(values: list[float]) -> Figure:
+    """The interval is by order statistics, which assume nothing about the distribution: from the k-th smallest to the
+    k-th largest value, k from the binomial distribution. Up to five values: from the smallest to the largest."""
     ordered, n = sorted(values), len(values)
     outside, k = 0.0, 0
     while k < n // 2 and (outside := outside + math.comb(n, k) / 2**n) <= 0.025:
         k += 1
     k = max(k, 1)
-    return ordered[k - 1], ordered[n - k]
+    return Figure(statistics.median(values), ordered[k - 1], ordered[n - k])
 
 
-def ratio(samples: Samples, yardstick: Samples) -> Ratio:
-    """From the ratios within each round."""
-    reference = dict(zip(yardstick.rounds, yardstick.seconds, strict=True))
-    ratios = [s / reference[k] for k, s in zip(samples.rounds, samples.seconds, strict=True)]
-    return Ratio(statistics.median(ratios), *interval(ratios))
-
-
-def common(a: Samples, b: Samples) -> tuple[Samples, Samples]:
-    """Both, with only the rounds that both were timed in."""
-    rounds = set(a.rounds) & set(b.rounds)
-
-    def within(own: Samples) -> Samples:
-        kept = [(s, k) for s, k in zip(own.seconds, own.rounds, strict=True) if k in rounds]
-        return Samples(own.inner, [s for s, _ in kept], [k for _, k in kept])
-
-    return within(a), within(b)
+def ratio(samples: Samples, other: Samples) -> Figure:
+    """The first's time over the second's, from the ratios within each round that both were timed in."""
+    seconds = dict(zip(other.rounds, other.seconds, strict=True))
+    pairs = zip(samples.rounds, samples.seconds, strict=True)
+    return figure([s / seconds[k] for k, s in pairs if k in seconds])
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
-    """A function that runs another and returns the seconds it took, on the device's own clock where it has one."""
+    """A function that runs another and returns the seconds that it took, on the device's own clock where it has one."""
     if device == "cpu":
 
         def watch(run):
@@ -107,7 +91,7 @@ def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
 
 
 def input_sets(bytes_per_set: int, device: str) -> int:
-    """How many input sets to rotate through, so that on a GPU they do not all sit in the cache (twice its size)."""
+    """How many input sets to rotate through: on a GPU, twice the size of its cache."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -115,7 +99,7 @@ def input_sets(bytes_per_set: int, device: str) -> int:
 
 
 def _warm(call: Callable[[int], None], watch, seconds: float) -> float:
-    """Seconds per call once warm: the least of the repeats after the first, which may compile."""
+    """Seconds per call after the first, which may compile: the least of some repeats."""
     watch(lambda: call(0))
     spent, least, k = 0.0, math.inf, 1
     while k < 3 or (spent < seconds and k < 20):
@@ -134,8 +118,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
-    The order rotates from round to round. There are at least `rounds`, after which those in `brief` drop out, to leave
-    the time to the others.
+    The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out and leave their time to
+    the others.
     """
     watch = stopwatch(device)
     samples = {}

@@ -1,4 +1,4 @@
-"""A process of its own for a case on a GPU: a kernel that hangs or goes astray takes its process's GPU with it.
+"""A process of its own for the cases on a GPU: after a kernel has hung or failed, its process cannot use the GPU again.
 
 The process stays from case to case, and is replaced when that has happened.
 """
@@ -10,7 +10,7 @@ import torch
 
 
 class GpuLost(Exception):
-    """A contestant left the process without a GPU."""
+    """After a contestant's error the process can no longer use the GPU."""
 
     def __init__(self, contestant: str, reason: str):
         super().__init__(contestant, reason)
@@ -18,7 +18,7 @@ class GpuLost(Exception):
 
 
 def raise_if_lost(contestant: str, reason: str) -> None:
-    """After an error of a contestant: GpuLost where the GPU does not answer this process any more."""
+    """After an error of a contestant: raises GpuLost where this process can no longer use the GPU."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -42,7 +42,7 @@ class Worker:
                 return self.pool.apply_async(measure, (case, broken)).get(seconds)
             except GpuLost as lost:
                 self.close()
-                if lost.contestant in broken:  # not left out as it was told
+                if lost.contestant in broken:  # it was to be left out
                     raise
                 broken[lost.contestant] = f"the GPU was lost: {lost.reason}"
             except Exception:

@@ -1,4 +1,4 @@
-"""What can be held of the benchmarks without timing anything."""
+"""The benchmarks, as far as they can be tested without timing anything."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ from bench import search
 found = search.candidates("lstm", torch.bfloat16, 128, 64)
 assert {tile.mode for tile in found} == {"local", "grouped", "stepwise", "gemm"} and len(set(found)) == len(found)
 rows = [{"mode": "grouped", "tile": [1], "forward_us": 1.0, "backward_us": 2.0}, {"mode": "gemm", "failed": "wrong"}]
-print(search.report({"cell": "lstm", "dtype": "bfloat16", "H": 128, "B": 64, "not tried": 3, "tiles": rows}))
+print(search.summary({"cell": "lstm", "dtype": "bfloat16", "H": 128, "B": 64, "not tried": 3, "tiles": rows}))
 """
     assert run(code).split("\n")[:2] == [
         "lstm bfloat16 H=128 B=64, 3 not tried",
@@ -123,34 +123,170 @@ if __name__ == "__main__":
     run(code)
 
 
-def test_what_lost_the_gpu_is_left_out_of_the_features():
-    code = """
-from bench import features
+SMALL = """
+import torch
+from bench import measure
+from bench.cases import Case
 from bench.feature_cases import FEATURES, FeatureCase
-case = FeatureCase(FEATURES[0], 2, 3, 4, 5)
-problem, x, gradients = features.given(case)
-entries, broken = {}, {name: "gone" for name in ("fastrnn:cpu", "fastrnn:reference")}
-right = features._agreeing(problem, x, gradients, broken, entries)
-assert right and not right.keys() & broken.keys()
-assert {name: entries[name]["failed"] for name in broken} == broken
+from bench.problem import SEED, Problem
+from bench.suites import SUITES
+plain = [Case(cell, 3, 5, 4, 6) for cell in ("lstm", "gru", "rnn_tanh")] + [Case("gru", 3, 5, 4, 6, mode="infer")]
+asked = frozenset({"tap", "clip"})
+deep = [Case("lstm", 3, 5, 4, 6, 2, True), Case("lstm", 3, 5, 4, 6, 2, True, features=asked)]
+cases = plain + deep + [FeatureCase(feature, 3, 5, 4, 6) for feature in FEATURES]
+
+def agreeing(case, broken):
+    torch.manual_seed(SEED)
+    suite, problem, entries = SUITES[case.suite], Problem(case), {}
+    rows, inputs = suite.contestants(case), problem.inputs()
+    with measure.precision(case.tf32):
+        models = measure.build(problem, rows, broken, entries)
+        return measure.agreeing(suite, problem, inputs, rows, models, entries), entries
+"""
+
+
+def test_all_contestants_of_small_cases_agree():
+    code = """
+for case in cases:
+    right, entries = agreeing(case, {})
+    assert not [entry["failed"] for entry in entries.values() if "failed" in entry], (case.name, entries)
+    assert {"loop", "fastrnn", "fastrnn:reference"} <= right.keys() | {n for n, e in entries.items() if "same_as" in e}
+    compared = [entries[name]["errors"] for name in right if not name.startswith("plain ")]
+    assert all(error < 1e-4 for errors in compared for error in errors.values())
+"""
+    run(SMALL + code)
+
+
+def test_a_contestant_that_computes_something_else_is_not_timed():
+    code = """
+import dataclasses
+from bench import contestants
+def wrong(problem):
+    model = contestants.fused(problem, None)
+    def changed(x):
+        outcome = model.run(x)
+        return outcome._replace(outputs=(outcome.outputs[0] * 1.001, *outcome.outputs[1:]))
+    return model._replace(run=changed)
+rows = (*contestants.THROUGHPUT[:2], contestants.Contestant("wrong", wrong))
+SUITES["throughput"] = dataclasses.replace(SUITES["throughput"], contestants=lambda case: rows)
+right, entries = agreeing(cases[0], {})
+assert list(right) == ["torch.nn", "loop"] and entries["wrong"]["failed"].startswith("ArithmeticError: y: error")
+"""
+    run(SMALL + code)
+
+
+def test_what_lost_the_gpu_is_left_out():
+    code = """
+broken = {name: "gone" for name in ("fastrnn:cpu", "fastrnn:reference")}
+for case in (cases[0], cases[-1]):
+    right, entries = agreeing(case, broken)
+    assert right and not right.keys() & broken.keys()
+    assert {name: entries[name]["failed"] for name in broken} == broken
+"""
+    run(SMALL + code)
+
+
+def test_the_figures_of_a_record_follow_from_the_samples():
+    """Medians, order statistics and ratios by hand; a contestant's ratio is over the rounds that both were timed in."""
+    code = """
+from bench.timing import Samples, figure, ratio
+assert figure([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0) and figure([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 1.0, 6.0)
+assert figure([float(k) for k in range(1, 13)])[1:] == (3.0, 10.0)
+loop, own = Samples(1, [2.0, 8.0], [0, 2]), Samples(2, [1.0, 5.0, 2.0], [0, 1, 2])
+assert ratio(loop, own) == ratio(Samples(1, [2.0, 4.0], [0, 1]), Samples(1, [1.0, 1.0], [0, 1]))
+assert own.record() == {"median": 2.0, "interval": [1.0, 5.0], "rounds": 3, "inner": 2}
+entries = {"loop": {}, "fastrnn": {"takes": "cpu"}, "plain cpu": {}}
+plain = Samples(1, [0.5, 2.5, 1.0], [0, 1, 2])
+from bench import measure
+measure._compare(SUITES["features"], {"loop": loop, "fastrnn": own, "plain cpu": plain}, entries)
+assert entries["fastrnn"]["speed_up"] == {"median": 3.0, "interval": [2.0, 4.0]}
+assert entries["fastrnn"]["overhead"]["median"] == 2.0 and entries["plain cpu"] == {}
+"""
+    run(SMALL + code)
+
+
+def test_the_cases_of_a_gpu_are_sound_on_any_machine():
+    """They have names of their own, can be sent to a process, and have a limit; `warm` skips contestants that cannot run."""
+    code = """
+import pickle
+from bench import cases, limit, rivals, warm
+found = [*cases._gpu_cases(), *(rivals._case(cell, *size) for cell in ("lstm", "gru") for size in rivals.SIZES)]
+assert len({(case.suite, case.name) for case in found}) == len(found) > 60
+for case in found:
+    assert pickle.loads(pickle.dumps(case)) == case and SUITES[case.suite].contestants(case)
+    assert limit.floor(limit.H200, case)["seconds"] > 0 and case.describe()["dtype"]
+small = [Case("lstm", 3, 9, 4, 6), FeatureCase(FEATURES[0], 2, 9, 4, 5)]
+if not torch.cuda.is_available():
+    assert [warm.compile_case(case) for case in small] == [[], []]
+"""
+    run(SMALL + code)
+
+
+def test_the_tables_of_a_gpu_have_the_limit_and_the_memory():
+    code = """
+from bench import tables
+from bench.cases import Case
+def entry(seconds, ratio, peak): return {
+    "seconds": {"median": seconds}, "ratio": {"median": ratio, "interval": [ratio, ratio]}, "peak_bytes": peak,
+}
+entries = {"torch.nn": entry(0.002, 1.0, 2**21), "fastrnn": entry(0.001, 0.5, 2**20), "loop": {"failed": "wrong"}}
+record = {"suite": "rivals", **Case("gru", 2, 3, 4, 4).describe(), "limit": {"seconds": 5e-4}, "contestants": entries}
+found = tables.by_suite([record])
+assert [title.split(" ")[0] for title in found] == ["Time", "Peak"]
+rows = [[cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]] for table in found.values()]
+assert rows == [["2", "0.50 (0.50–0.50)", "0.25"], ["2", "0.50"]]
 """
     run(code)
 
 
 def test_records_are_written_as_they_come_and_can_be_read(tmp_path):
+    """Also what was not run, and why."""
     code = f"""
 from pathlib import Path
-from bench import report
+from bench import files
 from bench.conftest import Session
-path = Path({str(tmp_path)!r}, "records.jsonl")
+path = Path({str(tmp_path)!r}, "records.json")
 session = Session(path)
 class Case:
+    suite = "throughput"
     def __init__(self, name): self.name = name
 def measured(case, broken): return {{"suite": "throughput", "case": case.name}}
 for name in ("a", "b", "a"):
     session.record(Case(name), measured)
-data, records = report.load(path)
-assert [record["case"] for record in records] == ["a", "b"]
-assert {{"machine_info", "commit_info", "datetime"}} <= data.keys()
+    assert files.read(path)["cases"][-1]["case"] == max(session.records).split()[1]
+session.begin["throughput"] = float("-inf")
+try:
+    session.record(Case("c"), measured)
+except BaseException as skipped:
+    assert "was spent" in str(skipped)
+data = files.read(path)
+assert [record["case"] for record in data["cases"]] == ["a", "b"] and list(data["not_run"]) == ["c"]
+assert {{"machine", "commit", "date"}} <= data.keys() and len(path.read_text().splitlines()) == 5
+"""
+    run(code)
+
+
+def test_the_pages_show_the_committed_results(tmp_path):
+    """What stands between the markers is what the tool writes there; it leaves the rest of a page alone."""
+    code = f"""
+from pathlib import Path
+from bench import report
+root, file = Path({str(tmp_path)!r}), report.ROOT / "bench/results/bench-cpu.json"
+(root / "docs").mkdir()
+assert list(report.blocks(file)) == ["docs/benchmarks.md", "README.md"]
+for page, (begin, block, end) in report.blocks(file).items():
+    text = (report.ROOT / page).read_text()
+    assert begin + block + end in text and text.count(begin) == 1, f"{{page}}: python -m bench.report {{file}} --write"
+    (root / page).write_text(text.replace(block, "old"))
+report.write(file, root)
+for page in report.blocks(file):
+    assert (root / page).read_text() == (report.ROOT / page).read_text()
+(root / "README.md").write_text("no markers")
+try:
+    report.write(file, root)
+except ValueError as error:
+    assert "has no <!-- bench:cpu:begin -->" in str(error)
+else:
+    raise AssertionError
 """
     run(code)

@@ -1,4 +1,4 @@
-"""The experiments: a run, that it resumes, what the report makes of it, and that the committed page is its results'."""
+"""The experiments: a run, resuming it, the page that shows the results, and whether the committed one is up to date."""
 
 import json
 import math
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # bench/ is not installed
+sys.path.append(str(ROOT))  # bench/ and experiments/ are not installed
 
-from bench.experiments import __main__ as command
-from bench.experiments import report, store, table, training
+from experiments import __main__ as command
+from experiments import page, store, table, training
 
 SMALL = {"T": 12, "batch": 4, "hidden": 3, "steps": 4, "every": 2}
 TINY = table.Experiment(
@@ -31,7 +31,7 @@ TINY = table.Experiment(
 def tiny(monkeypatch):
     pytest.importorskip("tqdm")
     experiments = {"tiny": TINY}
-    for module in (command, store, report, table):
+    for module in (command, store, page, table):
         monkeypatch.setattr(module, "EXPERIMENTS", experiments)
     return experiments
 
@@ -152,7 +152,7 @@ def test_an_unknown_name_is_refused(tiny, capsys):
     assert end.value.code == 2 and "unknown experiment nope; there are tiny" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------ the report
+# -------------------------------------------------------------------------------------------------------- the page
 
 
 def record(arm, point, seed, **result):
@@ -166,7 +166,7 @@ def record(arm, point, seed, **result):
     return {**run._asdict(), **made, **result}
 
 
-def test_the_report_counts(tiny, tmp_path):
+def test_the_page_counts(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     runs = [
         record("LSTM", "lr 0.1", 0, solved=2, score=0.01),
@@ -175,7 +175,7 @@ def test_the_report_counts(tiny, tmp_path):
         record("RNN", "lr 1e-3", 0, monitor=[[0, "healthy", 1.0, 12], [4, "vanishing", None, 0]]),
     ]
     store.save(store.path("tiny", False, tmp_path), runs)
-    text = report.write(tmp_path, tmp_path)
+    text = page.write(tmp_path, tmp_path)
     assert text == (tmp_path / "experiments.md").read_text() and (tmp_path / "experiments_tiny.png").exists()
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     rows = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
@@ -192,11 +192,11 @@ def test_the_report_counts(tiny, tmp_path):
 def test_a_claim_that_fails_says_so_and_one_without_runs_is_open(tiny, tmp_path):
     runs = [record("LSTM", point, 0) for point in TINY.points]
     store.save(store.path("tiny", False, tmp_path), runs)
-    text = report.write(tmp_path, tmp_path, pictures=False)
+    text = page.write(tmp_path, tmp_path, pictures=False)
     assert "Four steps are enough: **open, not every arm has run**" in text
     assert "**0 to 1 of 2 seeds run**" in text
     store.save(store.path("tiny", False, tmp_path), [*runs, record("RNN", "lr 0.1", 0)])
-    assert "Four steps are enough: **does not hold**" in report.write(tmp_path, tmp_path, pictures=False)
+    assert "Four steps are enough: **does not hold**" in page.write(tmp_path, tmp_path, pictures=False)
 
 
 def test_more_is_more_than_chance(tiny, tmp_path):
@@ -204,7 +204,7 @@ def test_more_is_more_than_chance(tiny, tmp_path):
 
     def results(hits, others, n):
         arms = {"a": [1] * hits + [None] * (n - hits), "b": [1] * others + [None] * (n - others)}
-        made = report.Results("tiny", folder=tmp_path)
+        made = page.Results("tiny", folder=tmp_path)
         made.runs = [{"arm": arm, "point": "", "solved": s} for arm, solved in arms.items() for s in solved]
         return made
 
@@ -213,7 +213,7 @@ def test_more_is_more_than_chance(tiny, tmp_path):
 
 
 def test_an_experiment_without_results_says_so(tiny, tmp_path):
-    assert "Not run yet: `python -m bench.experiments tiny`" in report.write(tmp_path, tmp_path, pictures=False)
+    assert "Not run yet: `python -m experiments tiny`" in page.write(tmp_path, tmp_path, pictures=False)
 
 
 # --------------------------------------------------------------------------------------------- what is committed
@@ -231,6 +231,6 @@ def test_committed_results_are_the_tables(name):
 
 
 def test_the_page_is_up_to_date(tmp_path):
-    assert report.write(docs=tmp_path, pictures=False) == (ROOT / "docs" / "experiments.md").read_text()
+    assert page.write(docs=tmp_path, pictures=False) == (ROOT / "docs" / "experiments.md").read_text()
     for name in table.EXPERIMENTS:
         assert (ROOT / "docs" / f"experiments_{name}.png").exists()

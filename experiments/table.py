@@ -1,4 +1,4 @@
-"""The experiments, as data: what is trained, on what, from which seeds, and what is claimed of it.
+"""The experiments, as data: the networks, the tasks, the seeds, and the claims.
 
 A run's settings are `BASE`, then the experiment's `base`, its arm's, its grid point's, and with --full its `full`.
 """
@@ -35,14 +35,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the programme.
+    """One row.
 
     Attributes:
-        title, about: for the report; `about` says what is new to the reader, and what was tried where it failed.
-        arms: what is compared, `{label: settings}`.
-        points: where each arm is tried, `{label: settings}`.
-        claims: `(text, check)`: what is expected, and a function of `report.Results` that tells whether it came true.
-        seeds: how many the programme asks for.
+        title, about: for the page; `about` explains the task, and lists what else was tried where it failed.
+        arms: the settings that are compared, `{label: settings}`.
+        points: the settings under which each arm is tried, `{label: settings}`.
+        claims: `(text, check)`: an expectation, and a function of `page.Results` that tells whether it holds.
+        seeds: how many each arm and point gets.
     """
 
     title: str
@@ -56,7 +56,7 @@ class Experiment:
 
 
 def plan(experiment: Experiment, full: bool = False) -> list[Run]:
-    """All runs, seed by seed, so that a programme cut short has the same seeds in every arm."""
+    """All runs, seed by seed, so that an interrupted experiment has the same seeds in every arm."""
     return [
         Run(arm, point, seed, BASE | experiment.base | change | at | (experiment.full if full else {}))
         for seed in range(experiment.seeds)
@@ -78,7 +78,7 @@ def chrono(t_max: float) -> dict:
 
 
 def clipping(inside: float, **module) -> dict[str, dict]:
-    """The ways to clip; `module` are further arguments of the constructor."""
+    """The ways to clip, as arms; `module`: further arguments of the constructor."""
     return {
         "no clipping": {"clip_grad_norm": None, "module": module},
         "clip_grad_norm_": {"clip_grad_norm": 1.0, "module": module},
@@ -159,8 +159,8 @@ EXPERIMENTS = {
     ),
     "order": Experiment(
         title="Temporal order, T = 50",
-        about="In which order two rare symbols came (Pascanu et al. 2013); solved at 1 % test error. A tanh RNN, "
-        "over initialisations and learning rates.",
+        about="The network says in which order two rare symbols came (Pascanu et al. 2013); solved at 1 % test error. "
+        "A tanh RNN, over initialisations and learning rates.",
         base=RNN | {"task": "order", "T": 50, "batch": 20, "hidden": 50, "steps": 2000, "every": 250, "goal": 0.01},
         arms=clipping(0.05),
         points={
@@ -221,7 +221,7 @@ EXPERIMENTS = {
     ),
     "copy": Experiment(
         title="Copy memory, T = 100",
-        about="Ten symbols to be said again a hundred steps later; solved at a tenth of the memoryless loss 10 ln 8"
+        about="Ten symbols must be repeated a hundred steps later; solved at a tenth of the memoryless loss 10 ln 8"
         " / (T + 20). The first row may take 10,000 steps: with 5,000, as the others have, one of its three seeds "
         "ended just above the goal. Also tried by hand, with seed 0 and no better: a learning rate of 0.002, RMSprop, "
         "64 units, chrono without orthogonal W_hh, tanh RNNs with orthogonal W_hh and small W_ih.",

@@ -1,7 +1,8 @@
 """One run: a recurrent network with a linear layer on top, trained on one of `fastrnn.tasks` until it has met its goal.
 
-`train(settings, seed)` returns what is written to JSON. Scores are "low is better" and measured on data that training
-never sees; the monitor looks at the state gradient before the first step and at every evaluation.
+`train(settings, seed)` returns the record that is written to JSON. Scores are low where the network is good, and are
+measured on data that training never sees. The monitor looks at the state gradient before the first step and at every
+evaluation.
 """
 
 import math
@@ -17,27 +18,27 @@ import fastrnn
 from fastrnn import tasks
 
 TEST_SEED = 2**40
-"""Of the test data: one set per task and length, the same for every run, and no run's seed."""
+"""Of the test data: one set per task and length, the same for every run. No run has this seed."""
 TEST_BATCH = 1000
 MONITORED = 100
-"""Test sequences that the monitor looks at."""
+"""The number of test sequences that the monitor looks at."""
 DIVERGED = 2.0
-"""A run has diverged where its test loss ends not finite or above this multiple of the best constant answer's."""
+"""A run has diverged if its test loss ends not finite, or above this multiple of the best constant answer's."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is to the training loop.
+    """A task, as the training loop sees it.
 
     Attributes:
         sizes: inputs and outputs per step.
-        every_step: whether an answer is due at every step, or at the last one.
+        every_step: whether every step needs an answer, or only the last one.
         train: settings and generator -> a batch.
         test: settings -> the test data.
         loss: scores and targets -> what is minimised.
-        score: scores, targets and T -> the figure in the tables; low is good.
+        score: scores, targets and T -> the figure in the tables.
         constant: T -> the loss of the best answer that does not look at the input.
-        measure: what the score is.
+        measure: the name of the score.
     """
 
     sizes: tuple[int, int]
@@ -51,7 +52,7 @@ class Task:
 
 
 def _drawn(draw) -> dict:
-    """`train` and `test` of a task that is drawn afresh for every batch."""
+    """`train` and `test` of a task whose every batch is new."""
     return {
         "train": lambda settings, generator: draw(settings["batch"], settings["T"], generator),
         "test": lambda settings: draw(TEST_BATCH, settings["T"], torch.Generator().manual_seed(TEST_SEED)),
@@ -104,7 +105,7 @@ TASKS = {
 
 
 class Model(nn.Module):
-    """`[T, B, I] -> [B, outputs]`, or `[T, B, outputs]` where an answer is due at every step."""
+    """`[T, B, I] -> [B, outputs]`, or `[T, B, outputs]` where every step needs an answer."""
 
     def __init__(self, settings: dict):
         super().__init__()
@@ -121,7 +122,7 @@ class Model(nn.Module):
 
 
 def diagnose(model: Model, settings: dict, x: Tensor, target: Tensor) -> tuple[str, float | None, int | None]:
-    """The monitor on some sequences: verdict, gain per step, horizon. Leaves no gradient behind."""
+    """The monitor on some sequences: verdict, gain per step, horizon. It leaves no gradients."""
     with fastrnn.GradientMonitor(model) as monitor:
         TASKS[settings["task"]].loss(model(x), target).backward()
     model.zero_grad()

@@ -1,7 +1,7 @@
-"""Trains what the table asks for and the results lack: `python -m bench.experiments [NAME ...] [--seeds N] [--full]`.
+"""Trains the runs of the table that have no result yet: `python -m experiments [NAME ...] [--seeds N] [--full]`.
 
-Every finished run is written at once to bench/results/experiments/NAME.json; interrupt at will and start again.
-`python -m bench.experiments.report` then makes docs/experiments.md and its pictures.
+Every finished run is written at once to experiments/results/NAME.json, so a session may be interrupted and resumed.
+`python -m experiments.page` then makes docs/experiments.md and its pictures.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .training import train
 
 
 def run(name: str, full: bool = False, seeds: int | None = None, folder: Path = store.RESULTS) -> None:
-    """Runs one experiment as far as it is not done; `seeds` takes the first so many only."""
+    """Trains the runs of one experiment that have no result; `seeds`: only the first N seeds."""
     file = store.path(name, full, folder)
     finished = store.done(file, name, full)
     runs = [r for r in plan(EXPERIMENTS[name], full) if seeds is None or r.seed < seeds]
@@ -31,7 +31,7 @@ def run(name: str, full: bool = False, seeds: int | None = None, folder: Path = 
                 bar.set_postfix_str(f"{label}, {text}")
 
             result = train(r.settings, r.seed, progress)
-            bar.update(end - bar.n)  # a run that met its goal leaves steps over
+            bar.update(end - bar.n)  # a run that met its goal stops early
             record = {**r._asdict(), "seconds": round(time.perf_counter() - begin, 1), **result}
             finished[store.key(record)] = record
             store.save(file, list(finished.values()))
@@ -39,7 +39,7 @@ def run(name: str, full: bool = False, seeds: int | None = None, folder: Path = 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ", ".join(f"{name} ({experiment.title})" for name, experiment in EXPERIMENTS.items())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{names}; none means all")

@@ -1,4 +1,4 @@
-"""docs/experiments.md and its pictures, from the JSON: `python -m bench.experiments.report`."""
+"""docs/experiments.md and its pictures, from the JSON: `python -m experiments.page`."""
 
 import argparse
 import collections
@@ -6,30 +6,31 @@ import math
 import statistics
 from pathlib import Path
 
-from ..report import markdown
+from bench.tables import markdown
+
 from . import store
 from .table import EXPERIMENTS, Experiment
 from .training import DIVERGED, TASKS, TEST_BATCH
 
-DOCS = Path(__file__).parents[2] / "docs"
-COMMAND = "python -m bench.experiments.report"
+DOCS = Path(__file__).parents[1] / "docs"
+COMMAND = "python -m experiments.page"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Okabe & Ito's palette."""
 
 HEAD = f"""# Experiments
 
-Made by `{COMMAND}` from `bench/results/experiments/*.json`, which
-`python -m bench.experiments` writes: it trains what the table in `bench/experiments/table.py` asks for and the results
-lack, one thread, seeded. A row pools the seeds of one arm. *Solved*: the score met the goal on {TEST_BATCH:,} test
-sequences, where the run stops. *Diverged*: the test loss ends not finite or above {DIVERGED:g} times the best constant
-answer's. *Monitor*: `GradientMonitor`'s verdict on test sequences before the first step and after the last, with the
-median gain per step. Figures are medians over the seeds, in brackets the extremes. That an arm is solved or
-diverges more often than another is claimed where Fisher's exact test says so at 5 %. What failed stays in the tables.
+`python -m experiments` trains the runs that the table in `experiments/table.py` asks for, seeded and on one thread, and
+writes them to `experiments/results/*.json`; `{COMMAND}` makes this page from the results. A row pools the
+seeds of one arm. *Solved*: the score met the goal on {TEST_BATCH:,} test sequences, and the run stopped there.
+*Diverged*: at the end, the test loss is not finite or above {DIVERGED:g} times that of the best constant answer.
+*Monitor*: `GradientMonitor`'s verdict on test sequences before the first step and after the last, with the median gain
+per step. Figures are medians over the seeds, with the extremes in brackets. A claim that an arm is solved or diverges
+more often than another holds where Fisher's exact test says so at 5 %. Failures stay in the tables.
 """
 
 
 class Results:
-    """The finished runs of one experiment that the table still asks for."""
+    """The finished runs of one experiment that are still in the table."""
 
     def __init__(self, name: str, full: bool = False, folder: Path = store.RESULTS):
         file = store.path(name, full, folder)
@@ -41,19 +42,19 @@ class Results:
         return [r for r in self.runs if r["arm"] == arm and point in (None, r["point"])]
 
     def share(self, field: str, arm: str) -> float:
-        """The share of an arm's runs that are `solved`, or have `diverged`."""
+        """The share of an arm's runs that `solved` the task, or that `diverged`."""
         runs = self.of(arm)
         return sum(r[field] not in (None, False) for r in runs) / len(runs)
 
     def more(self, field: str, arm: str, than: str) -> bool:
-        """Whether more runs of `arm` are solved (have diverged) than chance gives at 5 %: Fisher's exact test."""
+        """Whether more runs of `arm` than of `than` are solved (diverged), by Fisher's exact test at 5 %."""
         n, m = len(self.of(arm)), len(self.of(than))
         hits, others = round(n * self.share(field, arm)), round(m * self.share(field, than))
         ways = sum(math.comb(n, k) * math.comb(m, hits + others - k) for k in range(hits, min(n, hits + others) + 1))
         return ways < 0.05 * math.comb(n + m, hits + others)
 
     def scores(self, arm: str) -> list[float]:
-        """The scores at the end; infinite where not finite."""
+        """The scores at the end; infinite where they are not finite."""
         return [float("inf") if r["score"] is None else r["score"] for r in self.of(arm)]
 
     def steps(self, arm: str) -> float:
@@ -104,7 +105,7 @@ def table(results: Results) -> str:
 
 
 def grid(results: Results) -> str:
-    """Where there are grid points: solved and diverged runs by point and arm."""
+    """Solved and diverged runs by grid point and arm."""
     arms = [arm for arm in results.experiment.arms if results.of(arm)]
     rows = [["solved / diverged / runs", *arms]]
     for point in results.experiment.points:
@@ -118,7 +119,7 @@ def grid(results: Results) -> str:
 
 
 def claims(results: Results) -> str:
-    """What is expected, and whether it came true; open until every arm has a run."""
+    """The claims, and whether they hold; open until every arm has a run."""
     decided = all(results.of(arm) for arm in results.experiment.arms)
     verdicts = [
         (text, ("holds" if check(results) else "does not hold") if decided else "open, not every arm has run")
@@ -128,7 +129,7 @@ def claims(results: Results) -> str:
 
 
 def seeds(results: Results) -> str:
-    """`5 seeds`, or how many of those planned were run."""
+    """`5 seeds`, or how many of the planned ones were run."""
     asked, points = results.experiment.seeds, len(results.experiment.points)
     counts = {len(results.of(arm)) // points for arm in results.experiment.arms}
     if counts == {asked}:
@@ -138,7 +139,7 @@ def seeds(results: Results) -> str:
 
 
 def settings(results: Results) -> str:
-    """What all runs share, in one line; `task` is in the title."""
+    """The settings that all runs share, in one line; `task` is in the title."""
     first, others = results.runs[0]["settings"], [r["settings"] for r in results.runs]
     shared = {k: v for k, v in first.items() if k != "task" and v and all(s[k] == v for s in others)}
     return ", ".join(f"{k} {_words(v)}" for k, v in shared.items())
@@ -159,14 +160,14 @@ def section(name: str, full: bool, results: Results) -> str:
         table(results),
         grid(results) if len(experiment.points) > 1 else "",
         f"![{experiment.title}]({picture})",
-        f"`python -m bench.experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} min on one thread of "
+        f"`python -m experiments {name}{flags}`: {seeds(results)}, {minutes:.0f} min on one thread of "
         f"{results.machine['device']}, torch {results.machine['versions']['torch']}. {settings(results)}.",
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def picture(results: Results, path: Path) -> None:
-    """The test score against the step: a thin line per run, the arms in colours; their ends as dots."""
+    """The test score against the step: a thin line per run, a colour per arm, a dot at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -191,7 +192,7 @@ def picture(results: Results, path: Path) -> None:
 
 
 def write(folder: Path = store.RESULTS, docs: Path = DOCS, pictures: bool = True) -> str:
-    """Writes the page, and its pictures unless told otherwise; returns its text."""
+    """Writes the page and its pictures; returns the text."""
     sections = [HEAD]
     for name in EXPERIMENTS:
         for full in (False, True):
@@ -201,7 +202,7 @@ def write(folder: Path = store.RESULTS, docs: Path = DOCS, pictures: bool = True
                 if pictures:
                     picture(results, docs / f"experiments_{name}{'_full' if full else ''}.png")
             elif not full:
-                sections.append(f"## {EXPERIMENTS[name].title}\n\nNot run yet: `python -m bench.experiments {name}`.")
+                sections.append(f"## {EXPERIMENTS[name].title}\n\nNot run yet: `python -m experiments {name}`.")
     text = "\n\n".join(part.strip() for part in sections) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     return text
