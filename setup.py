@@ -24,7 +24,7 @@ import setuptools
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastrnn needs setuptools >= 77 to build, got {setuptools.__version__}: pip install -U setuptools")
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
@@ -74,15 +74,18 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def torch_has_cuda() -> bool:
-    """Whether the torch of the environment that pip installs into is a CUDA build. pip hides that environment from the
-    build by PYTHONPATH, which -E ignores; other front ends build in an environment that has no torch."""
+def no_cuda_torch() -> str | None:
+    """Why CUDA kernels would have no torch to run with, going by the environment that pip installs into. pip hides it
+    from the build by PYTHONPATH, which -E ignores; other front ends build in an environment that has no torch."""
     ask = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
     line = [sys.executable, "-E", "-c", ask]
     found = find_spec("torch")
     origin = found.origin if found else subprocess.run(line, capture_output=True, text=True, cwd=os.sep).stdout.strip()
-    version = Path(origin).parent / "version.py" if origin else None
-    return bool(version and version.is_file() and re.search(r"^cuda[^=]*= ['\"]", version.read_text(), re.MULTILINE))
+    version = Path(origin).parent / "version.py"
+    if not origin or not version.is_file():
+        return "there is no torch in the environment of the build"
+    cuda = re.search(r"^cuda[^=]*= ['\"]", version.read_text(), re.MULTILINE)
+    return None if cuda else "this torch is built without CUDA"
 
 
 def why_not(name: str) -> str | None:
@@ -107,7 +110,7 @@ def libraries() -> list[Extension]:
     if cuda == "0":
         left_out[CUDA] = "FASTRNN_BUILD_CUDA=0"
     elif cuda == "":
-        left_out[CUDA] = left_out.get(CPU) or why_not(CUDA) or (None if torch_has_cuda() else "no CUDA build of torch here")
+        left_out[CUDA] = left_out.get(CPU) or why_not(CUDA) or no_cuda_torch()
     for name, reason in left_out.items():
         if reason:
             print(f"fastrnn: leaving out {name}: {reason}", file=sys.stderr)
@@ -206,7 +209,7 @@ def long_description() -> str:
 
 
 setup(
-    packages=["fastrnn", "fastrnn.backends", "fastrnn.kernels"],
+    packages=[*find_packages(include=["fastrnn", "fastrnn.*"]), "fastrnn.kernels"],
     # A top-level `kernels` would shadow the package of that name on PyPI.
     package_dir={"fastrnn.kernels": "kernels"},
     package_data={"fastrnn": ["py.typed"]},
