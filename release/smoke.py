@@ -11,8 +11,8 @@ from fastrnn.backends import cpu
 warnings.simplefilter("error")  # a slow way is warned of
 assert cpu.MISSING is None, cpu.MISSING
 x = torch.randn(64, 3, 5)
-for module in (fastrnn.LSTM(5, 7), fastrnn.GRU(5, 7, layer_norm=True, bidirectional=True)):
-    tap = torch.zeros(1 + module.bidirectional, 2, 2 if isinstance(module, fastrnn.LSTM) else 1, 64, 3, requires_grad=True)
+for module, rows in ((fastrnn.LSTM(5, 7), (1, 2, 2)), (fastrnn.GRU(5, 7, bidirectional=True), (2, 2, 1))):
+    tap = torch.zeros(*rows, 64, 3, requires_grad=True)
     results = {}
     for backend in (None, "reference"):
         module.backend, tap.grad = backend, None
