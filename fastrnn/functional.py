@@ -139,10 +139,11 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
-        x = PackedSequence(x, call.packed.batch_sizes)
-        where = stack.places(x.batch_sizes)
-        sequences = torch.arange(h0.shape[1], device=x.batch_sizes.device)
-        lengths = (x.batch_sizes.unsqueeze(1) > sequences).sum(0).to(h0.device)
+        sizes = call.packed.batch_sizes  # torch.compile of 2.12 fails to read them off a PackedSequence that it traced
+        x = PackedSequence(x, sizes)
+        where = stack.places(sizes)
+        sequences = torch.arange(h0.shape[1], device=sizes.device)
+        lengths = (sizes.unsqueeze(1) > sequences).sum(0).to(h0.device)
         if backend != "cpu":
             x = stack.padded(x, where)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
@@ -158,7 +159,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     y, states = y.to(h_dtype), (states[0].to(h_dtype), *(c_n.to(c_dtype) for c_n in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else stack.packed(v, call.packed.batch_sizes, where).data for v in (y, c))
+        y, c = (v if v is None else stack.packed(v, sizes, where).data for v in (y, c))
     return y, states, c
 
 
