@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import fastrnn
 
 from . import dispatch, flow, init, plots
-from .backends import extension
 from .cells import NONLINEARITIES
 from .monitor import GradientMonitor, Report
 from .tasks import Digits, sequential_digits
@@ -298,7 +297,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"CUDA     {torch.version.cuda or 'torch is built without it'}\npython   {platform.python_version()}")
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     print(f"GPU      {', '.join(gpus) or 'none'}")
-    print(f"C++      {extension.load('cpu') or 'the library is there, and loads'}")
+    print(f"C++      {dispatch.cpu.MISSING or 'the library is there, and loads'}")
     for device in ("cpu", *(["cuda"] if gpus else [])):
         rnn = fastrnn.LSTM(8, 16, device=device)
         x = torch.zeros(4, 2, 8, device=device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .. import install
+from . import install
 
 LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in the first
 

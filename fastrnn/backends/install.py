@@ -4,7 +4,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SWITCHES = {"_C": "FASTRNN_BUILD_CPU", "_C_cuda": "FASTRNN_BUILD_CUDA"}  # of setup.py
 
 
