@@ -3,12 +3,15 @@
 # lint  ruff and clang-format, in check mode; `make format` applies them
 # bench the benchmarks, JSON in bench/results/
 # gpu   build, test and bench with the Python that is already there: no venv, no downloads; STAGES= takes some of it
+# wheels the sdist and the wheels of a release, in dist/
 # clean remove what the others made
 
 PYTHON ?= python3
 VENV   ?= .venv
 # What pip installs as PyTorch, e.g. make test TORCH=torch==2.13.0
 TORCH  ?= torch
+# and as NumPy: the interpreters of Triton 3.5 and 3.6 need 'numpy<2.4'
+NUMPY  ?= numpy
 # Test processes side by side. One thread each: on small tensors more threads only get in each other's way.
 JOBS   ?= 2
 # Passed on to pytest, e.g. make test PYTEST_ARGS="-k lengths -x"
@@ -22,18 +25,19 @@ CORES  ?= $(shell nproc)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test lint format bench gpu clean \
+.PHONY: demo test lint format bench gpu wheels clean \
     gpu-build gpu-kernels gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
 SOURCES  := $(sort $(shell find csrc -type f 2>/dev/null))
-CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu tests/*.cpp)
+CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu release/*.cpp tests/*.cpp)
 
 # One stamp per value of TORCH, so that asking for another PyTorch installs it.
 BASE    := $(VENV)/.base
 LINTERS := $(VENV)/.linters
-READY   := $(VENV)/.ready-$(shell cksum <<<'$(TORCH)' | cut -d' ' -f1)
+RELEASE := $(VENV)/.release
+READY   := $(VENV)/.ready-$(shell cksum <<<'$(TORCH) $(NUMPY)' | cut -d' ' -f1)
 
 $(BASE):
 	$(PYTHON) -m venv $(VENV)
@@ -44,9 +48,13 @@ $(LINTERS): $(BASE) pyproject.toml
 	$(RUN) -m pip install --quiet --group dev
 	touch $@
 
+$(RELEASE): $(BASE) pyproject.toml
+	$(RUN) -m pip install --quiet --group release
+	touch $@
+
 $(READY): $(BASE) pyproject.toml setup.py $(SOURCES)
 	rm -f $(VENV)/.ready-*
-	$(RUN) -m pip install --quiet '$(TORCH)'
+	$(RUN) -m pip install --quiet '$(TORCH)' '$(NUMPY)'
 	$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'
 	touch $@
 
@@ -120,6 +128,9 @@ gpu-sanitize:
 # The tests that no GPU takes part in.
 gpu-test:
 	$(GPU_TESTS) -m 'not gpu' -n $(CORES) --dist worksteal
+
+wheels: $(RELEASE)
+	PATH="$(VENV_BIN):$$PATH" release/wheels.sh
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,49 +1,70 @@
 """Builds what pyproject.toml cannot describe: the package list, and csrc as libraries that PyTorch loads.
 
 The libraries hold operators on PyTorch's stable ABI and no Python code: `torch.ops.load_library` loads them, so one
-build serves every Python and every torch >= 2.10. The install works without them; what is missing is printed. An
-editable install keeps a library that is newer than its sources: remove it to have it built with another compiler.
+build serves every Python and every torch >= 2.10. No torch is needed to build: third_party/torch has the headers, and
+the symbols are resolved when the library is loaded.
 
-Environment: FASTRNN_BUILD_CUDA = 1 builds csrc/cuda or fails, 0 leaves it out, unset builds it where torch is a CUDA
-build and nvcc is there. CXX: the C++ compiler.
+Environment (docs/install.md): FASTRNN_BUILD_CPU = 0 leaves out the C++ library; otherwise it is built, or the install
+fails. FASTRNN_BUILD_CUDA = 1 builds csrc/cuda or fails, 0 leaves it out; unset, it is built where nvcc is found and
+torch is a CUDA build. CXX, CXXFLAGS and LDFLAGS have their usual meaning.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastrnn needs setuptools >= 77 to build, got {setuptools.__version__}: pip install -U setuptools")
 
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
 ROOT = Path(__file__).parent
 CPU, CUDA = "fastrnn._C", "fastrnn._C_cuda"
+SOURCES = {CPU: "csrc/cpu/*.cpp", CUDA: "csrc/cuda/*.cu"}
+# What a library names as needed. libtorch brings libtorch_cuda where there is one.
+NEEDED = {CPU: ["torch_cpu"], CUDA: ["torch_cpu", "torch"]}
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 # No -ffast-math: NaN and inf must come through. No -march: csrc/cpu/vectors.h chooses at run time.
+# Clang reports each `omp simd` loop that it leaves scalar: that costs time, and the results are the same.
 CXX_FLAGS = (
-    "-std=c++17 -O3 -shared -fPIC -fvisibility=hidden"
-    " -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -Wno-pass-failed"
 )
 # sm_80 runs on every later 8.x too; its PTX serves what comes after Hopper.
 NVCC_FLAGS = (
-    "-std=c++17 -O3 -shared -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA --threads 0"
+    "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA --threads 0"
     " -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80"
     " -gencode=arch=compute_90a,code=sm_90a"
 )
 
 
-def find_torch():
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
+def switch(name: str) -> str:
+    """An environment variable that is 0, 1 or unset ("")."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"fastrnn: {name} must be 0, 1 or unset, got {value!r}")
+    return value
+
+
+def flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler and what CXX adds to it; None without one."""
+    command = flags("CXX") or next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    return command if command and shutil.which(command[0]) else None
 
 
 def find_nvcc() -> str | None:
@@ -53,78 +74,147 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def compiler(name: str) -> list[str]:
-    """The compiler of one library, and its flags."""
-    if name == CPU:
-        return [*shlex.split(os.environ.get("CXX", "g++")), *CXX_FLAGS.split()]
-    return [find_nvcc(), *NVCC_FLAGS.split()]
+def no_cuda_torch() -> str | None:
+    """Why CUDA kernels would have no torch to run with, going by the environment that pip installs into. pip hides it
+    from the build by PYTHONPATH, which -E ignores; other front ends build in an environment that has no torch."""
+    ask = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+    line = [sys.executable, "-E", "-c", ask]
+    found = find_spec("torch")
+    origin = found.origin if found else subprocess.run(line, capture_output=True, text=True, cwd=os.sep).stdout.strip()
+    version = Path(origin).parent / "version.py"
+    if not origin or not version.is_file():
+        return "there is no torch in the environment of the build"
+    cuda = re.search(r"^cuda[^=]*= ['\"]", version.read_text(), re.MULTILINE)
+    return None if cuda else "this torch is built without CUDA"
+
+
+def why_not(name: str) -> str | None:
+    """Why a library cannot be built here."""
+    if sys.platform == "win32":
+        return "the build knows only Linux and macOS"
+    if find_cxx() is None:
+        asked = os.environ.get("CXX")
+        missing = f"there is no C++ compiler {asked!r}" if asked else "there is no C++ compiler (g++, c++ or clang++)"
+        return f"{missing}: install one or set CXX"
+    if name == CUDA and find_nvcc() is None:
+        return "there is no nvcc: install the CUDA toolkit or set CUDA_HOME"
+    return None
 
 
 def libraries() -> list[Extension]:
-    """What can be built here; prints why the rest cannot, and fails only where FASTRNN_BUILD_CUDA=1 demands it."""
-    torch, wish = find_torch(), os.environ.get("FASTRNN_BUILD_CUDA", "")
-    missing = {CPU: None, CUDA: None}
-    if torch is None:
-        missing = dict.fromkeys(missing, "torch cannot be imported: install it first, then use --no-build-isolation")
-    else:
-        if shutil.which(compiler(CPU)[0]) is None:
-            missing[CPU] = f"there is no C++ compiler {compiler(CPU)[0]!r}: install one or set CXX"
-        if find_nvcc() is None:
-            missing[CUDA] = "there is no nvcc: install the CUDA toolkit or set CUDA_HOME"
-        elif wish != "1" and torch.version.cuda is None:
-            missing[CUDA] = "this torch is built without CUDA"
-    if wish == "0":
-        missing[CUDA] = "FASTRNN_BUILD_CUDA=0"
-    if wish == "1" and missing[CUDA]:
-        sys.exit(f"FASTRNN_BUILD_CUDA=1, but {missing[CUDA]}")
-    for name, reason in missing.items():
+    """The libraries that the environment asks for; prints why another one is left out."""
+    cpu, cuda = switch("FASTRNN_BUILD_CPU"), switch("FASTRNN_BUILD_CUDA")
+    left_out = {}
+    if cpu == "0":
+        left_out[CPU] = "FASTRNN_BUILD_CPU=0"
+    if cuda == "0":
+        left_out[CUDA] = "FASTRNN_BUILD_CUDA=0"
+    elif cuda == "":
+        left_out[CUDA] = left_out.get(CPU) or why_not(CUDA) or no_cuda_torch()
+    for name, reason in left_out.items():
         if reason:
             print(f"fastrnn: leaving out {name}: {reason}", file=sys.stderr)
     headers = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))]
-    sources = {CPU: "csrc/cpu/*.cpp", CUDA: "csrc/cuda/*.cu"}
     return [
-        Extension(
-            name,
-            [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(sources[name]))],
-            depends=headers,
-            py_limited_api=True,
-        )
-        for name, reason in missing.items()
-        if not reason
+        Extension(name, [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(SOURCES[name]))], depends=headers)
+        for name in SOURCES
+        if not left_out.get(name)
     ]
 
 
 class BuildLibraries(build_ext):
-    """One compiler call per library: torch's own builder would refuse nvcc beside a CPU torch."""
+    """One compiler call per library: torch's own builder would need torch, and refuse nvcc beside a CPU torch."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"  # no tag of a Python: none imports it
+
+    def check(self):
+        """Ends the install with one sentence where a library cannot be built."""
+        for ext in self.extensions or []:
+            if reason := why_not(ext.name):
+                variable = "FASTRNN_BUILD_CPU" if ext.name == CPU else "FASTRNN_BUILD_CUDA"
+                what = "fastrnn, slow, without its C++ library" if ext.name == CPU else "fastrnn without CUDA kernels"
+                sys.exit(f"fastrnn: cannot build {ext.name}: {reason}; or install {what}, with {variable}=0")
+
+    def run(self):
+        self.check()
+        if not (self.editable_mode or self.inplace):  # what an earlier build left there would be packed, too
+            for stale in Path(self.build_lib, "fastrnn").glob("_C*.so"):
+                stale.unlink()
+        super().run()
 
     def build_extension(self, ext):
-        from setuptools.modified import newer_group  # here, so that an old setuptools is told so above
-
-        out = self.get_ext_fullpath(ext.name)
-        # An editable install asks for a new one each time, and then puts it here.
-        known = ROOT / self.get_ext_filename(ext.name) if self.editable_mode else Path(out)
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        if not (self.force or newer_group([*ext.sources, *ext.depends, __file__], known)):
-            if known != Path(out):
-                print(f"fastrnn: keeping {known}: newer than its sources", file=sys.stderr)
-                shutil.copy2(known, out)
+        out = Path(self.get_ext_fullpath(ext.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        known = ROOT / self.get_ext_filename(ext.name)
+        # An editable install asks for a new library each time, and then puts it here.
+        if self.editable_mode and not self.force and not newer_group([*ext.sources, *ext.depends, __file__], known):
+            print(f"fastrnn: keeping {known}: newer than its sources", file=sys.stderr)
+            shutil.copy2(known, out)
             return
-        home = Path(find_torch().__file__).parent
-        links = ["-ltorch_cpu", "-ltorch", "-lc10"]
-        if ext.name == CUDA:  # needs libtorch at run time, and by it libtorch_cuda, whichever torch it is built with
-            links = ["-Xlinker", "--no-as-needed", *links]
-        line = [*compiler(ext.name), TARGET, f"-I{home / 'include'}", *ext.sources, "-o", out]
-        line += [f"-L{home / 'lib'}", *links]
-        print(shlex.join(line), flush=True)
-        subprocess.run(line, check=True, cwd=ROOT)
+        if ext.name == CPU:
+            line = [*find_cxx(), *CXX_FLAGS.split(), *flags("CXXFLAGS")]
+        else:
+            line = [find_nvcc(), *NVCC_FLAGS.split()]
+        line += [TARGET, f"-I{ROOT / 'third_party/torch/include'}", *ext.sources, "-o", str(out)]
+        with tempfile.TemporaryDirectory() as stubs:
+            run([*line, *link_options(ext.name, stubs)])
+
+
+def link_options(name: str, stubs: str) -> list[str]:
+    """How a library finds torch when it is loaded, without torch being here: empty libraries of the same names, in the
+    folder `stubs`, are linked in its place, and the loader finds those that the process has loaded already."""
+    ours = flags("LDFLAGS") if name == CPU else []
+    if sys.platform == "darwin":
+        return [*ours, "-dynamiclib", "-undefined", "dynamic_lookup"]
+    source = Path(stubs, "empty.cpp")
+    source.touch()
+    for needed in NEEDED[name]:
+        file = f"lib{needed}.so"
+        run([*find_cxx(), "-shared", "-nostdlib", str(source), f"-Wl,-soname,{file}", "-o", str(Path(stubs, file))])
+    return [*ours, "-shared", f"-L{stubs}", "-Xlinker", "--no-as-needed", *(f"-l{needed}" for needed in NEEDED[name])]
+
+
+def run(line: list[str]) -> None:
+    print(shlex.join(line), flush=True)
+    code = subprocess.run(line, cwd=ROOT).returncode
+    if code:
+        sys.exit(f"fastrnn: {line[0]} ended with exit code {code}; what it said is above, and docs/install.md may help")
+
+
+class Wheel(bdist_wheel):
+    """Its libraries are for a platform, and for every Python."""
+
+    def run(self):
+        self.get_finalized_command("build_ext").check()  # before anything is copied and told
+        super().run()
+
+    def get_tag(self):
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
+
+def long_description() -> str:
+    """README.md with its relative links made absolute, for the package index."""
+    project, package = (ROOT / name for name in ("pyproject.toml", "fastrnn/__init__.py"))
+    source = re.search(r'^Source = "(.*)"', project.read_text(), re.MULTILINE)[1]
+    version = re.search(r'^__version__ = "(.*)"', package.read_text(), re.MULTILINE)[1]
+
+    def absolute(link):
+        kind = "raw" if link["picture"] else "blob"
+        return f"{link['picture']}[{link['text']}]({source}/{kind}/v{version}/{link['path']})"
+
+    relative = r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?!\w+:|#)(?P<path>[^)]+)\)"
+    return re.sub(relative, absolute, (ROOT / "README.md").read_text())
 
 
 setup(
-    packages=["fastrnn", "fastrnn.backends", "fastrnn.kernels", "fastrnn.monitoring"],
+    packages=[*find_packages(include=["fastrnn", "fastrnn.*"]), "fastrnn.kernels"],
     # A top-level `kernels` would shadow the package of that name on PyPI.
     package_dir={"fastrnn.kernels": "kernels"},
     package_data={"fastrnn": ["py.typed"]},
     ext_modules=libraries(),
-    cmdclass={"build_ext": BuildLibraries},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
 )

@@ -44,6 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fastrnn", description="Recurrent networks that show what their gradient does.")
+    top.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,info}")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser(
@@ -301,6 +302,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"CUDA     {torch.version.cuda or 'torch is built without it'}\npython   {platform.python_version()}")
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     print(f"GPU      {', '.join(gpus) or 'none'}")
+    print(f"C++      {dispatch.cpu.MISSING or 'the library is there, and loads'}")
     for device in ("cpu", *(["cuda"] if gpus else [])):
         rnn = fastrnn.LSTM(8, 16, device=device)
         x = torch.zeros(4, 2, 8, device=device)

@@ -205,26 +205,41 @@ def _chosen(request: Request, argument: str | None) -> str:
 def choose(request: Request, argument: str | None = None) -> str:
     """The name of the backend that runs `request`; `argument` is the name that the user gave, if any.
 
-    Warns, once per device type, when it falls back to the slow loop of `reference` without being asked to.
+    Warns where nothing was asked for, once per device type when it falls back to the slow loop of `reference`, and once
+    when a call runs on torch's slow kernels because the C++ library is missing.
 
     Raises:
         ValueError: the name of a forced backend is unknown.
         RuntimeError: a forced backend cannot run the call.
     """
     name = _chosen(request, argument)
-    slow = request.steps > 1 and request.device != "meta" and request.dtype != torch.float64
-    if name == "reference" and slow and forced(argument) is None:
-        _warn_of_loop(request)
+    if name in ("reference", "aten") and request.device != "meta" and forced(argument) is None:
+        if name == "aten" and _cpu_first(request) and cpu.MISSING is not None:
+            _warn_of_torch(request)
+        if name == "reference" and request.steps > 1 and request.dtype != torch.float64:
+            _warn_of_loop(request)
     return name
 
 
-_warned_of_loop: set[str] = set()  # device types
+_warned: set[str] = set()
+"""What has been warned of: a device type for the loop of `reference`, "aten" for torch's slow kernels."""
+
+
+def _warn_of_torch(request: Request) -> None:
+    if "aten" in _warned:
+        return
+    _warned.add("aten")
+    warnings.warn(
+        f"this {request.cell} runs on torch's kernels, step by step; fastrnn has a faster one, but {cpu.MISSING}. "
+        "backend='aten' asks for torch's, and is silent",
+        stacklevel=2,
+    )
 
 
 def _warn_of_loop(request: Request) -> None:
-    if request.device in _warned_of_loop:
+    if request.device in _warned:
         return
-    _warned_of_loop.add(request.device)
+    _warned.add(request.device)
     others = [
         f"{row.name}: {row.reason(request) or row.measured}"
         for row in BACKENDS.values()

@@ -111,9 +111,10 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
-        x = PackedSequence(x, call.packed.batch_sizes)
-        positions = packed_positions(x.batch_sizes)
-        lengths = packed_lengths(x.batch_sizes, h0.shape[1]).to(h0.device)
+        sizes = call.packed.batch_sizes  # torch.compile of 2.12 fails to read them off a PackedSequence that it traced
+        x = PackedSequence(x, sizes)
+        positions = packed_positions(sizes)
+        lengths = packed_lengths(sizes, h0.shape[1]).to(h0.device)
         if backend != "cpu":
             x = pad(x, positions)
     if device in AUTOCAST and torch.is_autocast_enabled(device):
@@ -129,7 +130,7 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
     y, states = y.to(h_dtype), (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else pack(v, call.packed.batch_sizes, positions).data for v in (y, c))
+        y, c = (v if v is None else pack(v, sizes, positions).data for v in (y, c))
     return y, states, c
 
 

@@ -77,12 +77,10 @@ def test_headers_compile_under_nvcc(arch, tmp_path):
 
 
 def build(target, **environment):
-    """`setup.py build_ext` into `target`; the CPU library comes from the checkout if it has one."""
-    (target / "fastrnn").mkdir()
-    for library in (ROOT / "fastrnn").glob("_C.*.so"):
-        shutil.copy(library, target / "fastrnn")  # a new time stamp, so that it is not built again
+    """`setup.py build_ext` into `target`, without the CPU library."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    environment = os.environ | {"FASTRNN_BUILD_CPU": "0"} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -168,20 +166,23 @@ def test_machine_code_of_the_sequence_kernels(cuda_library, arch):
 def test_setup_refuses_cuda_without_nvcc(tmp_path):
     done = build(tmp_path, FASTRNN_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
-    assert "FASTRNN_BUILD_CUDA=1, but there is no nvcc" in done.stderr
+    assert "fastrnn: cannot build fastrnn._C_cuda: there is no nvcc" in done.stderr
 
 
 def test_setup_says_what_it_leaves_out(tmp_path):
-    done = build(tmp_path, FASTRNN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
+    done = build(tmp_path, FASTRNN_BUILD_CPU="", FASTRNN_BUILD_CUDA="", CUDA_HOME=str(tmp_path), CXX="false")
     assert "leaving out fastrnn._C_cuda: there is no nvcc" in done.stderr
+    done = build(tmp_path, FASTRNN_BUILD_CUDA="")
+    assert "leaving out fastrnn._C: FASTRNN_BUILD_CPU=0" in done.stderr
+    assert "leaving out fastrnn._C_cuda: FASTRNN_BUILD_CPU=0" in done.stderr and done.returncode == 0
 
 
 def test_an_editable_install_builds_only_what_is_older_than_its_sources(tmp_path):
-    for folder in ("csrc", "fastrnn", "kernels"):
+    for folder in ("csrc", "fastrnn", "kernels", "third_party"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    there = tmp_path / "fastrnn/_C.abi3.so"
+    there = tmp_path / "fastrnn/_C.so"
     there.write_text("built before")
     environment = os.environ | {"FASTRNN_BUILD_CUDA": "0", "CXX": "false"}  # a compiler that fails
 
@@ -194,4 +195,4 @@ def test_an_editable_install_builds_only_what_is_older_than_its_sources(tmp_path
     assert there.read_text() == "built before" and f"keeping {there}" in done.stdout + done.stderr
     os.utime(tmp_path / "csrc/cpu/scan.h", (there.stat().st_mtime + 1,) * 2)
     done = install()
-    assert done.returncode != 0 and "'false'" in done.stderr
+    assert done.returncode != 0 and "false ended with exit code 1" in done.stderr

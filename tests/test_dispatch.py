@@ -291,7 +291,7 @@ NOT_BUILT = replace(BACKENDS["cpu"], why_not=lambda request: "it was not built")
 
 def test_the_slow_loop_is_announced_once_where_nobody_asked_for_it(monkeypatch):
     monkeypatch.setitem(BACKENDS, "cpu", NOT_BUILT)
-    monkeypatch.setattr(dispatch, "_warned_of_loop", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     module, x = fastrnn.LSTM(2, 3, layer_norm=True), torch.randn(5, 1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -310,7 +310,7 @@ def test_the_slow_loop_is_announced_once_where_nobody_asked_for_it(monkeypatch):
 def test_on_a_gpu_the_announcement_names_the_kernels_that_have_to_be_asked_for(monkeypatch):
     able = replace(BACKENDS["triton"], auto=(), measured="not yet", why_not=lambda request: None)
     monkeypatch.setitem(BACKENDS, "triton", able)
-    monkeypatch.setattr(dispatch, "_warned_of_loop", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     request = Request("lstm", "cuda", torch.bfloat16, 8, features=frozenset({"layer_norm"}), steps=5)
     with pytest.warns(UserWarning, match="triton: not yet"):
         assert dispatch.choose(request) == "reference"

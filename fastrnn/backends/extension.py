@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from . import install
+
 LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in the first
 
 
@@ -12,14 +14,13 @@ LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in th
 def load(device: str) -> str | None:
     """Loads the libraries for a device type, once; None if their ops are there, otherwise the reason why not."""
     for name in LIBRARIES[device]:
-        package = Path(__file__).parents[1]
-        found = sorted(package.glob(f"{name}.*so"))
-        if not found:
-            return f"csrc's library {name} is not in {package}: install it with torch and a compiler there (see README)"
+        library = Path(__file__).parents[1] / f"{name}.so"
+        if not library.exists():
+            return f"csrc's library {name} is not in {library.parent}; to build it: {install.command(name)}"
         try:
-            torch.ops.load_library(found[0])
+            torch.ops.load_library(library)
         except OSError as error:
-            return f"csrc's library {name} does not load: {error}"
+            return f"csrc's library {name} does not load: {error}; to build it anew: {install.command(name)}"
     return None
 
 

@@ -1,0 +1,37 @@
+// Compiled into release wheels (release/wheels.sh): definitions of the symbols that GCC 12 on glibc 2.36
+// would take from a newer glibc or libstdc++ than manylinux_2_28 promises (glibc 2.28, GLIBCXX 3.4.24). They
+// are hidden, so the library uses them and no other one sees them. auditwheel names a symbol that is missing
+// here.
+
+#include <new>
+#include <sstream>
+
+#define HIDDEN_AS(name) __asm__(name) __attribute__((visibility("hidden")))
+
+extern "C" {
+// glibc 2.29 has another version of exp, which leaves errno alone.
+double exp_before_2_29(double x);
+#if defined(__x86_64__)
+__asm__(".symver exp_before_2_29, exp@GLIBC_2.2.5");
+#elif defined(__aarch64__)
+__asm__(".symver exp_before_2_29, exp@GLIBC_2.17");
+#endif
+double own_exp(double x) HIDDEN_AS("exp");
+double own_exp(double x) { return exp_before_2_29(x); }
+
+// glibc 2.32: reference counts of libstdc++ may skip atomics where this is not 0.
+extern char own_single_threaded HIDDEN_AS("__libc_single_threaded");
+char own_single_threaded = 0;
+
+// GLIBCXX_3.4.29
+[[noreturn]] void own_bad_array_new_length() HIDDEN_AS("_ZSt28__throw_bad_array_new_lengthv");
+void own_bad_array_new_length() { throw std::bad_array_new_length(); }
+
+// GLIBCXX_3.4.26: the default constructors; those that take a mode are older.
+void own_stringstream(void* self)
+    HIDDEN_AS("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
+void own_stringstream(void* self) { new (self) std::stringstream(std::ios_base::out | std::ios_base::in); }
+void own_ostringstream(void* self)
+    HIDDEN_AS("_ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEEC1Ev");
+void own_ostringstream(void* self) { new (self) std::ostringstream(std::ios_base::out); }
+}
