@@ -206,7 +206,7 @@ assert entries["fastrnn"]["overhead"]["median"] == 2.0 and entries["plain cpu"] 
 
 
 def test_the_cases_of_a_gpu_are_sound_on_any_machine():
-    """They have names of their own, can be sent to a process, and have a limit; `warm` skips contestants that cannot run."""
+    """They have names of their own, can be sent to a process and have a limit; `warm` skips what cannot run."""
     code = """
 import pickle
 from bench import cases, limit, rivals, warm
