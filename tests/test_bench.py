@@ -1,6 +1,7 @@
 """The benchmarks, as far as they can be tested without timing anything."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str) -> str:
-    """In a process of its own, because the tests do not put the repository on sys.path."""
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    """In a process of its own, because the tests do not put the repository on sys.path; without Triton's interpreter,
+    in which the Triton contestants would take minutes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 
@@ -203,6 +206,40 @@ assert entries["fastrnn"]["speed_up"] == {"median": 3.0, "interval": [2.0, 4.0]}
 assert entries["fastrnn"]["overhead"]["median"] == 2.0 and entries["plain cpu"] == {}
 """
     run(SMALL + code)
+
+
+def test_the_cases_of_a_gpu_are_sound_on_any_machine():
+    """They have names of their own, can be pickled, and have a limit; `warm` skips contestants that cannot run."""
+    code = """
+import pickle
+from bench import cases, limit, rivals, warm
+found = [*cases._gpu_cases(), *(rivals._case(cell, *size) for cell in ("lstm", "gru") for size in rivals.SIZES)]
+assert len({(case.suite, case.name) for case in found}) == len(found) > 60
+for case in found:
+    assert pickle.loads(pickle.dumps(case)) == case and SUITES[case.suite].contestants(case)
+    assert limit.floor(limit.H200, case)["seconds"] > 0 and case.describe()["dtype"]
+small = [Case("lstm", 3, 9, 4, 6), FeatureCase(FEATURES[0], 2, 9, 4, 5)]
+if not torch.cuda.is_available():
+    assert [warm.compile_case(case) for case in small] == [[], []]
+"""
+    run(SMALL + code)
+
+
+def test_the_tables_of_a_gpu_have_the_limit_and_the_memory():
+    code = """
+from bench import tables
+from bench.cases import Case
+def entry(seconds, ratio, peak): return {
+    "seconds": {"median": seconds}, "ratio": {"median": ratio, "interval": [ratio, ratio]}, "peak_bytes": peak,
+}
+entries = {"torch.nn": entry(0.002, 1.0, 2**21), "fastrnn": entry(0.001, 0.5, 2**20), "loop": {"failed": "wrong"}}
+record = {"suite": "rivals", **Case("gru", 2, 3, 4, 4).describe(), "limit": {"seconds": 5e-4}, "contestants": entries}
+found = tables.by_suite([record])
+assert [title.split(" ")[0] for title in found] == ["Time", "Peak"]
+rows = [[cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]] for table in found.values()]
+assert rows == [["2", "0.50 (0.50–0.50)", "0.25"], ["2", "0.50"]]
+"""
+    run(code)
 
 
 def test_records_are_written_as_they_come_and_can_be_read(tmp_path):
