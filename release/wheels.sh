@@ -8,18 +8,26 @@ rm -f dist/*
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# wheel PLATFORM TO: a wheel with that tag, out of the sdist.
-wheel() {
+# build_wheel PLATFORM TO: a wheel with that tag, out of the sdist.
+build_wheel() {
     rm -rf "$work/source" && mkdir "$work/source"
     tar -xzf dist/*.tar.gz -C "$work/source" --strip-components 1
     FASTRNN_BUILD_CPU=1 FASTRNN_BUILD_CUDA=0 \
         python -m build --wheel --outdir "$2" --config-setting=--build-option=--plat-name="$1" "$work/source"
 }
 
-# manylinux ARCHITECTURE: auditwheel fails where the library needs newer symbols than the tag promises.
+# manylinux ARCHITECTURE: auditwheel finds the oldest tag that the symbols of the library allow, for any architecture.
 manylinux() {
-    CXXFLAGS="$PWD/release/manylinux_2_28.cpp -s ${CXXFLAGS:-}" wheel "linux_$1" "$work/$1"
-    auditwheel repair --plat "manylinux_2_28_$1" --only-plat --exclude 'libtorch*.so' -w dist "$work/$1"/*.whl
+    CXXFLAGS="$PWD/release/manylinux_2_28.cpp -s ${CXXFLAGS:-}" build_wheel "linux_$1" "$work/$1"
+    auditwheel repair --only-plat --exclude 'libtorch*.so' -w "$work/$1/audited" "$work/$1"/*.whl
+    local oldest
+    oldest=$(basename "$work/$1"/audited/*.whl | sed 's/.*-manylinux_2_\([0-9]*\)_.*/\1/')
+    if [ "$oldest" -gt 28 ]; then
+        echo "wheels: the library needs glibc 2.$oldest or a libstdc++ of its time; release/manylinux_2_28.cpp may help" >&2
+        exit 1
+    fi
+    wheel tags --remove --platform-tag "manylinux_2_28_$1" "$work/$1"/audited/*.whl
+    mv "$work/$1"/audited/*.whl dist
 }
 
 python -m build --sdist --outdir dist
@@ -36,7 +44,7 @@ Linux)
     ;;
 Darwin)
     export MACOSX_DEPLOYMENT_TARGET=11.0
-    wheel "macosx_11_0_$(uname -m)" dist
+    build_wheel "macosx_11_0_$(uname -m)" dist
     ;;
 esac
 twine check --strict dist/*

@@ -307,6 +307,24 @@ def test_the_slow_loop_is_announced_once_where_nobody_asked_for_it(monkeypatch):
     assert len(caught) == 1
 
 
+def test_torchs_slow_kernels_are_announced_once_where_the_library_is_missing(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cpu", NOT_BUILT)
+    monkeypatch.setattr(dispatch.cpu, "MISSING", "it is missing; to build it: pip install")
+    monkeypatch.setattr(dispatch, "_warned", set())
+    module, x = fastrnn.GRU(2, 3), torch.randn(64, 1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastrnn.explain(module, x)
+        fastrnn.LSTM(2, 3)(x)
+        module(x[:1])
+        with fastrnn.backend("aten"):
+            module(x)
+    with pytest.warns(UserWarning, match="this gru runs on torch's kernels.*to build it: pip install") as caught:
+        module(x)
+        fastrnn.RNN(2, 3)(x)
+    assert len(caught) == 1
+
+
 def test_on_a_gpu_the_announcement_names_the_kernels_that_have_to_be_asked_for(monkeypatch):
     able = replace(BACKENDS["triton"], auto=(), measured="not yet", why_not=lambda request: None)
     monkeypatch.setitem(BACKENDS, "triton", able)
