@@ -18,7 +18,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("bench", "csrc", "docs", "fastrnn", "kernels", "release", "tests", "third_party")
+FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "release", "tests", "third_party")
 CXX = os.environ.get("CXX", "g++")
 PLATFORM = re.sub(r"[-.]", "_", sysconfig.get_platform())
 
