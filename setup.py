@@ -36,7 +36,7 @@ SOURCES = {CPU: "csrc/cpu/*.cpp", CUDA: "csrc/cuda/*.cu"}
 NEEDED = {CPU: ["torch_cpu"], CUDA: ["torch_cpu", "torch"]}
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 # No -ffast-math: NaN and inf must come through. No -march: csrc/cpu/vectors.h chooses at run time.
-# Clang reports each `omp simd` loop that it leaves scalar: that costs time, and the results are the same.
+# -Wno-pass-failed: Clang reports each `omp simd` loop that it leaves scalar (docs/install.md).
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -Wno-pass-failed"
