@@ -30,8 +30,8 @@ SHELL := bash
 
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
-SOURCES  := $(sort $(shell find csrc -type f 2>/dev/null))
-CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu release/*.cpp tests/*.cpp)
+SOURCES  := $(sort $(shell find csrc -path csrc/torch -prune -o -type f -print 2>/dev/null))
+CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu tests/emulator/*)
 
 # One stamp per value of TORCH, so that asking for another PyTorch installs it.
 BASE    := $(VENV)/.base
@@ -130,7 +130,7 @@ gpu-test:
 	$(GPU_TESTS) -m 'not gpu' -n $(CORES) --dist worksteal
 
 wheels: $(RELEASE)
-	PATH="$(VENV_BIN):$$PATH" release/wheels.sh
+	PATH="$(VENV_BIN):$$PATH" .ci/wheels.sh
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,7 +1,7 @@
 """Builds what pyproject.toml cannot describe: the package list, and csrc as libraries that PyTorch loads.
 
 The libraries hold operators on PyTorch's stable ABI and no Python code: `torch.ops.load_library` loads them, so one
-build serves every Python and every torch >= 2.10. No torch is needed to build: third_party/torch has the headers, and
+build serves every Python and every torch >= 2.10. No torch is needed to build: csrc/torch has the headers, and
 the symbols are resolved when the library is loaded.
 
 Environment (docs/install.md): FASTRNN_BUILD_CPU = 0 leaves out the C++ library; otherwise it is built, or the install
@@ -156,7 +156,7 @@ class BuildLibraries(build_ext):
             line = [*find_cxx(), *CXX_FLAGS.split(), *flags("CXXFLAGS")]
         else:
             line = [find_nvcc(), *NVCC_FLAGS.split()]
-        line += [TARGET, f"-I{ROOT / 'third_party/torch/include'}", *ext.sources, "-o", str(out)]
+        line += [TARGET, f"-I{ROOT / 'csrc/torch/include'}", *ext.sources, "-o", str(out)]
         with tempfile.TemporaryDirectory() as stubs:
             run([*line, *link_options(ext.name, stubs)])
 

@@ -18,7 +18,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "release", "tests", "third_party")
+FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "tests")
 CXX = os.environ.get("CXX", "g++")
 PLATFORM = re.sub(r"[-.]", "_", sysconfig.get_platform())
 
@@ -34,7 +34,7 @@ import hashlib, pathlib, shutil, subprocess, sys
 line, to = sys.argv[1:], pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
 code = 0
 if any("csrc" in argument for argument in line):
-    files = sorted(path for folder in ("csrc", "third_party") for path in pathlib.Path(folder).rglob("*.*"))
+    files = sorted(path for path in pathlib.Path("csrc").rglob("*.*"))
     known = pathlib.Path({store!r}, hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest())
     if not known.exists():
         code = subprocess.run([*{compiler!r}, *line]).returncode
@@ -113,7 +113,7 @@ def compiler(tmp_path_factory):
     wrapper.write_text(COMPILE_ONCE.format(python=sys.executable, store=str(folder), compiler=[*CXX.split(), "-w"]))
     wrapper.chmod(0o755)
     # The last -O counts. The symbols of release wheels are in it, to see that they compile and that none is missing.
-    return {"CXX": f"'{wrapper}'", "CXXFLAGS": f"-O0 {ROOT / 'release/manylinux_2_28.cpp'}"}
+    return {"CXX": f"'{wrapper}'", "CXXFLAGS": f"-O0 {ROOT / 'csrc/wheels/manylinux_2_28.cpp'}"}
 
 
 def borrow(env):

@@ -10,7 +10,7 @@ from pathlib import Path
 import fastrnn
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "release", "tests", "third_party")
+FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "tests")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.log")
 
 

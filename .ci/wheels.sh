@@ -18,12 +18,12 @@ build_wheel() {
 
 # manylinux ARCHITECTURE: auditwheel finds the oldest tag that the symbols of the library allow, for any architecture.
 manylinux() {
-    CXXFLAGS="$PWD/release/manylinux_2_28.cpp -s ${CXXFLAGS:-}" build_wheel "linux_$1" "$work/$1"
+    CXXFLAGS="$PWD/csrc/wheels/manylinux_2_28.cpp -s ${CXXFLAGS:-}" build_wheel "linux_$1" "$work/$1"
     auditwheel repair --only-plat --exclude 'libtorch*.so' -w "$work/$1/audited" "$work/$1"/*.whl
     local oldest
     oldest=$(basename "$work/$1"/audited/*.whl | sed 's/.*-manylinux_2_\([0-9]*\)_.*/\1/')
     if [ "$oldest" -gt 28 ]; then
-        echo "wheels: the library needs glibc 2.$oldest or a libstdc++ of its time; release/manylinux_2_28.cpp may help" >&2
+        echo "wheels: the library needs glibc 2.$oldest or a libstdc++ of its time; csrc/wheels/manylinux_2_28.cpp may help" >&2
         exit 1
     fi
     wheel tags --remove --platform-tag "manylinux_2_28_$1" "$work/$1"/audited/*.whl

@@ -1,4 +1,4 @@
-// Compiled into release wheels (release/wheels.sh): definitions of the symbols that GCC 12 on glibc 2.36
+// Compiled into release wheels (.ci/wheels.sh): definitions of the symbols that GCC 12 on glibc 2.36
 // would take from a newer glibc or libstdc++ than manylinux_2_28 promises (glibc 2.28, GLIBCXX 3.4.24). They
 // are hidden, so the library uses them and no other one sees them. auditwheel names a symbol that is missing
 // here.
