@@ -123,7 +123,7 @@ def split(flat: tuple, *parts: type) -> tuple:
     named, begin = [], 0
     for part in parts:
         end = begin + len(part._fields)
-        named.append(part._make(flat[begin:end]))
+        named.append(tuple.__new__(part, flat[begin:end]))  # what _make does, without a Python call
         begin = end
     return *named, *flat[begin:]
 
@@ -135,7 +135,7 @@ def contiguous(named):
 
 def as_tensors(results: tuple, like: Tensor) -> tuple[Tensor, ...]:
     """An empty tensor for each result that is None: each one of its own, because results of an op must not alias."""
-    return tuple(like.new_empty(0) if x is None else x for x in results)
+    return tuple([like.new_empty(0) if x is None else x for x in results])
 
 
 def has_directions(x: Tensor) -> bool:

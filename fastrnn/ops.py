@@ -78,14 +78,14 @@ def _op(name: str, op_schema: str, kernel, fake):
 
 def _run_forward(*flat):
     inputs, walk, save = split(flat, ScanInputs, Walk)
-    launcher = dispatch.launcher(walk.backend)
-
-    def one(inputs, reverse):
-        return launcher.forward(inputs, walk._replace(reverse=reverse), save)
-
+    forward = dispatch.launcher(walk.backend).forward
     if has_directions(inputs.gx) and not dispatch.takes_directions(walk.backend, inputs, walk):
+
+        def one(inputs, reverse):
+            return forward(inputs, walk._replace(reverse=reverse), save)
+
         return as_tensors(each_direction(one, len(inputs.gx), walk.reverse, inputs), inputs.gx)
-    return as_tensors(launcher.forward(inputs, walk, save), inputs.gx)
+    return as_tensors(forward(inputs, walk, save), inputs.gx)
 
 
 def _fake_forward(*flat):
@@ -95,14 +95,14 @@ def _fake_forward(*flat):
 
 def _run_backward(*flat):
     incoming, kept, inputs, walk, norms = split(flat, IncomingGradients, Kept, ScanInputs, Walk)
-    launcher = dispatch.launcher(walk.backend)
-
-    def one(incoming, kept, inputs, reverse):
-        return launcher.backward(incoming, kept, inputs, walk._replace(reverse=reverse), norms)
-
+    backward = dispatch.launcher(walk.backend).backward
     if has_directions(kept.y) and not dispatch.takes_directions(walk.backend, inputs, walk):
+
+        def one(incoming, kept, inputs, reverse):
+            return backward(incoming, kept, inputs, walk._replace(reverse=reverse), norms)
+
         return as_tensors(each_direction(one, len(kept.y), walk.reverse, incoming, kept, inputs), kept.saved)
-    return as_tensors(launcher.backward(incoming, kept, inputs, walk, norms), kept.saved)
+    return as_tensors(backward(incoming, kept, inputs, walk, norms), kept.saved)
 
 
 def _fake_backward(*flat):

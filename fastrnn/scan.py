@@ -88,6 +88,9 @@ def without_autocast(device: str):
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
+DIFFERENTIABLE = ScanOutputs(y=True, c=True, h_n=True, c_n=True, saved=True)
+
+
 class Scan(Function):
     """Arguments: ScanInputs, Walk, tap, keep_c. Outputs: ScanOutputs.
 
@@ -102,13 +105,13 @@ class Scan(Function):
     @staticmethod
     def setup_context(ctx, flat, output):
         inputs, walk, tap, keep_c = split(flat, ScanInputs, Walk)
-        outputs, has_c = ScanOutputs._make(output), inputs.c0 is not None
+        outputs, has_c = ScanOutputs(*output), inputs.c0 is not None
         ctx.set_materialize_grads(False)
-        ctx.differentiable = ScanOutputs(y=True, c=True, h_n=True, c_n=True, saved=True)
+        ctx.differentiable = DIFFERENTIABLE
         if torch.compiler.is_compiling():
             ctx.differentiable = ScanOutputs(y=True, c=has_c and keep_c, h_n=True, c_n=has_c, saved=False)
             ctx.mark_non_differentiable(*(v for v, d in zip(output, ctx.differentiable, strict=True) if not d))
-        ctx.save_for_backward(*inputs._replace(gx=None), outputs.y, outputs.c if has_c else None, outputs.saved)
+        ctx.save_for_backward(None, *inputs[1:], outputs.y, outputs.c if has_c else None, outputs.saved)  # without gx
         ctx.walk, ctx.device, ctx.tapped = walk, outputs.saved.device.type, tap is not None
 
     @staticmethod

@@ -243,6 +243,9 @@ def run(
     if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     h_n = torch.stack([out.h_n for out in final])
-    others = torch.stack([out.c_n for out in final]).chunk(len(states) - 1, -1) if len(states) > 1 else ()
+    others = ()
+    if len(states) > 1:
+        c_n = torch.stack([out.c_n for out in final])
+        others = (c_n,) if len(states) == 2 else c_n.chunk(len(states) - 1, -1)
     c = torch.cat([out.c for out in outputs], -1) if keep_c else None
     return y, (h_n, *others), c
