@@ -25,6 +25,11 @@ def form(printed: str) -> list[str]:
     return [" ".join(NUMBER.sub("0", line).split()) for line in printed.strip().splitlines()]
 
 
+def links(page: Path) -> list[tuple[str, str]]:
+    """The relative links of a page outside of code: path and anchor, either of which may be empty."""
+    return LINK.findall(re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL))
+
+
 def anchors(page: Path) -> set[str]:
     """The names that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
@@ -47,7 +52,7 @@ def test_python_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeyp
 
 @every_page
 def test_relative_links_lead_somewhere(page):
-    for path, anchor in LINK.findall(page.read_text()):
+    for path, anchor in links(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
@@ -68,7 +73,7 @@ def test_the_pages_have_blocks_with_output():
 
 
 def test_the_readme_is_short_and_lists_every_page_of_docs():
-    readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) <= 90
-    listed = {path for path, _ in LINK.findall(readme)}
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 90
+    listed = {path for path, _ in links(readme)}
     assert {name(page) for page in PAGES if page.is_relative_to(ROOT / "docs")} <= listed
