@@ -4,19 +4,19 @@
 # bench the benchmarks, JSON in bench/results/
 # gpu   build, test and bench with the Python that is already there: no venv, no downloads; STAGES= takes some of it
 # wheels the sdist and the wheels of a release, in dist/
-# clean remove what the others made
+# clean remove the results of the others
 
 PYTHON ?= python3
 VENV   ?= .venv
-# What pip installs as PyTorch, e.g. make test TORCH=torch==2.13.0
+# The PyTorch that pip installs, e.g. make test TORCH=torch==2.13.0
 TORCH  ?= torch
-# and as NumPy: the interpreters of Triton 3.5 and 3.6 need 'numpy<2.4'
+# and the NumPy: the interpreters of Triton 3.5 and 3.6 need 'numpy<2.4'
 NUMPY  ?= numpy
-# Test processes side by side. One thread each: on small tensors more threads only get in each other's way.
+# Test processes side by side. One thread each: more threads are slower on small tensors.
 JOBS   ?= 2
 # Passed on to pytest, e.g. make test PYTEST_ARGS="-k lengths -x"
 PYTEST_ARGS ?=
-# Where `make gpu` leaves its logs and JSON, which of its stages it runs, and the seconds after which one is interrupted
+# For `make gpu`: the folder of its logs and JSON, its stages, and the seconds after which a stage is interrupted
 OUT    ?= bench/results
 STAGES ?= build kernels latency bench features rivals sanitize test
 LIMIT  ?= 560
@@ -79,9 +79,9 @@ bench: $(READY)
 	mkdir -p bench/results
 	$(RUN) -m pytest bench --records=bench/results/bench-cpu.json $(PYTEST_ARGS)
 
-# Every stage runs, whatever became of the one before it; the exit codes come last. Side by side on the GPU, processes
-# mostly compile. What failed beside others is run once more alone, because kernels wait for each other for a bounded
-# time, and might not get the GPU within it. What is timed never shares the GPU.
+# Every stage runs, even after one that failed; the exit codes come last. Test processes share the GPU, since they mostly
+# compile. A test that failed there runs once more alone: kernels wait for each other for a bounded time, and might not
+# get the GPU within it. A benchmark never shares the GPU.
 gpu: export FASTRNN_TEST_DEVICE := cuda
 gpu: export PYTHONUNBUFFERED := 1
 gpu: export PATH := $(PATH):/usr/local/cuda/bin
@@ -105,7 +105,7 @@ SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
 
 gpu-build:
 	$(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
-# What has to hold before any figure counts: the kernels themselves, natively.
+# The kernels themselves, natively: they must be right before any figure counts.
 gpu-kernels:
 	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || { echo '== once more, alone, what failed side by side'; \
 	    $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none; }
@@ -125,7 +125,7 @@ gpu-sanitize:
 	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -p no:benchmark -k '$(SANITIZED)' \
 	        tests/test_csrc_persistent.py tests/test_kernels.py || failed=$$?; \
 	done; exit $$failed
-# The tests that no GPU takes part in.
+# The tests that need no GPU.
 gpu-test:
 	$(GPU_TESTS) -m 'not gpu' -n $(CORES) --dist worksteal
 

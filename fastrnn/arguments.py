@@ -1,4 +1,4 @@
-"""What goes into one scan and what comes out of it, by name: shapes, dtypes, the order, the place of the batch.
+"""The arguments and results of one scan, by name: shapes, dtypes, the order, the place of the batch.
 
 A scan takes one layer through all steps in one direction; or in both directions at once: then every tensor but
 `clip_norm`, and every result, has a leading dimension D. From these named tuples `ops.py` derives the raw ops' schemas
@@ -19,7 +19,7 @@ from .equations import accumulate_dtype
 
 
 class ScanInputs(NamedTuple):
-    """The tensors that a scan computes with; a backward gets them without gx, which `saved` makes up for."""
+    """The tensors that a scan reads. A backward gets them without gx, because it has `saved`."""
 
     gx: Tensor | None  # [T, B, G*H]: W_ih x + b_ih for all steps
     w_hh: Tensor  # [G*H, P]
@@ -75,7 +75,7 @@ class IncomingGradients(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """What a backward gives; zero at padding. None, or from a raw op an empty tensor, where a result does not exist."""
+    """The results of a backward; zero at padding. None, or from a raw op an empty tensor, where one does not exist."""
 
     dgx: Tensor  # [T, B, G*H]
     dgh: Tensor | None = None  # [T, B, G*H]: of W_hh h_prev, before its layer norm; only where it differs from dgx
@@ -129,7 +129,7 @@ def split(flat: tuple, *parts: type) -> tuple:
 
 
 def contiguous(named):
-    """A named tuple of tensors and Nones, each tensor in one piece."""
+    """The named tuple, with each tensor contiguous."""
     return named._make(None if x is None else x.contiguous() for x in named)
 
 

@@ -1,7 +1,7 @@
-"""The cell table: what tells one recurrent cell from another, as data.
+"""The cell table: the differences between recurrent cells, as data.
 
-Everything that is generic over cells (the scan, the launchers, the modules) reads its sizes from here; the equations
-themselves are in `equations.py`, `kernels/cells.py` and `csrc/cells/`, under the same names.
+All code that is generic over cells (the scan, the launchers, the modules) reads its sizes from here. The equations
+are in `equations.py`, `kernels/cells.py` and `csrc/cells/`, under the same names.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class CellSpec:
     """One recurrent cell.
 
     Attributes:
-        name: the key in `CELLS`.
+        name: its key in `CELLS`.
         gates: the gates, in the order of their H rows in the weights.
         states: the state tensors carried from step to step; the first is always `h`, the output.
         saved: the planes of width H that the forward keeps per step for the backward: the pre-activations, and for

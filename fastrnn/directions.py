@@ -1,23 +1,23 @@
-"""Both directions of a layer in one call, for code that knows only one of them."""
+"""Both directions of a layer in one call, for code that runs one at a time."""
 
 import torch
 from torch import Tensor
 
 
 def walks_back(direction: int, reverse: bool) -> bool:
-    """Whether that direction does. Directions alternate; `reverse`: whether the first one walks back."""
+    """Whether a direction walks from the last step to the first. Directions alternate; `reverse`: of the first one."""
     return (direction % 2 == 1) != reverse
 
 
 def _of_direction(x, d: int):
-    """Direction d of what has a leading dimension D; None, and a tensor without dimensions, serve them all."""
+    """Direction d of tensors with a leading dimension D; None, and a tensor without dimensions, belong to each."""
     if isinstance(x, tuple):
         return type(x)._make(_of_direction(each, d) for each in x)
     return x[d] if isinstance(x, Tensor) and x.dim() > 0 else x
 
 
 def each_direction(run, D: int, reverse: bool, *arguments):
-    """`run(*arguments, reverse)` of each direction, one after the other, its results stacked: tensors or named tuples.
+    """`run(*arguments, reverse)` for each direction in turn; the results, tensors or named tuples, are stacked.
 
     arguments: tensors with a leading dimension D, None, and named tuples of them.
     """

@@ -4,8 +4,8 @@
     total   (saved, state_prev, dstate)  -> dstate, with the path from c to h inside the step added
     backward(saved, state_prev, dstate)  -> dgx, dgh, dstate_prev   (without the path through W_hh)
 
-The same three functions, in the same order, are in `kernels/cells.py` and `csrc/cells/`; tests/test_cells.py holds them
-to each other. Shapes: B batch, H hidden, G gates, K saved planes: gx, gh `[B, G*H]`, saved `[B, K*H]`, states `[B, H]`.
+The same three functions, in the same order, are in `kernels/cells.py` and `csrc/cells/`; tests/test_cells.py compares
+them. Shapes: B batch, H hidden, G gates, K saved planes: gx, gh `[B, G*H]`, saved `[B, K*H]`, states `[B, H]`.
 The arithmetic is float32 for the half types and the input's own dtype otherwise (`accumulate_dtype`).
 
 Sources: Hochreiter & Schmidhuber 1997 and Gers et al. 2000 (LSTM); Cho et al. 2014, in cuDNN's form, where the reset
@@ -51,7 +51,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(dxhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of `normalize`'s input, given that of its output."""
+    """The gradient of `normalize`'s input from that of its output."""
     return rstd * (dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True))
 
 

@@ -7,13 +7,13 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
-LEAST_WORK = 1 << 22  # multiplications; with fewer, what goes around oneDNN's product takes longer than it saves
+LEAST_WORK = 1 << 22  # multiplications; with fewer, the overhead of oneDNN's product is larger than its gain
 LONGEST_SUM = 256
-"""Terms that oneDNN adds up one after the other. Of longer sums MKL's round less, and are no slower than oneDNN's in
-parts, which have to be copied out and wait for all threads one by one."""
+"""The most terms that oneDNN sums one after the other. For longer sums MKL rounds less, and is no slower than oneDNN in
+parts, each of which has to be copied and waits for all threads."""
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-"""F.linear takes MKL's float32 products there, whose best are for their maker's own processors; oneDNN's short
-sums serve all."""
+"""Whether oneDNN is an alternative to MKL, which F.linear takes for float32. MKL's fastest products run on Intel's
+processors only; oneDNN's run on all."""
 
 
 def transformed() -> bool:
@@ -27,7 +27,7 @@ def tracing() -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Within a dual level of autograd, or under torch.func.jvp or what is made of it."""
+    """Within a dual level of autograd, or under torch.func.jvp and the transforms that use it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling() or not transformed():
@@ -38,7 +38,7 @@ def in_forward_mode() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
     *steps, size = x.shape
-    # Tracing first: to compare a size would tie a compiled graph to it.
+    # `tracing` comes first: comparing a size would specialise a compiled graph on it.
     if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     if size > LONGEST_SUM or x.numel() * len(weight) < LEAST_WORK:
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """Itself or its transpose in one piece: of other layouts oneDNN's product takes a hundred times longer."""
+    """The weight, it or its transpose contiguous: in other layouts oneDNN's product takes a hundred times longer."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
@@ -57,7 +57,7 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        # The op behind torch.compile's linear layers on a CPU; "none": nothing is applied to the result.
+        # The op that torch.compile uses for linear layers on a CPU; "none": no function of the result.
         return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "none", [], "")
 
     @staticmethod

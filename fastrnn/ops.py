@@ -3,9 +3,10 @@
     scan_forward(*ScanInputs, *Walk, save) -> ScanOutputs
     scan_backward(*IncomingGradients, *Kept, *ScanInputs without gx, *Walk, norms) -> ScanGradients
 
-`arguments.py` names and describes what they take and give; `scan.py` makes them differentiable. An empty tensor stands
-for a result that does not exist, since a schema has no optional ones. With a leading dimension D, direction d walks
-back where d is odd, or even if `reverse`; here a backend that takes one direction at a time gets them one by one.
+`arguments.py` names and describes their arguments and results; `scan.py` makes them differentiable. An empty
+tensor stands for a result that does not exist, since a schema has no optional ones. With a leading dimension D,
+direction d walks back where d is odd, or even if `reverse`; a backend that takes one direction at a time gets them one
+by one.
 """
 
 import sys
@@ -35,7 +36,7 @@ _library = torch.library.Library("fastrnn", "DEF")
 
 
 class _Undifferentiated(Function):
-    """An op whose gradient may be asked for, which says then that it has none."""
+    """Runs an op that has no gradient, and raises when its gradient is asked for."""
 
     @staticmethod
     def forward(ctx, op, keys, *args):
@@ -55,7 +56,7 @@ def _op(name: str, op_schema: str, kernel, fake):
     """Registers `kernel` and `fake` as a raw op.
 
     `torch.library.custom_op` does the same, but imports the compiler at the first call, which takes a second or two, to
-    keep it out of the kernel. Here it is kept out where it has been imported.
+    disable it in the kernel. Here it is disabled only once it has been imported.
     """
     hidden = torch._disable_dynamo(kernel)
     _library.define(name + op_schema, tags=torch.Tag.pt2_compliant_tag)

@@ -29,7 +29,7 @@ def _bit(flags: Tensor | None, bit: int) -> Tensor | None:
 
 
 def _by_step(flags: Tensor | None, bit: int, T: int, look: bool = True) -> list[Tensor | None]:
-    """Per step the rows `[B, 1]` that carry the bit; None where none do, as far as one can look without waiting."""
+    """Per step the rows `[B, 1]` that have the bit; None where none has it, if `look` and the flags are on a CPU."""
     if flags is None:
         return [None for _ in range(T)]
     rows = _bit(flags, bit)
@@ -75,7 +75,7 @@ def _layer_norm_of_c(inputs: ScanInputs, acc: torch.dtype) -> LayerNorm | None:
 
 
 class _Steps:
-    """A `[T, ...]` tensor written step by step: in place, or kept and stacked where autograd has to follow."""
+    """A `[T, ...]` tensor written step by step: in place, or as a list that is stacked where autograd has to follow."""
 
     def __init__(self, T: int, dtype: torch.dtype, differentiable: bool = False):
         self.kept = [None for _ in range(T)] if differentiable else None
@@ -94,7 +94,7 @@ class _Steps:
 
 
 def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
-    """One layer in one direction. `save`: whether to keep what the backward reads."""
+    """One layer in one direction. `save`: whether to keep the planes that the backward reads."""
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), EQUATIONS[walk.cell].forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
@@ -140,18 +140,18 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
 
 
 def clip_scale(norms, threshold: Tensor) -> Tensor:
-    """`[B, 1]`: min(1, threshold / joint norm). A NaN norm gives NaN, so that it stays visible."""
+    """`[B, 1]`: min(1, threshold / joint norm). A NaN norm gives NaN, which must stay visible."""
     joint = row_norm(torch.stack(norms, -1))
     return (threshold / torch.maximum(joint, threshold)).unsqueeze(-1)
 
 
 def layer_norm_gradients(dgh: Tensor, gh_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """Of b_hh and of the layer norm before it, `[B, G*H]` acc each: of every sequence, over its steps."""
+    """The gradients of b_hh and ln_hh, `[B, G*H]` acc each: of every sequence, summed over its steps."""
     return dgh.sum(0, dtype=gh_hat.dtype), (dgh * gh_hat).sum(0)
 
 
 def layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c: LayerNorm) -> tuple[Tensor, Tensor]:
-    """Of weight and bias of the layer norm on c, `[B, H]` each: of every sequence, over its steps."""
+    """The gradients of ln_c's weight and bias, `[B, H]` each: of every sequence, summed over its steps."""
     acc = c_prev.dtype
     saved, dh = saved.to(acc), dh_new.to(acc)
     c = lstm_cell_state(saved, c_prev)
@@ -169,7 +169,7 @@ def backward(
 ) -> ScanGradients:
     """The reverse scan of one layer in one direction.
 
-    `differentiable`: autograd can follow, in every float tensor (but into no norms).
+    `differentiable`: autograd can follow into every float tensor, but not into the norms.
     """
     saved, flags, mask = kept.saved, inputs.flags, inputs.recurrent_mask
     T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), CELLS[walk.cell]

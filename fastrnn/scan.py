@@ -49,16 +49,16 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
     """Runs one layer in one direction over all T steps; or, without a projection, in both (`arguments.py`).
 
     `tap [2, S, T, B]` receives, as its gradient, the norms of dL/ds_t: total and carried. `keep_c` returns every step's
-    c also where no gradient is needed. The outputs are without `saved`; an empty tensor is one that does not exist.
+    c also where no gradient is needed. The outputs have no `saved`; an empty tensor stands for one that does not exist.
     """
     if has_directions(inputs.gx) and inputs.w_hr is not None:
         raise NotImplementedError("a scan with a projection takes one direction at a time")
     if torch.compiler.is_compiling() and _gradients_of_gradients():
-        # Left uncompiled, unless fullgraph=True insists: a compiler takes the backward op for a constant.
+        # Runs uncompiled, or raises under fullgraph=True: a compiler would take the backward op for a constant.
         raise NotImplementedError("a second derivative cannot be compiled; call it without torch.compile")
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, tap))
-    # Under vmap a tensor does not say that what it is a part of requires grad; and vmap knows the function, not the op.
-    # Nor does a dual number, of which the op would drop the tangent; the function refuses it.
+    # Under vmap a tensor does not show that a tensor around it requires grad, and vmap's rule belongs to the function.
+    # The op would drop the tangent of a dual number; the function refuses it.
     in_eager = not torch.compiler.is_compiling()
     if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
         outputs = Scan.apply(*inputs, *walk, tap, keep_c)
@@ -68,12 +68,12 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
 
 
 def _gradients_of_gradients() -> bool:
-    """Whether torch.func is differentiating what it differentiates."""
+    """Whether torch.func takes a derivative of a derivative."""
     levels = retrieve_all_functorch_interpreters()
     return sum(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels) > 1
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second.
+# As torch.compiler.assume_constant_result does, which would import the compiler, and that takes a second.
 _gradients_of_gradients._dynamo_marked_constant = True
 
 
@@ -83,7 +83,7 @@ AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hp
 
 
 def without_autocast(device: str):
-    """The block in which autocast does not touch dtypes that have been chosen already."""
+    """A block in which autocast does not change dtypes that have been chosen already."""
     on = device in AUTOCAST and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
@@ -116,7 +116,7 @@ class Scan(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # A compiler gives zeros where no gradient arrives, also of what is not differentiable.
+        # A compiler gives zeros where no gradient arrives, also for outputs that are not differentiable.
         found = (g if d else None for g, d in zip(grads, ctx.differentiable, strict=True))
         incoming, (inputs, kept) = IncomingGradients._make(found), split(ctx.saved_tensors, ScanInputs, Kept)
         norms = None
@@ -138,7 +138,7 @@ def _gradients(
     incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, tapped: bool
 ) -> tuple[ScanInputs, Tensor | None]:
     """The gradients of the inputs, and the norms."""
-    # The raw op is enough where nobody differentiates it again, as in a compiled graph, nor vmaps over it.
+    # The raw op is enough where it is neither differentiated again, as in a compiled graph, nor mapped by vmap.
     again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
     run = ScanBackward.apply if again else ops.scan_backward
     # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
@@ -184,7 +184,7 @@ LEAST_PADDED_WORK = 1 << 24
 def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     """The gradient `[N, K]` of a weight that multiplies `x [T, B, K]` at every step, from `dy [T, B, N]`.
 
-    `flags [T, B]`: dy is zero at the padding, which is left out where one can look without waiting.
+    `flags [T, B]`: dy is zero at the padding. It is left out on a CPU; elsewhere looking for it would wait for the GPU.
     """
     if has_directions(dy):
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
@@ -198,7 +198,7 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
 
 
 def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: Walk) -> Tensor:
-    """The gradient of w_hr, which multiplies the LSTM's h `[T, B, H]`, worked out again from what was saved."""
+    """The gradient of w_hr, which multiplies the LSTM's h `[T, B, H]`; h is computed again from `saved`."""
     c, saved = kept.c, kept.saved.to(kept.c.dtype)
     if inputs.zone_c is not None:  # zoneout mixes the cell's own c with the one before
         c = lstm_cell_state(saved, previous_state(c, inputs.c0, inputs.flags, walk.reverse))
@@ -257,7 +257,7 @@ class ScanBackward(Function):
         return vmap(ScanBackward, batch_dims, BATCH_OF_GRADIENTS, info, in_dims, args)
 
 
-# Autograd asks for it in every call, and Python would find it out anew each time, which a short call feels.
+# Autograd asks for the signature in every call. Python would compute it anew each time, which slows a short call.
 for _forward in (Scan.forward, ScanBackward.forward):
     _forward.__signature__ = inspect.signature(_forward)
 del _forward

@@ -82,7 +82,7 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
 
 
 class Direction(NamedTuple):
-    """What one layer needs in one direction besides its input."""
+    """Parameters, masks and states of one layer in one direction."""
 
     w_ih: Tensor  # [G*H, I]
     b_ih: Tensor | None  # [G*H]
@@ -97,7 +97,7 @@ def _direction(
     """The parameters of one direction, and its masks, drawn."""
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     if b_hh is not None and not CELLS[options.cell].distinct_dgh:
-        b_ih, b_hh = b_ih + b_hh, None  # they only ever meet as a sum: one of them inside the recursion less
+        b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
     recurrent_mask = None
     if options.recurrent_dropout and options.training:
         recurrent_mask = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
@@ -124,7 +124,7 @@ def _direction(
 
 
 def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Over the last dimension. A CPU's own sums up the weights' gradients of a half type in that type."""
+    """Over the last dimension; on a CPU in acc, because PyTorch sums the weights' gradients in a half type there."""
     if gx.device.type != "cpu":
         return F.layer_norm(gx, weight.shape, weight, bias, LN_EPS)
     acc = accumulate_dtype(gx.dtype)
@@ -174,7 +174,7 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def _to_next_layer(y: Tensor, sizes: Tensor | None, positions: Tensor | None, options: Options):
-    """y `[T, B, N]` behind the dropout between layers, as the next layer takes it and as it is added to its output."""
+    """y `[T, B, N]` after the dropout between layers: the next layer's input, and the tensor that `residual` adds."""
     drop = (options.dropout, options.training)
     if options.dropout and options.locked_dropout:
         y = _locked_dropout(y, *drop)
@@ -184,14 +184,14 @@ def _to_next_layer(y: Tensor, sizes: Tensor | None, positions: Tensor | None, op
         return y, y
     x = pack(y, sizes, positions)
     if options.dropout and not options.locked_dropout:
-        # For the rows that are there, as torch.nn draws: the same from the same seed.
+        # Masks for the packed rows only, as in torch.nn: one seed gives the same masks.
         x = PackedSequence(F.dropout(x.data, *drop), sizes)
         y = pad(x, positions) if options.residual else y
     return x, y
 
 
 def run(
-    x: Tensor | PackedSequence,  # [T, B, I]; packed only on backend cpu, whose products then leave out the padding
+    x: Tensor | PackedSequence,  # [T, B, I]; packed only on backend cpu, where the products then leave out the padding
     states: tuple[Tensor, ...],  # h [L*D, B, P], c [L*D, B, H]
     params: Mapping[str, Tensor],
     options: Options,
@@ -212,14 +212,15 @@ def run(
     directions = range(2 if options.bidirectional else 1)
     flags = [fold_flags(T, B, lengths, reset_mask, reverse=bool(d)) for d in directions]
     if lengths is not None and not by_rows:
-        # What stands in the padding, NaN included, must reach neither the weights' gradients nor the states.
+        # The padding's values, NaN included, must reach neither the weights' gradients nor the states.
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
     clip_norm = options.clip_norm
     if isinstance(clip_norm, Tensor):
         clip_norm = clip_norm.detach().to(states[0].device, acc)
-    elif clip_norm is not None:  # filled there: a copy from the host waits for the GPU, and no CUDA graph holds it
+    elif clip_norm is not None:  # not copied from the host, which would wait for the GPU and fail in a CUDA graph
         clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
-    whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params  # which the scan takes in one direction at a time
+    # With these, a scan takes one direction at a time.
+    whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
     final, outputs, before = [], [], None

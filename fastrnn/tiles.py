@@ -60,7 +60,7 @@ LOCAL = {
 
 # (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps). The first row that H, shared memory
 # and the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
-# 8 columns each; further warps repeat the work of the others (docs/kernels.md).
+# 8 columns each; further warps repeat the work of the others (docs/notes/compiler.md).
 GROUPED = {
     (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),

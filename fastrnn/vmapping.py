@@ -12,10 +12,10 @@ def _fold(tensor, in_dim, batch_dim, size):
 
 
 def vmap(function, batch_dims, out_batch_dims, info, in_dims, args):
-    """Folds the mapped dimension into the batch; loops where something without a batch is mapped (weights).
+    """Folds the mapped dimension into the batch; loops where a tensor without a batch is mapped (weights).
 
     batch_dims, out_batch_dims: the place of the batch in each argument and result, counted from the end, or None.
-    An empty result of one dimension does not exist, and has no batch.
+    An empty tensor of one dimension stands for a result that does not exist; it has no batch.
     """
     size = info.batch_size
     if any(dim is not None and batch_dim is None for dim, batch_dim in zip(in_dims, batch_dims, strict=True)):

@@ -392,7 +392,7 @@ def test_amd(tmp_path):
 
 
 def table():
-    """Prints the table of grouped kernels in docs/kernels.md."""
+    """Prints the table of grouped kernels in docs/notes/compiler.md."""
     print("| | sm | tile | shared KB | registers | spilled bytes | barriers |\n|---|---|---|---|---|---|---|")
     for *size, arch in GROUPED:
         cell, dtype, hidden_size, batch_size = size

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs as it stands, those of one file one after another."""
+"""README, docs/ and the other pages: their Python blocks run as pasted, print what they show, and their links exist."""
 
 import re
 from pathlib import Path
@@ -7,20 +7,73 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-# What the README leaves to the reader's imagination.
-GIVEN = {"some_model": torch.nn.Sequential(torch.nn.GRU(3, 4))}
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")])
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+def form(printed: str) -> list[str]:
+    """The lines without their numbers, which differ a little between machines, and the spaces that follow from them."""
+    return [" ".join(NUMBER.sub("0", line).split()) for line in printed.strip().splitlines()]
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """The relative links of a page outside of code: path and anchor, either of which may be empty."""
+    return LINK.findall(re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_python_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
+    """A block marked `text` shows the output of the Python block before it."""
     monkeypatch.chdir(tmp_path)  # a block may write a picture
     torch.manual_seed(0)
-    names = dict(GIVEN)
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
+    names, printed = {}, None
+    for language, block in BLOCK.findall(page.read_text()):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), names)
+            printed = capsys.readouterr().out
+        else:
+            assert form(printed) == form(block)
 
 
-def test_the_pages_have_blocks():
-    assert sum(page.read_text().count("```python") for page in PAGES) >= 7
+@every_page
+def test_relative_links_lead_somewhere(page):
+    for path, anchor in links(page):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@every_page
+def test_the_tests_that_a_page_names_exist(page):
+    known = {path.stem for path in ROOT.glob("tests/test_*.py")}
+    for path in ROOT.glob("tests/test_*.py"):
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert not set(re.findall(r"\btest_\w+", page.read_text())) - known
+
+
+def test_the_pages_have_blocks_with_output():
+    languages = [language for page in PAGES for language, _ in BLOCK.findall(page.read_text())]
+    assert languages.count("python") >= 7
+    assert languages.count("text") >= 2
+
+
+def test_the_readme_is_short_and_lists_every_page_of_docs():
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 90
+    listed = {path for path, _ in links(readme)}
+    assert {name(page) for page in PAGES if page.is_relative_to(ROOT / "docs")} <= listed

@@ -174,7 +174,7 @@ def test_a_repeated_launch_hands_over_what_an_ordinary_one_does(tmp_path):
 
 
 def measure():
-    """Prints the table of launch times in docs/kernels.md: CPU time, with a launch function that does nothing."""
+    """Prints the table of launch times in docs/design/launch.md: CPU time, with a launch function that does nothing."""
     import triton
 
     from fastrnn.backends.launch import Launch
