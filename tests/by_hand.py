@@ -12,7 +12,7 @@ T, B = 7, 4
 
 
 def scan_arguments(cell, dtype, features, reverse):
-    """Random arguments of one direction; the flags have every bit, and pass over no step of the chunks."""
+    """Random arguments of one direction; the flags have every bit."""
     inputs = random_inputs(cell, features, sizes=(T, B, H), projection=3, reverse=reverse, dtype=dtype, seed=4)
     if "flags" in features:
         flags = torch.zeros(T, B, dtype=torch.uint8)
@@ -34,7 +34,7 @@ CASES = [pytest.param(cell, f, id="-".join((cell, *f))) for cell in CELLS for f 
 
 
 def hand_step(cell, gx, h, c, inputs, t):
-    """One step from the papers; returns the new (h, c) and the c inside the tanh, all in autograd's hands."""
+    """One step as in the papers: the new (h, c), and the c inside the tanh, all in autograd's graph."""
     w_hr, ln_c = inputs.w_hr, inputs.ln_c_weight
     operand = h if inputs.recurrent_mask is None else h * inputs.recurrent_mask
     gh = operand @ inputs.w_hh.t()

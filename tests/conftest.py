@@ -57,7 +57,7 @@ def ieee(monkeypatch):
 def set_precision():
     """`set_precision(place, value)` sets a `fp32_precision` of torch.backends until the test ends.
 
-    torch keeps some of them behind `__getattr__`, and monkeypatch would delete what it cannot find in `__dict__`.
+    torch serves some of them through `__getattr__`, and monkeypatch would delete what it cannot find in `__dict__`.
     """
     before = []
 

@@ -94,7 +94,7 @@ def test_autocast_leaves_the_cell_state_alone(backend):
 @every_backend
 @every_kind
 def test_autocast_is_the_bfloat16_module(kind, backend):
-    """Bit for bit, forward and backward: inside the scan autocast has no say, so the arithmetic there stays float32."""
+    """It gives the same bits, forward and backward: autocast does not reach into the scan, whose sums are float32."""
     ours, x = make(kind, backend, dtype=torch.float32), random(T, B, I, dtype=torch.float32)
     half, x_half = make(kind, backend, dtype=torch.float32).bfloat16(), x.detach().bfloat16().requires_grad_()
     lengths = torch.tensor([4, 2, 3])

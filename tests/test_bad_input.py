@@ -465,7 +465,7 @@ def test_functional_form_checks_the_same():
 
 
 def test_values_are_not_read_back_while_compiling_or_under_vmap():
-    """Lengths that nobody may look at are clamped to [0, T] instead of being refused."""
+    """Lengths whose values may not be read are clamped to [0, T] instead of being refused."""
     module, inputs = fastrnn.GRU(I, H), torch.randn(T, B, I)
     expected = module(inputs, lengths=torch.tensor([5, 0, 2]))[0]
 

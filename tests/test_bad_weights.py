@@ -12,7 +12,7 @@ T, B, I, H = 5, 3, 4, 6
 @pytest.mark.parametrize("steps", [4, 40])
 @pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0", "weight_ih_l1"])
 def test_weights_that_were_left_on_another_device_or_taken_away(kind, steps, name):
-    """As after a load_state_dict(assign=True) that lacks some: no memory is read that nobody wrote."""
+    """As after a load_state_dict(assign=True) that lacks some: no uninitialised memory is read."""
     module, x = getattr(fastrnn, kind)(I, H, 2), torch.zeros(steps, B, I)
     setattr(module, name, torch.nn.Parameter(getattr(module, name).to("meta")))
     for call in ({}, {"lengths": torch.full((B,), steps)}):
@@ -37,7 +37,7 @@ def test_weights_of_a_wrong_shape(kind, steps, name):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_module_whose_weights_were_all_made_wider(kind):
-    """As pruning makes them narrower: the weights say how large the network is."""
+    """The weights decide how large the network is, as when pruning makes them narrower."""
     wide, module = getattr(torch.nn, kind)(I, 2 * H), getattr(fastrnn, kind)(I, H)
     for name, parameter in wide.named_parameters():
         setattr(module, name, torch.nn.Parameter(parameter.detach()))

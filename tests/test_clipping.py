@@ -14,7 +14,7 @@ WEIGHTS = ("w_hh", "b_hh", "w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")
 
 
 def clipped_by_hand(cell, inputs, reverse, dy, theta, value):
-    """The gradients by name, through single steps by hand: clamp, then scale the joint norm, then pass on."""
+    """The gradients by name, one hand-written step at a time: clamp, scale the joint norm, pass on."""
     order = list(range(T - 1, -1, -1) if reverse else range(T))
     inputs = ScanInputs(*(x if x is None else x.detach() for x in inputs))
     weights = {n: getattr(inputs, n).requires_grad_() for n in WEIGHTS if getattr(inputs, n) is not None}
@@ -40,7 +40,7 @@ def clipped_by_hand(cell, inputs, reverse, dy, theta, value):
             dc = None if dc is None else dc.clamp(-value, value)
         if theta is not None:
             parts = [dh]
-            if dc is not None:  # the whole dL/dc: what came from the next step and what goes through this step's h
+            if dc is not None:  # the whole dL/dc: from the next step, and through this step's h
                 parts.append(dc + torch.autograd.grad(new_h, inner, dh, retain_graph=True)[0])
             n = torch.cat(parts, -1).norm(dim=-1, keepdim=True)
             scale = torch.where(n > theta, theta / n, 1.0)
@@ -73,7 +73,7 @@ CLIP_CASES = [
 @pytest.mark.parametrize("cell, features", CLIP_CASES)
 def test_clipping_equals_a_hand_written_backward(cell, features, theta, value, reverse, backend):
     inputs = scan_arguments(cell, torch.float64, (*features, "flags"), reverse)
-    inputs = inputs._replace(flags=inputs.flags & RESET)  # padding is held by the length tests
+    inputs = inputs._replace(flags=inputs.flags & RESET)  # test_lengths.py has padding
     leaves = [v.requires_grad_() for n, v in inputs._asdict().items() if v is not None and n not in MASKS]
     bound = None if theta is None else torch.tensor(theta, dtype=torch.float64)
     out = scan(inputs._replace(clip_norm=bound), Walk(cell, reverse, backend, clip_value=value))
@@ -83,14 +83,14 @@ def test_clipping_equals_a_hand_written_backward(cell, features, theta, value, r
     agree(got, [expected[n] for n, v in inputs._asdict().items() if v is not None and n not in MASKS])
     free = scan(inputs, Walk(cell, reverse, backend))
     plain = torch.autograd.grad(free.y, leaves, dy)
-    assert not torch.allclose(plain[0], got[0]), "the bound should bite, or the test is about nothing"
+    assert not torch.allclose(plain[0], got[0]), "the bound must clip something, or the test shows nothing"
     assert torch.equal(out.y, free.y), "clipping leaves the forward alone"
 
 
 @every_backend
 @every_kind
 def test_clip_bounds_as_float_and_as_tensor(kind, backend):
-    """A float, a 0-d tensor of any float dtype, and AMP's habit: loss and bound times S give the gradient times S."""
+    """A float, a 0-d tensor of any float dtype, and AMP's scaling: S times loss and bound give S times the gradient."""
     x, S = random(T, B, I), 64.0
 
     def found(bound, loss_scale=1.0):
@@ -109,7 +109,7 @@ def test_clip_bounds_as_float_and_as_tensor(kind, backend):
 
 @every_backend
 def test_clipping_bounds_the_norms_that_the_next_step_receives(backend):
-    """An exploding linear network (W = 2 I): behind the bound every dL/dx_t has norm theta and no more."""
+    """An exploding linear network (W = 2 I): every dL/dx_t has the norm of the bound."""
     ours = fastrnn.RNN(H, H, nonlinearity="relu", bias=False, clip_state_grad_norm=1.5, backend=backend)
     with torch.no_grad():
         ours.weight_ih_l0.copy_(torch.eye(H))

@@ -67,7 +67,7 @@ def fresh_dynamo():
 
 def compiled_equals_eager(compiler, name, case, training=False, **more):
     settings, call = CALLS[case]
-    # zoneout draws: its masks may come in another order from a compiler, so it is held in eval mode
+    # zoneout draws: its masks may come in another order from a compiler, so they are compared in eval mode
     model = tagger(name, **settings, **more).train(training)
     call, x = dict(call), torch.randn(T, B, I)
     if call.pop("tap", False):
@@ -103,7 +103,7 @@ def test_inductor_equals_eager():
     ],
 )
 def test_a_compiled_step_takes_the_backend_of_the_eager_one(compiler, name, case, training, monkeypatch):
-    """Forward and backward; and zeros in place of a gradient that never arrives do not send it elsewhere, or cost."""
+    """So do forward and backward; a gradient that never arrives stays absent, and costs no zeros."""
     calls, launcher = [], fastrnn.dispatch.launcher
 
     class Spy:
@@ -135,7 +135,7 @@ def test_compile_under_no_grad():
 @every_backend
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_compiled_call_of_a_packed_batch(backend, num_layers):
-    """In more than one graph: PyTorch does not compile packing."""
+    """It takes more than one graph, because PyTorch does not compile packing."""
     model = make("GRU", backend, num_layers=num_layers)
     packed = pack_padded_sequence(random(T, B, I), torch.tensor([4, 2, 1]))
     torch._dynamo.reset()
@@ -183,7 +183,7 @@ def test_one_compilation_serves_every_length_and_batch_size(name, with_tap):
             return compiled(x, **({} if tap is None else {"tap": tap}))
 
         agree(loss_and_gradients(marked, model, x, tap=shape), expected, **SINGLE)
-    # T = 2 would be one more: PyTorch sets sizes of one apart, and h_prev is then a slice of one step.
+    # T = 2 would need one more: PyTorch compiles sizes of one apart, and h_prev is then a slice of one step.
     assert counter.frame_count == 1, f"{counter.frame_count} compilations for four shapes"
 
 

@@ -15,7 +15,7 @@ T, B = 5, 3
 
 
 class Model(nn.Module):
-    """Nested, shared, in a list, a cell, and something that is none of convert's business."""
+    """Networks that are nested, shared and in a list, a cell, and a linear layer, which convert leaves alone."""
 
     def __init__(self):
         super().__init__()
@@ -132,14 +132,14 @@ def test_convert_leaves_subclasses_alone_and_warns():
 
 
 def drop_weight(module, name):
-    """As wrappers that drop weights do it: the parameter renamed, and set as an attribute before every call."""
+    """Drop a weight as wrappers do: rename the parameter, and set the weight as an attribute before every call."""
     raw = module._parameters.pop(name)
     module.register_parameter(f"{name}_raw", nn.Parameter(raw.data))
     return lambda: setattr(module, name, F.dropout(module._parameters[f"{name}_raw"], 0.5))
 
 
 def test_a_weight_that_is_not_there_before_the_call():
-    """Moved to another dtype in between, as torch.nn's module may be."""
+    """The module may change its dtype in between, as torch.nn's may."""
     theirs, ours = pair("LSTM")
     results = []
     for module in (theirs, ours):
@@ -152,7 +152,7 @@ def test_a_weight_that_is_not_there_before_the_call():
 
 
 def test_flattening_does_not_look_at_computed_weights():
-    """Spectral norm's estimate moves on with every look in training."""
+    """In training, spectral norm updates its estimate whenever the weight is read."""
     ours = nn.utils.parametrizations.spectral_norm(fastrnn.GRU(I, H), "weight_hh_l0")
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     ours.flatten_parameters()
@@ -240,7 +240,7 @@ def compiled_in_place(module):
     "compiled", [compiled_in_place, lambda m: torch.compile(m, backend="eager")], ids=["in place", "wrapped"]
 )
 def test_convert_leaves_a_module_alone_that_is_compiled_by_itself(compiled):
-    """Its compiled call would go on running the old module."""
+    """Its compiled call would still run the old module."""
     model = nn.Sequential(compiled(nn.LSTM(I, H)))
     with pytest.warns(UserWarning, match="LSTM is compiled and was left as it is"):
         fastrnn.convert(model)

@@ -239,7 +239,7 @@ def test_a_wait_in_vain_gives_nan_and_the_next_call_raises(emulator, cell, direc
 
 
 def test_why_not_a_call(emulator, monkeypatch, set_precision):
-    """What `why_not` knows of a call before there are tensors."""
+    """The reasons that `why_not` gives before there are tensors."""
     monkeypatch.setattr(cuda, "MISSING", None)
 
     def why(dtype=torch.float32, **request):
@@ -257,7 +257,7 @@ def test_why_not_a_call(emulator, monkeypatch, set_precision):
 
 
 def test_why_not_these_tensors(emulator, monkeypatch, set_precision):
-    """What shows only in the tensors of a call, or may have changed since."""
+    """The reasons that only the tensors of a call show, or that may have changed since."""
 
     def why(dtype=torch.float32, H=40, B=5, **others):
         inputs = ScanInputs(None, torch.zeros(4 * H, H, dtype=dtype), torch.zeros(1, H, dtype=dtype).expand(B, H))
@@ -285,8 +285,8 @@ def test_why_not_these_tensors(emulator, monkeypatch, set_precision):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_the_table_has_a_kernel_that_fits(emulator, cell):
-    """For every bucket on either architecture, but for one on sm_80; by cluster to the H given; with shared memory
-    within what a CTA can have."""
+    """There is one for every bucket on either architecture except one on sm_80; by cluster up to the H
+    given; all within the shared memory of a CTA."""
     for H in (1, 256, 257, 512, 513, 640, 641, 768, 769, 1024, 1280):
         for dtype in TOLERANCE:
             found = {}

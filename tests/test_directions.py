@@ -51,7 +51,7 @@ def inputs(dtype=torch.float64):
 
 
 def run(module, x, call, forward=None):
-    """Output, states, and the gradients of input, parameters and tap, of one seed. `forward` stands in for `module`."""
+    """Output, states, and the gradients of input, parameters and tap for one seed. `forward` replaces `module`."""
     module.zero_grad()
     x.grad = None
     torch.manual_seed(2)

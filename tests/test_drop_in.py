@@ -86,7 +86,7 @@ def test_packed_sequence(kind, lengths, enforce_sorted, bidirectional, with_hx, 
 @pytest.mark.parametrize("steps", [10, 70])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH"])
 def test_dropout_of_a_packed_batch_draws_what_torch_nn_draws(kind, steps):
-    """The same masks from the same seed, and as many random numbers, also where the C++ scan runs."""
+    """The same seed gives the same masks, and takes as many random numbers, also where the C++ scan runs."""
     theirs = getattr(nn, kind.split("_")[0])(I, H, 3, dropout=0.5, bidirectional=True)
     ours = fastrnn.convert(copy.deepcopy(theirs))
     packed = pack_padded_sequence(torch.randn(steps, 3, I), torch.tensor([steps, 7, 3]))

@@ -52,7 +52,7 @@ def test_cells(kind, bias, batched, backend):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_cells_step_is_torch_nns_operation_by_operation(kind):
-    """A whole call of torch's prepares the weights for many steps, which a single one does not pay back."""
+    """torch's kernel for whole sequences first prepares the weights, which does not pay for a single step."""
 
     class Called(TorchDispatchMode):
         def __init__(self):

@@ -28,7 +28,7 @@ def cut(inputs, begin, end):
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("cell, features", CASES)
 def test_t_steps_equal_chunks_bit_for_bit(cell, features, reverse, cuts, backend):
-    """float32, forward and backward: the states, and dL/dgx, are the same bits however time is cut."""
+    """In float32 the states and dL/dgx have the same bits however time is cut, forward and backward."""
     inputs, walk = scan_arguments(cell, torch.float32, features, reverse), Walk(cell, reverse, backend)
     gx, h0, c0 = inputs.gx.requires_grad_(), inputs.h0, inputs.c0
     states = [s.requires_grad_() for s in (h0, c0) if s is not None]
@@ -108,7 +108,7 @@ def test_layer_norm_starts_as_the_identity_map():
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_a_layer_norm_are_summed_up_in_float32(dtype, backend):
-    """A CPU's own layer norm adds the gradients of its weights up in their half type: a bias was off by two thirds."""
+    """torch's layer norm on a CPU sums its weights' gradients in their half type: a bias was off by two thirds."""
     torch.manual_seed(0)
     half = fastrnn.RNN(16, 128, layer_norm=True, dtype=dtype, backend=backend)
     double = fastrnn.RNN(16, 128, layer_norm=True, dtype=torch.float64, backend="reference")

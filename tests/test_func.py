@@ -57,7 +57,7 @@ def test_gradients_of_many_losses_at_once(kind, backend):
 
 @every_kind
 def test_vmap_over_weights_and_lengths(kind):
-    """An ensemble: every member its own weights; and per-sample reset masks."""
+    """An ensemble in which every member has its own weights; and reset masks per sample."""
     members = [make(kind) for _ in range(3)]
     for k, member in enumerate(members):
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_vmap_over_weights_and_lengths(kind):
 @every_kind
 @pytest.mark.parametrize("mapped", ["weights", "input"])
 def test_a_backward_from_outside_of_vmap(kind, mapped):
-    """Where all that requires grad is mapped over, as in training an ensemble, nothing inside says that it is."""
+    """Where every tensor that requires grad is mapped over, as in training an ensemble, none inside seems to."""
     members = [make(kind) for _ in range(3)]
     weights, _ = torch.func.stack_module_state(members)
     x = random(3, T, B, I)
@@ -98,7 +98,7 @@ def test_a_backward_from_outside_of_vmap(kind, mapped):
 
 
 def test_vmap_without_gradients_folds_the_batch():
-    """No loop over the samples, of which PyTorch would warn."""
+    """There is no loop over the samples, of which PyTorch would warn."""
     model, x = make("LSTM"), random(3, T, B, I, requires_grad=False)
     enabled = torch._C._functorch._is_vmap_fallback_enabled()
     torch._C._functorch._set_vmap_fallback_enabled(False)
@@ -112,7 +112,7 @@ def test_vmap_without_gradients_folds_the_batch():
 
 @every_backend
 def test_forward_mode_is_refused(backend):
-    """The raw op would drop the tangent without a word."""
+    """The raw op alone would silently drop the tangent."""
     model, x = make("GRU", backend).requires_grad_(False), random(T, B, I, requires_grad=False)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -220,7 +220,7 @@ def test_forward_mode_of_a_plain_call_is_torchs(kind, steps):
 
 
 def test_forward_mode_of_the_scan_is_refused_with_a_reason():
-    """There is no jvp: torch's own error, not a wrong number."""
+    """There is no jvp: the result is torch's own error, not a wrong number."""
     ours = make("GRU", "reference")
     x = random(T, B, I, requires_grad=False)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.?(mode)?|jvp"):

@@ -46,7 +46,7 @@ def test_lengths_equal_a_packed_sequence(kind, lengths, bidirectional, backend):
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bi"])
 @every_kind
 def test_a_packed_sequence_with_everything_else(kind, bidirectional, backend, monkeypatch):
-    """Equals the padded call with lengths; on backend cpu its input products leave out the padding."""
+    """It equals the padded call with lengths; on backend cpu its input products leave out the padding."""
     extras = {"layer_norm": True, "residual": True, "zoneout": 0.2, "clip_state_grad_norm": 0.5}
     ours = make(kind, backend, num_layers=3, bidirectional=bidirectional, **extras).eval()
     directions, states = (2 if bidirectional else 1), (2 if kind.startswith("LSTM") else 1)
@@ -69,11 +69,11 @@ def test_a_packed_sequence_with_everything_else(kind, bidirectional, backend, mo
 
 
 def nodes(node, seen):
-    """The functions that the gradient goes through behind this one."""
+    """All functions that the gradient passes through from `node` on."""
     if node is not None and node not in seen:
         seen.add(node)
-        for behind, _ in node.next_functions:
-            nodes(behind, seen)
+        for following, _ in node.next_functions:
+            nodes(following, seen)
     return seen
 
 
@@ -87,7 +87,7 @@ def test_padding_and_packing_are_torchs(lengths):
 
 
 def test_the_gradient_through_padding_takes_no_step_per_length():
-    """As does that of torch's, each over the whole padded tensor: T*T*B for as many lengths as steps."""
+    """torch's own takes one per length, each over the whole padded tensor: T*T*B where there are T lengths."""
     batch_sizes = torch.arange(50, 0, -1)
     rows = PackedSequence(random(int(batch_sizes.sum()), I), batch_sizes)
     padded = packing.pad(rows, packing.packed_positions(batch_sizes))
@@ -138,7 +138,9 @@ def test_lengths_beside_resets_equal_segments_of_the_shorter_sequence(backend):
     ours = make("LSTM", backend, bidirectional=True)
     x, lengths = random(T, B, I), torch.tensor([7, 4, 6, 1])
     hx, reset = initial(ours, B), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.4
-    reset |= torch.arange(T).unsqueeze(1) >= lengths  # what stands in the padding is no reset: hx enters behind it
+    reset |= (
+        torch.arange(T).unsqueeze(1) >= lengths
+    )  # in the padding these are no resets: the reverse direction starts after it, from hx
     y, (h, c) = ours(x, hx, lengths=lengths, reset_mask=reset)
     for b, n in enumerate(lengths.tolist()):
         one = slice(b, b + 1)
@@ -150,7 +152,7 @@ def test_lengths_beside_resets_equal_segments_of_the_shorter_sequence(backend):
 
 
 def by_segments(theirs, x, hx, reset):
-    """Every segment of every sample on its own, through torch.nn: y, final states."""
+    """y and the final states of torch.nn, run on every segment of every sample separately."""
     D = 2 if theirs.bidirectional else 1
     ys, finals = [], []
     for b in range(x.shape[1]):

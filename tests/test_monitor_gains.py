@@ -204,7 +204,7 @@ def test_a_loss_in_the_middle_starts_the_way_there():
 
 @pytest.mark.parametrize("reverse", [0, 1])
 def test_a_gain_of_zero_is_no_end_of_a_sequence(reverse):
-    """W_hh = 0, and a loss where each direction ends: nothing of it is carried on, though there is a way to go."""
+    """W_hh = 0, with the loss where each direction ends: no gradient is carried on, though there are steps to go."""
     module = linear_rnn(0.0, bidirectional=True)
     with torch.no_grad():
         module.weight_hh_l0_reverse.zero_()

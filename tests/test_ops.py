@@ -29,7 +29,7 @@ OP_CASES = [
 )
 def test_opcheck_of_the_raw_ops(cell, features, dtype, backend):
     """Schema, fake tensors with static and dynamic shapes, aliasing: torch.library's own examination."""
-    # The ops have no autograd of their own (scan.py holds it), so the gradient part of the examination is left out.
+    # The ops have no autograd of their own (scan.py has it), so the gradient part of the examination is left out.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     bias, clipped = "layer_norm" not in features, "clip_norm" in features
     inputs = random_inputs(cell, features, sizes=(T, B, H), dtype=dtype, bias=bias)

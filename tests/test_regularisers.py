@@ -73,7 +73,7 @@ def test_dropouts_are_gone_in_eval(kind, name, backend):
 
 
 def relu_network(width, **settings):
-    """W_ih = I, no bias: its output shows the masks. W_hh is for the test to set."""
+    """W_ih = I, no bias: its output shows the masks. The test sets W_hh."""
     module = fastrnn.RNN(width, width, bias=False, nonlinearity="relu", **settings)
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -1,4 +1,4 @@
-"""What stands around a module in a program: checkpointing, parametrized and tied weights, meta and fake tensors."""
+"""Modules inside larger programs: checkpointing, parametrized and tied weights, meta and fake tensors."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_meta_tensors_give_shapes(extra):
 
 @pytest.mark.parametrize("extra", [{}, {"reset_mask": torch.zeros(70, 32, dtype=torch.bool)}], ids=["plain", "resets"])
 def test_fake_tensors_go_forward_and_back(extra):
-    """As memory estimators send them, outside of any compiler."""
+    """Memory estimators use them outside of any compiler."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fastrnn.GRU(256, 256)
         model(torch.randn(70, 32, 256), **extra)[0].sum().backward()
