@@ -1,6 +1,7 @@
 """csrc's CUDA ops, emulated on the host: the same source, compiled by a C++ compiler (emulator/emulated.h)."""
 
 import ctypes
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -11,10 +12,21 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}")
 
 
-def compiled(source, target, *flags):
-    """`target`, made from the emulator's `source`."""
+def compiled(cache, source, *flags):
+    """The emulator's `source`, compiled. pytest's cache keeps it until csrc, the emulator or the command changes."""
     command = [CXX, "-std=c++17", "-O1", *WARNINGS, *INCLUDES, *flags]
-    subprocess.run([*command, str(ROOT / "tests/emulator" / source), "-o", str(target)], check=True)
+    version = subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(version + " ".join(command).encode())
+    for path in sorted(path for folder in ("csrc", "tests/emulator") for path in (ROOT / folder).rglob("*.*")):
+        key.update(path.read_bytes())
+    folder = cache.mkdir("emulated")
+    target = folder / f"{source}-{key.hexdigest()[:16]}"
+    if not target.exists():
+        for old in folder.glob(f"{source}-*"):
+            old.unlink(missing_ok=True)
+        making = folder / f"{os.getpid()}-{source}"
+        subprocess.run([*command, str(ROOT / "tests/emulator" / source), "-o", str(making)], check=True)
+        making.replace(target)
     return target
 
 

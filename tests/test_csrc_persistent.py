@@ -34,9 +34,9 @@ if shutil.which(CXX) is None:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def library(pytestconfig):
     """The kernels, compiled for the host."""
-    return compiled("scan.cpp", tmp_path_factory.mktemp("emulated") / "scan.so", "-shared", "-fPIC")
+    return compiled(pytestconfig.cache, "scan.cpp", "-shared", "-fPIC")
 
 
 @pytest.fixture

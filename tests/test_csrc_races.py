@@ -24,7 +24,7 @@ int main() {}
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program(tmp_path_factory, pytestconfig):
     """`program()` runs the kernels; `program(order)` as if that one ordered nothing."""
     made = tmp_path_factory.mktemp("races")
     if shutil.which(CXX) is None:
@@ -40,11 +40,11 @@ def program(tmp_path_factory):
         done = subprocess.run([*fixed, made / "probe"], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
-    compiled("race.cpp", made / "race", *FLAGS)
+    race = compiled(pytestconfig.cache, "race.cpp", *FLAGS)
 
     def run(*order):
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([*fixed, made / "race", *order], env=environment, capture_output=True, text=True)
+        return subprocess.run([*fixed, race, *order], env=environment, capture_output=True, text=True)
 
     return run
 
