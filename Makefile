@@ -1,4 +1,5 @@
 # demo  train an LSTM on sequential digits; pictures in demo/
+# quick the tests that most changes need, in about two minutes
 # test  the whole test suite (GPU tests skip where there is no GPU)
 # lint  ruff and clang-format, in check mode; `make format` applies them
 # bench the benchmarks, JSON in bench/results/
@@ -25,7 +26,7 @@ CORES  ?= $(shell nproc)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test lint format bench gpu wheels clean \
+.PHONY: demo quick test lint format bench gpu wheels clean \
     gpu-build gpu-kernels gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
@@ -65,6 +66,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist loadfile -p no:benchmark $(PYTEST_ARGS)
 
+# Without the tests that are marked slow.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -m 'not slow' -n $(JOBS) --dist worksteal -p no:benchmark $(PYTEST_ARGS)
+
 lint: $(LINTERS)
 	$(VENV_BIN)/ruff check .
 	$(VENV_BIN)/ruff format --check .
@@ -100,7 +105,7 @@ GPU_TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -v -p no:benchmark --dur
 GPU_BENCH = $(PYTHON) -m pytest --records='$(OUT)/$(1).json' $(PYTEST_ARGS)
 WARM      = timeout -k 5 120 $(PYTHON) -m bench.warm
 # A small case of each kind of kernel, for compute-sanitizer.
-SANITIZED := gpu_equals_step_by_step and lstm and bfloat16 and forward and 40 \
+SANITIZED := gpu_equals_the_reference and lstm and bfloat16 and forward and 40 \
     or grouped_equals_stepwise and lstm and bfloat16 and all
 
 gpu-build:
@@ -123,7 +128,7 @@ gpu-rivals:
 gpu-sanitize:
 	failed=0; for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -p no:benchmark -k '$(SANITIZED)' \
-	        tests/test_csrc_persistent.py tests/test_kernels.py || failed=$$?; \
+	        tests/test_csrc_persistent_gpu.py tests/test_kernels.py || failed=$$?; \
 	done; exit $$failed
 # The tests that need no GPU.
 gpu-test:

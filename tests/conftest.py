@@ -1,4 +1,4 @@
-"""What all tests share: Triton's interpreter where there is no GPU, the `device` fixture, the `gpu` marker.
+"""What all tests share: Triton's interpreter where there is no GPU, the fixtures, the `gpu` marker.
 
 FASTRNN_TEST_DEVICE chooses the device; unset, it is a GPU where there is one. A test that takes `device` is marked
 `gpu` where that is a GPU.
@@ -36,11 +36,28 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(scope="module")
+def poisoned():
+    """New memory, torch.empty's and that of the C++ library, holds NaN: an element that nothing wrote shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # only a warning, because cuBLAS has no such algorithms
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def ieee(monkeypatch):
+    """Triton's kernels multiply float32 as float32: TF32 has 11 bits."""
+    monkeypatch.setattr("fastrnn.backends.sequence.precision", lambda: "ieee")
+
+
 @pytest.fixture
 def set_precision():
     """`set_precision(place, value)` sets a `fp32_precision` of torch.backends until the test ends.
 
-    torch keeps some of them behind `__getattr__`, and monkeypatch would delete what it cannot find in `__dict__`.
+    torch serves some of them through `__getattr__`, and monkeypatch would delete what it cannot find in `__dict__`.
     """
     before = []
 

@@ -9,8 +9,15 @@ from fastrnn.arguments import IncomingGradients, Kept, ScanGradients, ScanInputs
 from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
 from fastrnn.directions import each_direction
+from fastrnn.tiles import GemmTile, Tile
 
 T, B, H = 3, 3, 17
+SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
+GEMM = GemmTile(2, 4)
+MODES = {**SMALL, "gemm": GEMM}
+# Against the reference in the same type, several units in the last place (8 bits in bfloat16, 11 in float16): some
+# roundings may fall to the other side of a tie, and the interpreter truncates where hardware rounds.
+HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
 # Against float64: float32 sums of at most 4 * 130 products of order one, over few steps, each to 2**-24.
 FLOAT32 = 2e-5
 
@@ -56,6 +63,9 @@ class Problem:
         if has_directions(y) and not backend.takes_directions(inputs, walk, **options):
             return each_direction(one, len(y), walk.reverse, incoming, kept, inputs)
         return one(incoming, kept, inputs, walk.reverse)
+
+
+WHOLE = (*Problem.ALL, "layer_norm", "projection")
 
 
 def converted(x, dtype):

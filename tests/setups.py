@@ -1,11 +1,15 @@
-"""What many tests set up: random arguments of a scan by name, every backend, agreement within a tolerance.
+"""What many tests set up: modules and their twins in torch.nn, random arguments of a scan, every backend, agreement.
 
-Sizes: T steps, B batch, H hidden, P projection (else H), G gates, S states.
+Sizes: T steps, B batch, I input, H hidden, P projection (else H), G gates, S states.
 """
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
+import fastrnn
+from fastrnn import GradientMonitor
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, ScanOutputs
 from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.dispatch import BACKENDS, Request
@@ -14,11 +18,124 @@ from fastrnn.equations import accumulate_dtype
 # float64 keeps 16 digits; sums over fewer than 1e4 terms of order 1 in another order differ by some 1e-12.
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 
+# ------------------------------------------------------------------------------------------------------------- backends
+
 CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
+"""Why the C++ library cannot run a call here, or None."""
 needs_cpu_library = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
-every_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu_library)])
-"""Every backend that runs on a CPU in every dtype."""
+# The rows of the table that have a scan and are taken on a CPU: they run there in every dtype.
+BACKENDS_HERE = [
+    pytest.param(name, marks=needs_cpu_library) if name == "cpu" else name
+    for name, row in BACKENDS.items()
+    if row.launcher is not None and row.takes("cpu")
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
+every_choice = pytest.mark.parametrize("backend", [pytest.param(None, id="auto"), *BACKENDS_HERE])
 every_cell = pytest.mark.parametrize("cell", CELLS)
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+I, H = 3, 5
+KINDS = {
+    "LSTM": ("LSTM", {}),
+    "LSTM-proj": ("LSTM", {"proj_size": 3}),
+    "GRU": ("GRU", {}),
+    "RNN": ("RNN", {"nonlinearity": "tanh"}),
+    "RNN-relu": ("RNN", {"nonlinearity": "relu"}),
+}
+"""Modules by name: class and constructor arguments."""
+every_torch_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "RNN-relu"])
+
+
+def make(kind, backend=None, **settings):
+    """fastrnn's module of a kind with I inputs and H units, in float64 unless the settings say otherwise."""
+    name, extra = KINDS[kind]
+    torch.manual_seed(0)
+    return getattr(fastrnn, name)(I, H, **{"dtype": torch.float64, **extra, **settings}, backend=backend)
+
+
+def twin(kind, ours, **settings):
+    """torch.nn's module with the weights of `ours`."""
+    name, extra = KINDS[kind]
+    theirs = getattr(nn, name)(I, H, **{"dtype": torch.float64, **extra, **settings})
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs
+
+
+def pair(kind, backend=None, **settings):
+    """torch.nn's module and fastrnn's with the same weights."""
+    ours = make(kind, backend, **settings)
+    return twin(kind, ours, **settings), ours
+
+
+def random(*shape, seed=1, dtype=torch.float64, requires_grad=True):
+    """A random leaf."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=requires_grad)
+
+
+def initial(module, *batch):
+    """Random initial states as leaves: `(h0, c0)` for an LSTM, else h0. Without `batch`: unbatched."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    h = random(rows, *batch, getattr(module, "proj_size", 0) or module.hidden_size, seed=2)
+    return (h, random(rows, *batch, module.hidden_size, seed=3)) if type(module).__name__ == "LSTM" else h
+
+
+def watched(model, x, loss=lambda y: y.sum(), **call):
+    """The monitor of one forward and backward pass."""
+    with GradientMonitor(model) as watch:
+        out = model(x, **call)
+        loss(out[0]).backward()
+    return watch
+
+
+def linear_rnn(alpha, size=4, **options):
+    """A ReLU network that stays positive is linear: dL/dh_{t-1} = alpha dL/dh_t."""
+    module = fastrnn.RNN(size, size, nonlinearity="relu", bias=False, **options)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(alpha * torch.eye(size))
+        module.weight_ih_l0.copy_(torch.eye(size))
+    return module
+
+
+def flat(state):
+    """The tensors of a state: of a pair, of one, or of none."""
+    return () if state is None else state if isinstance(state, tuple) else (state,)
+
+
+def loss_of(values):
+    """A scalar in which every element has its own weight, so that a permuted gradient does not pass."""
+    return sum((v * torch.linspace(0.5, 1.5, v.numel(), dtype=v.dtype).reshape(v.shape)).sum() for v in values)
+
+
+def gradients(values, leaves):
+    """The gradients of `loss_of(values)`, zeros where one does not exist."""
+    found = torch.autograd.grad(loss_of(values), leaves, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+
+
+def results(module, x, hx, wrap=lambda x: x):
+    """Outputs, final states and the gradients of a loss over all of them, by name."""
+    y, state = module(wrap(x), hx)
+    found = {"y": y.data if isinstance(y, PackedSequence) else y}
+    found |= {f"state{k}": s for k, s in enumerate(flat(state))}
+    loss = loss_of(found.values())
+    leaves = {"x": x, **{f"hx{k}": s for k, s in enumerate(flat(hx))}, **dict(module.named_parameters())}
+    gradients = torch.autograd.grad(loss, leaves.values())
+    return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def agree(got, expected, **tolerance):
+    """Values in order, or by name where both are dicts, are equal within `tolerance` (else DOUBLE)."""
+    if not isinstance(expected, dict):
+        got, expected = dict(enumerate(got)), dict(enumerate(expected))
+    assert got.keys() == expected.keys()
+    for name, b in expected.items():
+        torch.testing.assert_close(got[name], b, **(tolerance or DOUBLE), msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------- arguments of a scan
 
 MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
 FEATURES = (*MASKS, "clip_norm", "layer_norm", "projection")
@@ -27,7 +144,7 @@ FEATURES = (*MASKS, "clip_norm", "layer_norm", "projection")
 def make_flags(generator, T, B, reverse):
     """uint8 `[T, B]`: lengths (one zero if there is room, one full) and resets, for the direction of the walk."""
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0] = T
+    lengths[:1] = T
     if B > 2:
         lengths[-1] = 0
     t = torch.arange(T)[:, None]
@@ -99,8 +216,3 @@ def kept_of(outputs: ScanOutputs) -> Kept:
 def floats_as(named, dtype):
     """A named tuple whose floating tensors have another dtype."""
     return named._make(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in named)
-
-
-def agree(got, expected, **tolerance):
-    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
-        torch.testing.assert_close(a, b, **(tolerance or DOUBLE), msg=lambda m, k=k: f"value {k}: {m}")

@@ -58,7 +58,7 @@ def test_total_and_backward_are_the_derivative_of_forward(cell, layer_norm):
 
 
 def _one_step(launcher, cell, gx, gh, state_prev, dstate):
-    """A scan of one step, forward and backward, in which the identity stands for W_hh: the bias is the rest of gh."""
+    """A scan of one step, forward and backward, in which W_hh is the identity: the bias is the rest of gh."""
     (h0, *others), (dh_n, *dothers) = state_prev, dstate
     c0, dc_n = (torch.cat(x, -1) if x else None for x in (others, dothers))
     w_hh = torch.eye(H, dtype=gx.dtype).repeat(len(CELLS[cell].gates), 1)

@@ -9,14 +9,11 @@ g++ 12's let more than 255 threads share clocks, and may miss a race.
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from emulated import CXX, compiled
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
-INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=thread", *INCLUDES)
+FLAGS = ("-g1", "-fsanitize=thread")
 RACE = 66  # ThreadSanitizer's exit code when it has reported one
 PROBE = """
 #ifndef __SANITIZE_THREAD__
@@ -27,13 +24,13 @@ int main() {}
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program(tmp_path_factory, pytestconfig):
     """`program()` runs the kernels; `program(order)` as if that one ordered nothing."""
     made = tmp_path_factory.mktemp("races")
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler {CXX}")
     (made / "probe.cpp").write_text(PROBE)
-    probe = [CXX, *FLAGS, str(made / "probe.cpp"), "-o", str(made / "probe")]
+    probe = [CXX, "-std=c++17", "-O1", *FLAGS, str(made / "probe.cpp"), "-o", str(made / "probe")]
     done = subprocess.run(probe, capture_output=True, text=True)
     # ThreadSanitizer sometimes fails when addresses are too random.
     fixed = ["setarch", "-R"]
@@ -43,12 +40,11 @@ def program(tmp_path_factory):
         done = subprocess.run([*fixed, made / "probe"], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"ThreadSanitizer does not work with {CXX} here: {done.stderr[-300:]}")
-    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run([CXX, *FLAGS, *strict, str(ROOT / "tests/emulator/race.cpp"), "-o", str(made / "race")], check=True)
+    race = compiled(pytestconfig.cache, "race.cpp", *FLAGS)
 
     def run(*order):
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([*fixed, made / "race", *order], env=environment, capture_output=True, text=True)
+        return subprocess.run([*fixed, race, *order], env=environment, capture_output=True, text=True)
 
     return run
 

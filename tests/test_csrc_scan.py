@@ -5,74 +5,36 @@ New memory is filled with NaN throughout, so that an element which nothing wrote
 
 import pytest
 import torch
+from setups import MASKS, every_cell, random_incoming, random_inputs
 
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
-from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.cells import PAD
 
 if cpu.MISSING is not None:
     pytest.skip(f"csrc: {cpu.MISSING}", allow_module_level=True)
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+pytestmark = pytest.mark.usefixtures("poisoned")
+SHAPES = ("layer_norm", "projection")
 FEATURES = {
-    "plain": frozenset(),
-    "flags": frozenset({"flags"}),
-    "masks": frozenset({"recurrent", "zone"}),
-    "layer_norm": frozenset({"ln", "bias"}),
-    "projection": frozenset({"projection", "bias"}),
-    "clip": frozenset({"clip"}),
-    "all": frozenset({"flags", "recurrent", "zone", "ln", "bias", "projection", "clip"}),
+    "plain": (),
+    "flags": ("flags",),
+    "masks": ("recurrent_mask", "zone_h", "zone_c"),
+    "layer_norm": ("layer_norm",),
+    "projection": ("projection",),
+    "clip": ("clip_norm",),
+    "all": (*MASKS, *SHAPES, "clip_norm"),
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def poisoned():
-    """torch.empty and the like give NaN, also in the extension."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def problem(cell, T, B, H, dtype=torch.float32, features=frozenset(), reverse=False, seed=0):
-    """Arguments of forward and backward by name, with the incoming gradients."""
-    rng, spec = torch.Generator().manual_seed(seed), CELLS[cell]
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    has_c, rows = "c" in spec.states, len(spec.gates) * H
-    P = max(1, H // 2) if "projection" in features and has_c else H
-
-    def draw(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-    def share(*shape):
-        return torch.rand(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-    found = {"gx": draw(T, B, rows), "w_hh": draw(rows, P) / P**0.5, "h0": draw(B, P)}
-    found |= {"dy": draw(T, B, P), "dh_n": draw(B, P)}
-    if has_c:
-        found |= {"c0": draw(B, H, dtype=acc), "dc": draw(T, B, H, dtype=acc), "dc_n": draw(B, H, dtype=acc)}
-    if "bias" in features:
-        found["b_hh"] = draw(rows)
-    if P != H:
-        found["w_hr"] = draw(P, H) / H**0.5
-    if "ln" in features:
-        found["ln_hh"] = 1 + draw(rows) / 4
-        if has_c:
-            found |= {"ln_c_weight": 1 + draw(H) / 4, "ln_c_bias": draw(H) / 4}
-    if "flags" in features:
-        lengths = torch.randint(0, T + 1, (B,), generator=rng)
-        t = torch.arange(T).unsqueeze(1)
-        found["flags"] = ((t >= lengths) * PAD + (torch.rand(T, B, generator=rng) < 0.2) * RESET).to(torch.uint8)
-        if reverse:
-            found["flags"] += (START * (t == lengths - 1)).to(torch.uint8)
-    if "recurrent" in features:
-        found["recurrent_mask"] = (share(B, P) < 0.5).to(dtype) * 2
-    if "zone" in features:
-        found["zone_h"] = share(T, B, P)
-        if has_c:
-            found["zone_c"] = share(T, B, H)
-    if "clip" in features:  # gradients are of order sqrt(H): most steps are clipped by norm, a few elements by value
-        found |= {"clip_norm": torch.tensor(0.5 * H**0.5, dtype=acc), "clip_value": 1.5}
-    return found
+def problem(cell, T, B, H, dtype=torch.float32, features=(), reverse=False):
+    """Arguments of forward and backward by name, with the incoming gradients. Layer norm and projection have a bias."""
+    settings = {"projection": max(1, H // 2), "bias": any(name in features for name in SHAPES)}
+    inputs = random_inputs(cell, features, sizes=(T, B, H), reverse=reverse, dtype=dtype, **settings)
+    found = inputs._asdict() | random_incoming(inputs)._asdict()
+    if "clip_norm" in features:  # most steps are clipped by norm, a few elements by value
+        found |= {"clip_norm": inputs.clip_norm / 2, "clip_value": 1.5}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def present(results):

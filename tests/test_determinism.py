@@ -4,18 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from setups import every_backend, flat
 
 import fastrnn
-from fastrnn.dispatch import BACKENDS, Request
 
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
-every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")),
-    ],
-)
 # Odd sizes, more than one vector register wide, so that tails and partial sums are there.
 T, B, I, H = 17, 9, 7, 33
 MODELS = {
@@ -44,7 +36,7 @@ def everything(module, x, lengths, reset):
     x = x.clone().requires_grad_()
     y, state = module(x, lengths=lengths, reset_mask=reset, tap=tap)
     grads = torch.autograd.grad(y.square().sum(), (x, tap, *module.parameters()))
-    return [y.detach(), *(s.detach() for s in (state if isinstance(state, tuple) else (state,))), *grads]
+    return [y.detach(), *(s.detach() for s in flat(state)), *grads]
 
 
 def data():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from setups import every_backend, random_inputs
+from setups import agree, every_backend, flat, random_inputs
 from torch.func import functional_call, grad, vmap
 
 import fastrnn
@@ -51,21 +51,15 @@ def inputs(dtype=torch.float64):
 
 
 def run(module, x, call, forward=None):
-    """Output, states, and the gradients of input, parameters and tap, of one seed. `forward` stands in for `module`."""
+    """Output, states, and the gradients of input, parameters and tap for one seed. `forward` replaces `module`."""
     module.zero_grad()
     x.grad = None
     torch.manual_seed(2)
     states = 2 if isinstance(module, fastrnn.LSTM) else 1
     tap = x.new_zeros(2 * module.num_layers, 2, states, T, B, requires_grad=True)
     y, hidden = (module if forward is None else forward)(x, tap=tap, **call)
-    hidden = hidden if isinstance(hidden, tuple) else (hidden,)
-    sum((v.square() * torch.arange(v.shape[-1], device=v.device)).sum() for v in (y, *hidden)).backward()
-    return (y, *hidden, x.grad, tap.grad, *(p.grad for p in module.parameters()))
-
-
-def agree(got, want, **tolerance):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, **(tolerance or TOLERANCE))
+    sum((v.square() * torch.arange(v.shape[-1], device=v.device)).sum() for v in (y, *flat(hidden))).backward()
+    return (y, *flat(hidden), x.grad, tap.grad, *(p.grad for p in module.parameters()))
 
 
 @every_backend
@@ -76,7 +70,7 @@ def test_equals_one_after_the_other(cell, bias, backend, together):
     together(False)
     want = run(module, x, call)
     together(True)
-    agree(run(module, x, call), want)
+    agree(run(module, x, call), want, **TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in Triton's interpreter, tells of 1 / 0
@@ -134,14 +128,14 @@ def test_gradients_per_sample(together):
     each = vmap(grad(loss), in_dims=(None, 1))(parameters, x)
     for b in range(B):
         want = grad(loss)(parameters, x[:, b])
-        agree([each[name][b] for name in want], want.values())
+        agree([each[name][b] for name in want], want.values(), **TOLERANCE)
 
 
 def test_a_compiled_graph_holds_both(together):
     together(True)
     module, (x, call) = make("lstm", backend="reference"), inputs()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    agree(run(module, x, call, compiled), run(module, x, call))
+    agree(run(module, x, call, compiled), run(module, x, call), **TOLERANCE)
 
 
 @every_backend

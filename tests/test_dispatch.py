@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from setups import needs_cpu_library
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn import aten, dispatch, functional
 from fastrnn.dispatch import BACKENDS, CPU_FIRST, MOST_ELEMENTS, WIDE_STEP, Request
-
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1))
-needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
-
 
 # What torch runs step by step: an LSTM with projection, and packed batches of different lengths.
 BY_STEPS = [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})]
@@ -36,7 +33,7 @@ with_and_without_gradients = pytest.mark.parametrize("gradients", [False, True],
 
 @with_and_without_gradients
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
-@needs_cpu_backend
+@needs_cpu_library
 def test_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind, gradients):
     module = getattr(fastrnn, kind)(2, 3)
     fewest = CPU_FIRST[False, gradients][module._cell]
@@ -46,7 +43,7 @@ def test_plain_calls_of_what_torch_runs_step_by_step_go_to_the_scan(kind, gradie
         assert chosen(module.double(), torch.randn(fewest, 1, 2).double()) == "aten"
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_no_backward_follows_where_nothing_requires_grad():
     module = fastrnn.GRU(2, 3)
     fewest = CPU_FIRST[False, True]["gru"]
@@ -69,7 +66,7 @@ def test_wide_batches_of_a_large_network_stay_with_torch(cell, filled, gradients
 
 
 @with_and_without_gradients
-@needs_cpu_backend
+@needs_cpu_library
 def test_the_rest_of_the_plain_calls_and_short_packed_ones_stay_with_torch(gradients):
     with torch.set_grad_enabled(gradients):
         assert chosen(fastrnn.LSTM(2, 3), torch.randn(200, 1, 2)) == "aten"
@@ -166,14 +163,14 @@ def test_what_does_not_fit_does_not_go_there_either(hx, directly):
         module(x, hx)
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_a_single_wide_step_goes_to_the_reference():
     for batch, hidden_size, name in ((1, WIDE_STEP, "reference"), (1, WIDE_STEP - 1, "cpu"), (2, WIDE_STEP, "cpu")):
         module = fastrnn.RNN(1, hidden_size, layer_norm=True)
         assert chosen(module, torch.randn(1, batch, 1)) == name
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_a_single_wide_step_of_another_dtype_or_with_a_projection_does_not():
     """There auto-cpu.json has nothing that would speak for it."""
     x = torch.randn(1, 1, 1)
@@ -182,7 +179,7 @@ def test_a_single_wide_step_of_another_dtype_or_with_a_projection_does_not():
         assert chosen(fastrnn.GRU(1, WIDE_STEP, layer_norm=True, dtype=dtype), x.to(dtype)) == "cpu"
 
 
-@needs_cpu_backend
+@needs_cpu_library
 @pytest.mark.parametrize("kind, settings", BY_STEPS, ids=str)
 def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings):
     torch.manual_seed(0)
@@ -230,7 +227,7 @@ def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
     assert not slower
 
 
-@needs_cpu_backend
+@needs_cpu_library
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 @pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "batch_first": True}], ids=str)
 def test_a_long_plain_calls_output_may_be_changed_in_place(kind, settings):
@@ -242,7 +239,7 @@ def test_a_long_plain_calls_output_may_be_changed_in_place(kind, settings):
     assert torch.equal(twice, 2 * once)
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_forward_mode_goes_to_torch():
     module, x = fastrnn.GRU(3, 4), torch.randn(70, 2, 3)
     with torch.autograd.forward_ad.dual_level():
@@ -251,7 +248,7 @@ def test_forward_mode_goes_to_torch():
         assert torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent is not None
 
 
-@needs_cpu_backend
+@needs_cpu_library
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 @pytest.mark.parametrize("least_work", [1, 1 << 22])
 def test_batched_gradients_of_a_long_plain_call(kind, least_work, monkeypatch):
@@ -266,7 +263,7 @@ def test_batched_gradients_of_a_long_plain_call(kind, least_work, monkeypatch):
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-4)
 
 
-@needs_cpu_backend
+@needs_cpu_library
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 def test_a_long_plain_call_is_torch_nns_within_rounding(kind):
     torch.manual_seed(0)

@@ -97,15 +97,11 @@ class SideBySide(triton.runtime.interpreter.GridExecutor):
 
 
 @pytest.fixture
-def side_by_side(monkeypatch):
+def side_by_side(poisoned, monkeypatch):
     """Launches fork, and every tensor that the launcher makes is shared by the processes and full of NaN."""
 
     def share(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return (x.fill_(float("nan")) if x.is_floating_point() else x).share_memory_()
-
-        return made
+        return lambda *args, **kwargs: make(*args, **kwargs).share_memory_()
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, share(getattr(owner, name)))

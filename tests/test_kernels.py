@@ -11,7 +11,7 @@ import triton.language as tl
 import fastrnn
 from fastrnn import tiles
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs
-from fastrnn.backends import gemm_step, reference, sequence
+from fastrnn.backends import reference, sequence
 from fastrnn.backends import triton as launcher
 from fastrnn.cells import CELLS, CellSpec
 from fastrnn.dispatch import FEATURES, Request
@@ -19,33 +19,23 @@ from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh
 from fastrnn.kernels.norms import row_norm
 from fastrnn.tiles import GemmTile, Tile
-from problems import FLOAT32, B, Problem, check, check_against_reference, everything, in_one_call, same_bits
+from problems import (
+    FLOAT32,
+    HALF,
+    MODES,
+    SMALL,
+    WHOLE,
+    B,
+    Problem,
+    check,
+    check_against_reference,
+    everything,
+    in_one_call,
+    same_bits,
+)
 
 # numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-SMALL = {mode: Tile(mode, 16, 16, 16, 4, 1) for mode in ("local", "stepwise", "grouped")}
-GEMM = GemmTile(2, 4)
-MODES = {**SMALL, "gemm": GEMM}
-# Against the reference in the same type, several units in the last place (8 bits in bfloat16, 11 in float16): some
-# roundings may fall to the other side of a tie, and the interpreter truncates where hardware rounds.
-HALF = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory from torch.empty and the like holds NaN, and float32 is multiplied as float32."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-    monkeypatch.setattr(sequence, "precision", lambda: "ieee")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned", "ieee")]
 
 
 @pytest.mark.parametrize(
@@ -196,99 +186,6 @@ def test_nan_stays_visible_and_in_its_sample(mode, device):
         assert torch.equal(x.isnan().any(0).any(-1), lost)
     assert torch.equal(dh0.isnan().any(-1), lost)
     assert norms[0, 0, :2, 1].isnan().all() and not norms[:, :, :, [0, 2]].isnan().any()
-
-
-WHOLE = (*Problem.ALL, "layer_norm", "projection")
-
-
-@pytest.mark.parametrize(
-    ("reverse", "extras"),
-    [(False, ()), (True, Problem.ALL), (False, ("layer_norm", "projection")), (True, WHOLE)],
-    ids=["plain", "masks", "layer_norm_projection", "all"],
-)
-@pytest.mark.parametrize("cell", CELLS)
-def test_gemm_equals_the_reference(cell, reverse, extras, device):
-    check_against_reference(Problem(cell, device, reverse=reverse, extras=extras), GEMM)
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_gemm_equals_step_by_step_within_rounding(cell, device):
-    problem = Problem(cell, device, reverse=True, extras=Problem.ALL)
-    got, want = (problem.forward(launcher, tile=tile) for tile in (GEMM, SMALL["stepwise"]))
-    # Both sum the same 17 products of order one, in another order: a few roundings to 2**-24.
-    check(got, want, 1e-6)
-    y, c, _, _, saved = want
-    got, want = (problem.backward(launcher, y, c, saved, tile=tile) for tile in (GEMM, SMALL["stepwise"]))
-    check(got, want, 1e-6)
-
-
-@pytest.mark.parametrize(
-    "extras",
-    [*((extra,) for extra in (*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy")),
-     ("norms", "clip_value"), ("clip_value", "clip_norm"), ("zone_h", "clip_norm")],
-    ids="-".join,
-)  # fmt: skip
-@pytest.mark.parametrize("shape", ["layer_norm", "projection"])
-def test_each_extra_beside_layer_norm_or_projection(shape, extras, device):
-    problem = Problem("lstm", device, extras=(shape, *extras))
-    if "no_bias" in extras:
-        problem.b_hh = None
-    if "no_gradient_but_dy" in extras:
-        problem.dc = problem.dh_n = problem.dc_n = None
-    if "no_dy" in extras:
-        problem.dy = None
-    check_against_reference(problem, GEMM)
-
-
-# Not an LSTM of one unit: nearly all of its gradient cancels in the layer norm, and the rest is rounding.
-@pytest.mark.parametrize(
-    ("cell", "B", "H"), [("rnn_tanh", 1, 1), ("gru", 5, 3), ("lstm", 4, 63), ("rnn_relu", 3, 130), ("lstm", 2, 257)]
-)
-def test_odd_sizes_with_layer_norm_and_projection(cell, B, H, device):
-    problem = Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm", "layer_norm", "projection"))
-    check_against_reference(problem, GEMM)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_gemm_in_half_types(cell, dtype, device):
-    check_against_reference(Problem(cell, device, dtype=dtype, extras=WHOLE), GEMM, None, HALF[dtype])
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_norms_of_tiny_and_huge_gradients_with_layer_norm_and_projection(scale, device):
-    extras = ("norms", "clip_norm", "clip_value", "layer_norm", "projection")
-    check_against_reference(Problem("lstm", device, extras=extras, scale=scale), GEMM)
-
-
-def test_a_plain_call_may_ask_for_gemm(monkeypatch, device):
-    monkeypatch.setenv("FASTRNN_TRITON_MODE", "gemm")
-    monkeypatch.setattr(gemm_step, "forward", lambda *args: args[-1])
-    assert Problem("rnn_tanh", device).forward(launcher) == tiles.GEMM[0][1]
-
-
-@pytest.mark.parametrize(
-    ("extras", "per_step"), [((), 1), (("layer_norm", "norms", "clip_norm"), 1), (("projection", "norms"), 2)]
-)
-def test_launches_of_a_gemm_step(extras, per_step, monkeypatch, device):
-    """A step is one product and one kernel, with projection two and two. The gradient of h0 is one kernel more; with
-    layer norm the backward has one product more, that of all steps at once."""
-    count = {"mm": 0, "__call__": 0}
-
-    def counted(name, function):
-        def call(*args, **kwargs):
-            count[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((torch, "mm"), (gemm_step.Launch, "__call__")):
-        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
-    problem, steps = Problem("lstm", device, sizes=(2, 1, 2), extras=extras), 2 * per_step
-    y, c, _, _, saved = problem.forward(launcher, tile=GEMM)
-    assert count == {"mm": steps, "__call__": steps}
-    problem.backward(launcher, y, c, saved, tile=GEMM)
-    assert count == {"mm": 2 * steps + ("layer_norm" in extras), "__call__": 2 * steps + 1}
 
 
 @triton.jit

@@ -10,30 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from setups import CPU_REASON, needs_cpu_library
 
 import fastrnn
-from fastrnn.backends import sequence
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import BACKENDS, Request
 
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float64, 1, 1))
-needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def examples(count):
     """The same examples in every run, so that a failure is one of the change and not of the day."""
     return settings(max_examples=count, derandomize=True, deadline=None, database=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned():
-    """torch.empty and its kin give NaN."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS refuses; nothing here is about it
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def test_fresh_memory_is_poisoned():
@@ -217,7 +205,7 @@ def finite(found):
         assert x.isfinite().all(), f"{name} is not finite"
 
 
-@needs_cpu_backend
+@needs_cpu_library
 @examples(120)
 @given(problems())
 def test_the_cpu_backend_equals_the_reference(problem):
@@ -341,12 +329,6 @@ def test_what_is_not_finite_stays_visible_and_in_its_sample(problem, value, data
 
 
 # ------------------------------------------------------------------------------------------------------------- triton
-
-
-@pytest.fixture
-def ieee(monkeypatch):
-    """float32 multiplied as float32: TF32 has 11 bits."""
-    monkeypatch.setattr(sequence, "precision", lambda: "ieee")
 
 
 TRITON_KINDS = ("lstm", "gru", "rnn_relu", "rnn_elu")

@@ -8,16 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from setups import every_backend, needs_cpu_library
 
 import fastrnn
 from fastrnn import GradientMonitor
 from fastrnn.dispatch import BACKENDS, Request
 from fastrnn.monitoring import history
-
-CPU_REASON = BACKENDS["cpu"].reason(Request("lstm", "cpu", torch.float32, 1, 1))
-needs_cpu_backend = pytest.mark.skipif(CPU_REASON is not None, reason=f"backend cpu: {CPU_REASON}")
-every_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu_backend)])
-
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
@@ -81,7 +77,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(backend):
 # ------------------------------------------------------------------------------------------------------- long sequences
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_seventy_thousand_steps():
     """More than the 65,535 at which cuDNN fails; forward and backward on both backends, which agree."""
     T, B = 70_000, 1
@@ -123,7 +119,7 @@ def work(kind, sizes, backend, steps, barrier):
     return found
 
 
-@needs_cpu_backend
+@needs_cpu_library
 def test_threads_with_their_own_backends_and_sizes_get_their_own_results():
     jobs = [
         ("LSTM", (5, 3, 2, 4), "cpu", 20),
