@@ -53,7 +53,7 @@ class ScanOutputs(NamedTuple):
     c: Tensor | None = None  # [T, B, (S-1)*H] acc, zero at padding; only where the backward's planes are saved
     h_n: Tensor | None = None  # [B, P]
     c_n: Tensor | None = None  # [B, (S-1)*H] acc
-    saved: Tensor | None = None  # [T, B, K*H]
+    saved: Tensor | None = None  # [T, B, K*H], zero at padding
 
 
 class Kept(NamedTuple):

@@ -11,6 +11,21 @@ from .cells import CELLS, suffixes
 KNOWN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
+def _halves_without_onednn() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()  # torch then runs every LSTM step by step
+    known = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, supported in known.items() if not supported)
+
+
+HALVES_WITHOUT_ONEDNN = _halves_without_onednn()
+"""The half types in which oneDNN has no LSTM on this processor. torch asks before it hands over half tensors, but not
+before it hands over float32 ones that autocast makes half: "could not create a primitive descriptor"."""
+
+
 def why_not(request) -> str | None:
     """Why torch's kernels cannot run a call (`dispatch.Request`), or None. They take packed input and projections."""
     extras = request.features - {"projection"}
@@ -24,6 +39,13 @@ def why_not(request) -> str | None:
 def refused_by_cudnn(x: Tensor, training: bool) -> bool:
     """Whether a gradient may follow a forward in eval mode, which cuDNN does not compute."""
     return x.is_cuda and not training and x.requires_grad and torch.is_grad_enabled()
+
+
+def refused_by_onednn(cell: str, x: Tensor, proj_size: int, packed: bool) -> bool:
+    """Whether torch hands the call to oneDNN in a half type that it does not have here, by autocast."""
+    if cell != "lstm" or proj_size or packed or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in HALVES_WITHOUT_ONEDNN
 
 
 def network(options, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], batch_sizes: Tensor | None):
@@ -100,6 +122,8 @@ def directly(module: nn.Module, input, hx, most_steps: float):
     if sizes[2] != module.input_size or input.dtype != dtype or input.device != device:
         return None
     hidden_size, proj_size = module.hidden_size, module.proj_size
+    if pair and refused_by_onednn(cell, input, proj_size, False):
+        return None
     shape_h = (len(shapes), batch, proj_size or hidden_size)
     state_shapes = (shape_h, (len(shapes), batch, hidden_size)) if pair else (shape_h,)
     if hx is None:

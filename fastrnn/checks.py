@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .aten import refused_by_cudnn
+from .aten import refused_by_cudnn, refused_by_onednn
 from .cells import CELLS, NONLINEARITIES, network_shapes
 from .dispatch import Request
 from .equations import accumulate_dtype
@@ -205,6 +205,7 @@ def check(
         ("layer_norm", layer_norm),
         ("projection", projection > 0),
         ("eval_gradient", refused_by_cudnn(x, training)),
+        ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),
         ("tracing", traced and not forward_mode),  # the scan has no forward mode, torch's own kernels have
     )
     # A compiled graph must not be tied to its sizes.

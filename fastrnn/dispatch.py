@@ -41,6 +41,7 @@ FEATURES = (
     "tap", "clip", "lengths", "resets", "return_cells", "layer_norm", "projection",
     "zoneout", "recurrent_dropout", "locked_dropout", "residual",
     "eval_gradient",  # a backward in eval mode on a GPU, which cuDNN refuses
+    "autocast_lstm",  # an LSTM that autocast makes half on a CPU whose oneDNN has no half LSTM
     "tracing",  # under torch.compile, torch.export or a torch.func transform
 )  # fmt: skip
 

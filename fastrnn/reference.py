@@ -39,11 +39,14 @@ def _by_step(flags: Tensor | None, bit: int, T: int, look: bool = True) -> list[
 
 
 def previous_state(states: Tensor, initial: Tensor, flags: Tensor | None, reverse: bool) -> Tensor:
-    """The state before every step, `[T, B, H]`, from the states after it and the initial one `[B, H]`."""
+    """The state before every step, `[T, B, H]`, from the states after it and the initial one `[B, H]`.
+
+    It is zero at padding: there the gradient that it is multiplied with is zero, but 0 * NaN is NaN.
+    """
     before = torch.cat((states[1:], initial[None]) if reverse else (initial[None], states[:-1]))
     if flags is not None:
         before = torch.where(_bit(flags, START), initial, before)
-        before = torch.where(_bit(flags, RESET), torch.zeros_like(before), before)
+        before = torch.where(_bit(flags, RESET | PAD), torch.zeros_like(before), before)
     return before
 
 
@@ -126,7 +129,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         output = state if pad[t] is None else tuple(s.masked_fill(pad[t], 0) for s in state)
         y[t] = output[0]
         if save:
-            saved[t] = saved_t
+            saved[t] = saved_t if pad[t] is None else saved_t.masked_fill(pad[t], 0)
         if save and len(state) > 1:
             c[t] = as_planes(output)
     c_n = as_planes(state)
@@ -182,6 +185,8 @@ def backward(
         None if kept.c is None else previous_state(kept.c, inputs.c0, flags, walk.reverse),
     )
     zones, arriving = by_state(walk.cell, inputs.zone_h, inputs.zone_c), by_state(walk.cell, incoming.dy, incoming.dc)
+    if flags is not None:  # what arrives at padding may be infinite, which a second derivative would multiply by zero
+        arriving = tuple(None if d is None else d.masked_fill(_bit(flags, PAD), 0) for d in arriving)
     carried = tuple(
         torch.zeros_like(start, dtype=acc) if d is None else d.to(acc)
         for start, d in zip(

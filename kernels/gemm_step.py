@@ -161,7 +161,7 @@ def forward_kernel(
         u = layer_norm_c(c, ln_c_weight_ptr, ln_c_bias_ptr, tile, H)[3]
         cell_states = (lstm_output(saved, u), c)
     if saved_ptr is not None:
-        store_planes(saved_ptr, tile.row, tile, saved, K, H)
+        store_planes(saved_ptr, tile.row, tile, drop_padded(saved, flags, K), K, H)
     if S == 2:
         carried = load_tile(c_in_ptr, tile.origin, tile, H)
         c = next_states(cell_states[1:], before[1:], (carried,), flags, (zone_c_ptr,), tile, tl.float32, 1, H)[0]

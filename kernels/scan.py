@@ -190,7 +190,7 @@ def forward_kernel(
             if c_ptr is not None:
                 store_tile(c_ptr, row, tile, choose(flags, PAD, 0.0, state[1]), H)
             if saved_ptr is not None:
-                store_planes(saved_ptr, row, tile, saved, K, H)
+                store_planes(saved_ptr, row, tile, drop_padded(saved, flags, K), K, H)
         states = states_after
 
     for n in tl.static_range(TILES):

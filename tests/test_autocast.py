@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from half_lstm import under_autocast
 from setups import CPU_REASON, H, I, agree, every_backend, every_kind, flat, make, random, twin
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -29,8 +30,8 @@ def test_autocast_gives_torch_nns_dtypes(kind, call):
     if options.pop("tap", False):
         options["tap"] = torch.zeros(1, 2, 2 if kind.startswith("LSTM") else 1, T, B, requires_grad=True)
     source = pack_padded_sequence(x, torch.tensor([4, 2, 1])) if call == "packed" else x
+    expected, expected_state = under_autocast(theirs, torch.bfloat16, source)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, expected_state = theirs(source)
         got, state = ours(source, **options)
     expected, got = (y.data if call == "packed" else y for y in (expected, got))
     pairs = zip((got, *flat(state)), (expected, *flat(expected_state)), strict=True)
@@ -51,8 +52,8 @@ def test_autocast_gives_torch_nns_dtypes_for_a_state_of_another_dtype(kind, step
     torchs = getattr(torch.nn, kind)(3, 4)
     ours, x, h = fastrnn.convert(torchs), torch.randn(steps, 2, 3), torch.randn(1, 2, 4).bfloat16()
     hx = (h, h.clone()) if kind == "LSTM" else h
+    want = under_autocast(torchs, torch.bfloat16, x, hx)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        want = torchs(x, hx)
         for backend in ("auto", "reference"):
             with fastrnn.backend(backend):
                 y, _ = ours(x, hx)

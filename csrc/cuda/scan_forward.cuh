@@ -155,7 +155,7 @@ class ScanForward {
     if (p_.saved == nullptr) return;
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k)
-      map.template at<Cell::saved>(p_.saved, t, j, k) = rounded<Storage>(saved[k]);
+      map.template at<Cell::saved>(p_.saved, t, j, k) = rounded<Storage>(is_padding ? 0.0f : saved[k]);
   }
 
   // All outputs that this CTA owns become NaN.
