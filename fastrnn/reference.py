@@ -58,9 +58,9 @@ def by_state(cell: str, of_h: Tensor | None, of_others: Tensor | None) -> tuple[
     return of_h, *([None for _ in range(others)] if of_others is None else of_others.chunk(others, -1))
 
 
-def as_planes(states: tuple[Tensor, ...]) -> Tensor | None:
-    """The states beyond h as planes side by side; None where there are none."""
-    return None if len(states) < 2 else states[1] if len(states) == 2 else torch.cat(states[1:], -1)
+def as_planes(states) -> Tensor | None:
+    """The states beyond h side by side; None where there are none."""
+    return None if not states else states[0] if len(states) == 1 else torch.cat(states, -1)
 
 
 def _order(T: int, reverse: bool):
@@ -131,8 +131,8 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         if save:
             saved[t] = saved_t if pad[t] is None else saved_t.masked_fill(pad[t], 0)
         if save and len(state) > 1:
-            c[t] = as_planes(output)
-    c_n = as_planes(state)
+            c[t] = as_planes(output[1:])
+    c_n = as_planes(state[1:])
     return ScanOutputs(
         y=y.tensor(),
         c=c.tensor() if save else None,
@@ -248,7 +248,7 @@ def backward(
         dgx=dgx.tensor(),
         dgh=dgh.tensor() if spec.distinct_dgh else None,
         dh0=carried[0].to(inputs.h0.dtype),
-        dc0=as_planes(carried),
+        dc0=as_planes(carried[1:]),
         dh_new=None if w_hr is None else dh_new.tensor(),
         norms=tap.masked_fill(_bit(flags, PAD).squeeze(-1), 0) if norms and flags is not None else tap,
     )

@@ -99,8 +99,8 @@ class Scan(Function):
 
     @staticmethod
     def forward(*flat):  # with names, autograd would bind each of them in every call
-        inputs, walk, _, _ = split(flat, ScanInputs, Walk)
-        return ops.scan_forward(*inputs, *walk, True)
+        *inputs_and_walk, _, _ = flat
+        return ops.scan_forward(*inputs_and_walk, True)
 
     @staticmethod
     def setup_context(ctx, flat, output):

@@ -142,7 +142,7 @@ def _one(
         gx = _layer_norm(gx, layer.ln_ih, layer.b_ih)
     if isinstance(x, PackedSequence):
         gx = pad(PackedSequence(gx, x.batch_sizes), positions)  # torch.compile loses fields in x._replace
-    return scan(layer.inputs._replace(gx=gx), walk, tap=layer.tap, keep_c=keep_c)
+    return scan(ScanInputs(gx, *layer.inputs[1:]), walk, tap=layer.tap, keep_c=keep_c)
 
 
 def _both_directions(x: Tensor, directions: list[Direction], walk: Walk, keep_c: bool) -> list[ScanOutputs]:
@@ -228,7 +228,7 @@ def run(
         each = []
         for d, name in enumerate(names):
             k = layer * len(names) + d
-            h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states])
+            h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states[1:]])
             tap_k = None if tap is None else tap[k]
             each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k))
         if side_by_side:
