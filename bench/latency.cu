@@ -28,7 +28,7 @@ __device__ bool wait(Ready ready) {
   return true;
 }
 
-// One counter per group, one arrival per CTA and round. A CTA that gives up leaves; the CTAs that wait for it follow.
+// One counter per group, one arrival per CTA and round. A CTA that gives up leaves, and its peers follow.
 __global__ void counter_barrier(unsigned* counters, int ctas, int rounds, int* failed) {
   unsigned* counter = counters + blockIdx.x / ctas * 32;  // a cache line of its own
   for (unsigned round = 1; round <= rounds; ++round) {
