@@ -28,7 +28,7 @@ __device__ bool wait(Ready ready) {
   return true;
 }
 
-// One counter per group, one arrival per CTA and round. A CTA that gave up leaves, and so do those behind it.
+// One counter per group, one arrival per CTA and round. A CTA that gives up leaves, and its peers follow.
 __global__ void counter_barrier(unsigned* counters, int ctas, int rounds, int* failed) {
   unsigned* counter = counters + blockIdx.x / ctas * 32;  // a cache line of its own
   for (unsigned round = 1; round <= rounds; ++round) {
@@ -127,7 +127,7 @@ double timed(cudaStream_t stream, Launch launch) {
   return milliseconds * 1e-3;
 }
 
-// A graph of `rounds` empty kernels, each behind the one before it.
+// A graph of `rounds` empty kernels, each after the one before it.
 double kernel_edges(cudaStream_t stream, int blocks, int rounds) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
