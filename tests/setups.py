@@ -31,6 +31,13 @@ BACKENDS_HERE = [
 ]
 every_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
 every_choice = pytest.mark.parametrize("backend", [pytest.param(None, id="auto"), *BACKENDS_HERE])
+
+
+def mostly_slow(values, *quick):
+    """The values as parameters, all slow but those in `quick`."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 every_cell = pytest.mark.parametrize("cell", CELLS)
 
 # -------------------------------------------------------------------------------------------------------------- modules

@@ -183,7 +183,7 @@ def _scan_case(cell: str, reverse: bool, features):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "every_feature"])
+@pytest.mark.parametrize("extras", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "every_feature"])
 def test_scan_gradients(cell, extras):
     """First and second derivatives of the whole scan, with flags, masks, layer norm and projection."""
     for reverse in (False, True) if extras else (False,):

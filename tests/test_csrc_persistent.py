@@ -27,6 +27,7 @@ from fastrnn.cells import CELLS
 from fastrnn.dispatch import Request
 from problems import in_one_call, same_bits
 
+pytestmark = pytest.mark.slow  # compiling the emulated kernels takes more than a minute
 WAYS = ("cluster", "grid", "wide_grid")
 
 if shutil.which(CXX) is None:
@@ -77,7 +78,6 @@ def test_sums_are_exact(emulator, way, H, dtype):
     assert same_bits(problem.backward(cuda, *want), problem.backward(reference, *want))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "way", "H", "dtype"),
     [

@@ -13,6 +13,7 @@ import subprocess
 import pytest
 from emulated import CXX, compiled
 
+pytestmark = pytest.mark.slow  # compiling the emulated kernels takes more than a minute
 FLAGS = ("-g1", "-fsanitize=thread")
 RACE = 66  # ThreadSanitizer's exit code when it has reported one
 PROBE = """

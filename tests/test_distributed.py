@@ -21,6 +21,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 
 RANKS, STEPS = 2, 3
+pytestmark = pytest.mark.slow  # starts two processes per test
 T, B, I, H = 7, 6, 3, 5
 LENGTHS = torch.tensor([7, 2, 0, 5, 7, 1])
 # float64 keeps 16 digits; sums of under 1e4 terms of order one in another order, over 3 steps, differ by some 1e-12.

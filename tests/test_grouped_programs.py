@@ -24,6 +24,7 @@ from fastrnn.tiles import Tile
 from problems import Problem, everything, in_one_call, same_bits
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not triton.knobs.runtime.interpret, reason="needs Triton's interpreter; on a GPU, test_kernels runs the barrier"
     ),

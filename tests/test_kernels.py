@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from setups import mostly_slow
 
 import fastrnn
 from fastrnn import tiles
@@ -41,7 +42,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 @pytest.mark.parametrize(
     ("reverse", "extras"), [(False, ()), (True, Problem.ALL)], ids=["forward-plain", "reverse-all"]
 )
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", mostly_slow(CELLS, "rnn_tanh"))
 def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, device):
     problem = Problem(cell, device, reverse=reverse, extras=extras)
     local, by_steps, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
@@ -49,7 +50,7 @@ def test_all_modes_equal_the_reference_and_each_other(cell, reverse, extras, dev
 
 
 @pytest.mark.parametrize("extra", [*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", mostly_slow(["lstm", "gru"], "gru"))
 def test_each_extra_alone(cell, extra, device):
     problem = Problem(cell, device, extras=(extra,), reverse=extra == "flags")
     if extra == "no_bias":
@@ -61,7 +62,7 @@ def test_each_extra_alone(cell, extra, device):
     check_against_reference(problem, SMALL["local"])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "local"))
 @pytest.mark.parametrize(
     ("cell", "B", "H"),
     [("lstm", 1, 1), ("gru", 17, 3), ("rnn_tanh", 16, 16), ("lstm", 2, 63), ("gru", 3, 65), ("rnn_elu", 33, 130)],
@@ -72,6 +73,7 @@ def test_odd_sizes(cell, B, H, mode, device):
     check_against_reference(Problem(cell, device, sizes=(2, B, H), extras=("norms", "clip_norm")), tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_types(cell, dtype, device):
@@ -85,7 +87,7 @@ def test_the_tile_of_the_table_runs(cell, device):
     check_against_reference(Problem(cell, device, sizes=(2, 2, 20), extras=("norms",)), None)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "stepwise"))
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_chunks_of_steps_equal_the_whole(mode, reverse, device):
     whole = Problem("lstm", device, reverse=reverse, extras=("norms", "clip_norm"))
@@ -125,7 +127,7 @@ def check_both_directions(problems, tile):
         assert same_bits(got, want)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "stepwise"))
 @pytest.mark.parametrize(
     ("cell", "extras", "reverse"),
     [("lstm", (), False), ("lstm", Problem.ALL, True), ("gru", Problem.ALL, False), ("rnn_tanh", Problem.ALL, False)],
@@ -169,13 +171,13 @@ def test_one_step_and_more_than_two_kinds_of_launches(steps, mode, device):
     check_against_reference(Problem("lstm", device, sizes=(steps, 2, 5), extras=extras, reverse=True), MODES[mode])
 
 
-@pytest.mark.parametrize("mode", SMALL)
+@pytest.mark.parametrize("mode", mostly_slow(SMALL, "local"))
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_of_tiny_and_huge_gradients(scale, mode, device):
     check_against_reference(Problem("lstm", device, extras=("norms", "clip_norm"), scale=scale), SMALL[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "local"))
 def test_nan_stays_visible_and_in_its_sample(mode, device):
     problem = Problem("gru", device, extras=("norms", "clip_norm", "clip_value"))
     problem.dy[1, 1, 5] = float("nan")
@@ -327,6 +329,7 @@ def stepwise(tile):
     return tile._replace(mode="stepwise")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extras", [Problem.ALL, ()], ids=["all", "plain"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_a_group_of_the_table_equals_the_reference(cell, extras, device):

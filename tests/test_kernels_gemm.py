@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from setups import mostly_slow
 
 from fastrnn import tiles
 from fastrnn.backends import gemm_step
@@ -18,11 +19,12 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
     [(False, ()), (True, Problem.ALL), (False, ("layer_norm", "projection")), (True, WHOLE)],
     ids=["plain", "masks", "layer_norm_projection", "all"],
 )
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", mostly_slow(CELLS, "lstm"))
 def test_gemm_equals_the_reference(cell, reverse, extras, device):
     check_against_reference(Problem(cell, device, reverse=reverse, extras=extras), GEMM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_gemm_equals_step_by_step_within_rounding(cell, device):
     problem = Problem(cell, device, reverse=True, extras=Problem.ALL)
@@ -34,6 +36,7 @@ def test_gemm_equals_step_by_step_within_rounding(cell, device):
     check(got, want, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extras",
     [*((extra,) for extra in (*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy")),
@@ -53,6 +56,7 @@ def test_each_extra_beside_layer_norm_or_projection(shape, extras, device):
 
 
 # Not an LSTM of one unit: nearly all of its gradient cancels in the layer norm, and the rest is rounding.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "B", "H"), [("rnn_tanh", 1, 1), ("gru", 5, 3), ("lstm", 4, 63), ("rnn_relu", 3, 130), ("lstm", 2, 257)]
 )
@@ -61,12 +65,14 @@ def test_odd_sizes_with_layer_norm_and_projection(cell, B, H, device):
     check_against_reference(problem, GEMM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gemm_in_half_types(cell, dtype, device):
     check_against_reference(Problem(cell, device, dtype=dtype, extras=WHOLE), GEMM, None, HALF[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_of_tiny_and_huge_gradients_with_layer_norm_and_projection(scale, device):
     extras = ("norms", "clip_norm", "clip_value", "layer_norm", "projection")

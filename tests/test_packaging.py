@@ -7,8 +7,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 import fastrnn
 
+pytestmark = pytest.mark.slow  # runs setup.py
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "tests")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.log")

@@ -335,6 +335,7 @@ TRITON_KINDS = ("lstm", "gru", "rnn_relu", "rnn_elu")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, on 1 / 0 and exp of large numbers
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRITON_KINDS)
 def test_the_triton_backend_equals_the_reference(kind, device, ieee):
     reason = BACKENDS["triton"].reason(Request(kind, device.type, torch.float32, 1))

@@ -32,6 +32,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the process's memory from Linux's /proc")
 @every_backend
 def test_memory_does_not_grow_over_a_thousand_steps(backend):
@@ -77,6 +78,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(backend):
 # ------------------------------------------------------------------------------------------------------- long sequences
 
 
+@pytest.mark.slow
 @needs_cpu_library
 def test_seventy_thousand_steps():
     """More than the 65,535 at which cuDNN fails; forward and backward on both backends, which agree."""
