@@ -53,7 +53,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     for name, buffer in module._buffers.items():
         new.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     own = vars(type(module)(1, 2, device="meta"))
-    added = {name: value for name, value in vars(module).items() if name not in own}
+    added = {name: value for name, value in vars(module).items() if name not in (*own, "_watch")}
     for name, value in (*module._modules.items(), *added.items()):
         setattr(new, name, value)
     new.train(module.training)
