@@ -27,6 +27,7 @@ class Note:
     bad_outputs: Tensor | None = None  # bool [T]: the steps whose output is not finite
     order: Tensor | None = None  # [B]: where the samples are in the order in which a packed batch is run
     before: "Note | None" = None  # the call whose final states became the initial ones of this call
+    onward: Tensor | None = None  # [L*D, S, B]: the norms of the initial states' gradients, if `before` is known
     cut: bool = False  # whether the gradient goes on into a call that cannot be put before this one
 
 

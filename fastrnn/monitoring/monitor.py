@@ -10,17 +10,32 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..cells import CELLS
+from ..convert import left_alone
 from ..equations import accumulate_dtype
 from ..modules import _Cell, _Recurrent
 from .calls import Note
 from .diagnosis import Norms, Record, Report, records, unscaled
 from .history import History
+from .stitching import stitched
 from .watch import Backward, Watch, Watches
+
+SHORT = 0.5
+"""A batch with less than this share of the steps of the largest one gets a note in the report: the last of an epoch."""
+
+
+class Step(NamedTuple):
+    """The size of an observed training step."""
+
+    step: int
+    samples: int  # of the call with the most
+    T: int
+    pairs: int  # of steps and samples, in all calls
 
 
 class GradientMonitor:
@@ -31,11 +46,13 @@ class GradientMonitor:
         print(monitor.report())
 
     A training step is one `backward()`, or `accumulate` of them. `report()` is about the last observed step, `history`
-    about all of them. Several calls of one module in a step are pooled as further samples; a shorter call counts as
+    about all of them. Other calls of one module in a step are pooled as further samples; a shorter call counts as
     padded. Calls that need no gradient are left alone. A tap that the caller passes is read, too.
 
-    Not seen: the single-step cells, which have no tap, and the gradient between two calls, as in a decoder that is
-    called step by step. Each call's way back ends at its own first step. A deep copy made inside is not watched.
+    Where the final states of a call become the initial ones of the next, also through other operations (a mask at
+    the end of an episode, say), the two are one sequence of the report. Where that cannot be told, because two calls
+    continue the same one, or the state is made of an output, or the module is bidirectional, the report says that the
+    gradient was cut there. Not seen: the single-step cells, which have no tap.
 
     In an observed step plain calls run on the scan instead of torch's own kernels, and the end of the step waits for
     the device. Outside the monitor, and in the steps that `every` leaves out, nothing changes. A module taps itself in
@@ -95,9 +112,7 @@ class GradientMonitor:
                 name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
-            cells = any(isinstance(module, _Cell) for module in model.modules())
-            remedy = "its single-step cells have no norms" if cells else "fastrnn.convert(model) replaces torch.nn's"
-            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {remedy}")
+            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {_remedy(model)}")
         self.history = History()
         self.observing = True
         """Whether a call now belongs to a training step that is observed."""
@@ -110,6 +125,8 @@ class GradientMonitor:
         self._running: weakref.WeakValueDictionary[int, Backward] = weakref.WeakValueDictionary()  # by the engine's id
         self._thread = threading.local()  # .backward: a weak reference to the last one that this thread had a part in
         self._lock = threading.RLock()
+        self._step: Step | None = None  # the last one that was observed
+        self._largest: Step | None = None
         self._open: dict[str, list[Norms]] = {}  # of the training step that has begun
         self._norms: dict[str, list[Norms]] = {}  # of the last complete one
 
@@ -211,9 +228,12 @@ class GradientMonitor:
         if step >= self._due:
             scaler = getattr(self.loss_scale, "get_scale", None)
             scale = float(self.loss_scale) if scaler is None else scaler()
-            for note, norms in taps:
-                call = unscaled(norms, note.bound, scale, note.resets, note.lengths, note.bad_outputs)
-                self._open.setdefault(note.name, []).append(call)
+            calls = [
+                (note, unscaled(norms, note.bound, scale, note.resets, note.lengths, note.bad_outputs))
+                for note, norms in taps
+            ]
+            for name, call in stitched(calls):
+                self._open.setdefault(name, []).append(call)
             for sink in self._norm_sinks:
                 for note, norms in taps:
                     sink(note.name, norms)
@@ -226,6 +246,11 @@ class GradientMonitor:
 
     def _close_step(self, step: int) -> None:
         observed = Report(self._last_records())
+        pairs = sum(int(call.lengths.sum()) for calls in self._norms.values() for call in calls)
+        sizes = max((c.norms.shape[-1], c.norms.shape[-2]) for calls in self._norms.values() for c in calls)
+        self._step = Step(step, *sizes, pairs)
+        if self._largest is None or pairs >= self._largest.pairs:
+            self._largest = self._step
         self.history.append(step, observed)
         for sink in self._sinks:
             sink(step, observed)
@@ -252,7 +277,17 @@ class GradientMonitor:
         from . import advice  # late, as plots below: `import fastrnn` stays light
 
         found = self._last_records(all_ranks)
-        return Report(found, advice.findings(self._modules, found))
+        return Report(found, advice.findings(self._modules, found), "" if all_ranks else self._note())
+
+    def _note(self) -> str:
+        """A warning where the report is of a batch that is much smaller than others were."""
+        last, largest = self._step, self._largest
+        if last is None or last.pairs >= SHORT * largest.pairs:
+            return ""
+        return (
+            f"this is training step {last.step}, with {last.samples} sequences of up to {last.T} steps; step "
+            f"{largest.step} had {largest.samples} of up to {largest.T}: monitor.history has the steps before"
+        )
 
     def scalars(self, *, all_ranks: bool = False) -> dict[str, float]:
         """`Report.scalars()` of the last observed step; `all_ranks` as in `report`."""
@@ -303,6 +338,21 @@ class GradientMonitor:
         from . import plots
 
         return plots.layers(folder, self.report(), self.history)
+
+
+def _remedy(model: nn.Module) -> str:
+    """What to do about a model in which there is nothing to watch."""
+    if any(isinstance(module, _Cell) for module in model.modules()):
+        return "its single-step cells have no norms"
+    left = left_alone(model)
+    if not left:
+        return "fastrnn.convert(model) replaces torch.nn's"
+    module, reason = left[0]
+    kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    return (
+        f"its {type(module).__name__} {reason}, so fastrnn.convert leaves it as it is: write it with fastrnn."
+        f"{kind.__name__} in the place of torch.nn.{kind.__name__}"
+    )
 
 
 def _gathered(norms: dict[str, list[Norms]]) -> dict[str, list[Norms]]:

@@ -12,6 +12,7 @@ from ..checks import Call
 from ..functional import steps_and_batch, with_tap
 from ..linear import transformed
 from .calls import Note, leave, note_of
+from .stitching import watch_states
 
 
 class Watch:
@@ -77,6 +78,8 @@ class Watches:
             if not again and watch.monitor.observing:
                 note = note_of(watch.name, call, id(watch.monitor))
                 call = with_tap(call, _followed(call.tap, note, watch.monitor))
+                if note.before is not None:
+                    call = call._replace(states=watch_states(note, call.states))
                 notes.append(note)
         return (with_tap(call) if call.tap is None else call), notes
 
@@ -122,7 +125,7 @@ _end_uncompiled = torch._disable_dynamo(Watches._end)
 
 
 def _followed(tap: Tensor, note: Note, monitor) -> Tensor:
-    """A view of a tap whose gradient goes to the GradientMonitor. It dies with the graph, also where no backward follows."""
+    """A view of a tap, whose gradient goes to the GradientMonitor. It dies with the graph, also without a backward."""
     view, outer = tap.view_as(tap), monitor.running_backward()
     view.register_hook(lambda norms: monitor.keep(note, norms, outer))
     return view
