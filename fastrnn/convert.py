@@ -53,13 +53,36 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     for name, buffer in module._buffers.items():
         new.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     own = vars(type(module)(1, 2, device="meta"))
-    added = {name: value for name, value in vars(module).items() if name not in own}
+    added = {name: value for name, value in vars(module).items() if name not in (*own, "_watch")}
     for name, value in (*module._modules.items(), *added.items()):
         setattr(new, name, value)
     new.train(module.training)
     if hasattr(new, "flatten_parameters"):
         new.flatten_parameters()
     return new
+
+
+def _compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules inside that torch.compile was given."""
+    return {module._orig_mod for module in model.modules() if _is_compiled(module)}
+
+
+def _why_left(module: nn.Module, kinds: dict[type, str], compiled: set[nn.Module]) -> str | None:
+    """Why a module of these kinds cannot be replaced."""
+    if type(module) not in kinds:
+        return "is a subclass" if isinstance(module, tuple(kinds)) else None
+    if modules.has_computed_weights(module):
+        return "has weights that hooks or a wrapper compute"
+    if methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]:
+        return f"has its own {', '.join(methods)}"
+    return "is compiled" if getattr(module, _COMPILED) is not None or module in compiled else None
+
+
+def left_alone(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """torch.nn's recurrent modules inside `model` that `convert` leaves as they are, with the reason."""
+    kinds = {getattr(nn, kind): kind for kind in _KINDS}
+    found = ((module, _why_left(module, kinds, _compiled(model))) for module in model.modules())
+    return [(module, reason) for module, reason in found if reason is not None]
 
 
 def convert(model: nn.Module, to: str = "fastrnn") -> Any:
@@ -89,22 +112,12 @@ def convert(model: nn.Module, to: str = "fastrnn") -> Any:
     source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
     kinds = {getattr(source, kind): kind for kind in _KINDS}
     replaced: dict[nn.Module, nn.Module] = {}
-    compiled = {module._orig_mod for module in model.modules() if _is_compiled(module)}
-
-    def why_left(module: nn.Module) -> str | None:
-        """Why a module of these kinds cannot be replaced."""
-        if type(module) not in kinds:
-            return "is a subclass" if isinstance(module, tuple(kinds)) else None
-        if modules.has_computed_weights(module):
-            return "has weights that hooks or a wrapper compute"
-        if methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]:
-            return f"has its own {', '.join(methods)}"
-        return "is compiled" if getattr(module, _COMPILED) is not None or module in compiled else None
+    compiled = _compiled(model)
 
     def twin(module: nn.Module) -> nn.Module:
         if module in replaced:
             return replaced[module]
-        reason = why_left(module)
+        reason = _why_left(module, kinds, compiled)
         if reason is not None:
             warnings.warn(f"{type(module).__name__} {reason} and was left as it is", stacklevel=3)
         elif type(module) in kinds:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import aten
+from . import aten, recomputation
 from .arguments import ScanInputs, Walk
 from .backends import cpu, cuda, reference, triton
 
@@ -123,9 +123,11 @@ def _wide_step(request: Request) -> bool:
 def most_steps_of_torch(cell: str, proj_size: int, gradients: bool) -> float:
     """The most steps T with which `choose` leaves a plain call to torch, whatever its other sizes.
 
-    0 where a backend is forced, infinite where torch always runs the call.
+    0 where a backend is forced or a tapped call is recomputed, infinite where torch always runs the call.
     """
     if forced(None) is not None or cell not in aten.KNOWN_CELLS:
+        return 0
+    if recomputation.some and recomputation.held("tapped", False, False)[0]:
         return 0
     if cell == "lstm" and not proj_size:
         return math.inf
@@ -186,10 +188,13 @@ def backend(name: str):
 
 def forced(argument: str | None) -> str | None:
     """The name of the backend that the argument, the context or the environment forces, in this order, or None."""
-    name = argument or _forced.name or os.environ.get("FASTRNN_BACKEND")
+    by_block = _forced.name
+    if (by_block is not None or recomputation.some) and not torch.compiler.is_compiling():
+        by_block, _ = recomputation.held("backend", by_block, None)
+    name = argument or by_block or os.environ.get("FASTRNN_BACKEND")
     if not name or name == "auto":
         return None
-    source = "backend" if argument else "fastrnn.backend" if _forced.name else "FASTRNN_BACKEND"
+    source = "backend" if argument else "fastrnn.backend" if by_block else "FASTRNN_BACKEND"
     return check_name(name, source)
 
 

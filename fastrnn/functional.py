@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, dispatch, stack
+from . import aten, dispatch, recomputation, stack
 from .checks import Call, check, check_step, rnn_cell
+from .equations import accumulate_dtype
 from .packing import pack, packed_lengths, packed_positions, pad
 from .scan import AUTOCAST, without_autocast
 
@@ -66,10 +67,22 @@ def recurrent(
     *,
     batch_first=False,
     return_cells=False,
+    watch=None,
     **options,
 ):
-    """A network of any cell of the cell table, by its name; arguments and result as of `lstm`."""
+    """A network of any cell of the cell table, by its name; arguments and result as of `lstm`.
+
+    `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
+    of it; `watch.end(note, call, y, states)` is told what came out.
+    """
     call = check(cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, **options)
+    note = None
+    if isinstance(call.options.clip_norm, Tensor):
+        call = _with_own_bound(call)
+    if watch is not None:
+        call, note = watch.begin(call)
+    elif recomputation.some and not torch.compiler.is_compiling() and recomputation.held("tapped", False, False)[0]:
+        call = with_tap(call)  # as in the forward, where a monitor was active
     name = dispatch.choose(call.request, backend)
     params = stack.drop_weights(params, call.options)
     if name == "aten":
@@ -77,7 +90,32 @@ def recurrent(
         y, states, c = *aten.network(call.options, call.x, call.states, params, batch_sizes), None
     else:
         y, states, c = _scanned(call, params, return_cells, name)
+    if watch is not None:
+        watch.end(note, call, y, states)
     return _present(call, input, y, states, c, batch_first)
+
+
+def _with_own_bound(call: Call) -> Call:
+    """The call with a copy of its bound: whoever owns the bound may change it in place before the backward."""
+    bound = call.options.clip_norm.detach().clone()
+    if not torch.compiler.is_compiling():
+        stored, _ = recomputation.held("bound", bound, None)
+        bound = bound if stored is None else stored
+    return call._replace(options=call.options._replace(clip_norm=bound))
+
+
+def steps_and_batch(call: Call) -> tuple[int, int]:
+    """T and B of a call."""
+    return (call.x if call.packed is None else call.packed.batch_sizes).shape[0], call.states[0].shape[1]
+
+
+def with_tap(call: Call, tap: Tensor | None = None) -> Call:
+    """The call with `tap [L*D, 2, S, T, B]`, or with a new leaf of zeros."""
+    if tap is None:
+        x, states = call.x, call.states
+        shape = (states[0].shape[0], 2, len(states), *steps_and_batch(call))
+        tap = torch.zeros(shape, dtype=accumulate_dtype(x.dtype), device=x.device, requires_grad=True)
+    return call._replace(tap=tap, request=call.request._replace(features=call.request.features | {"tap"}))
 
 
 def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], backend: str | None):

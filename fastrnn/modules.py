@@ -73,6 +73,9 @@ def has_computed_weights(module: nn.Module) -> bool:
 class _Recurrent(nn.Module):
     """The base class of LSTM, GRU and RNN: the constructor, the parameters, the call."""
 
+    _watch = None
+    """Inside a GradientMonitor an instance has its `Watches` here, which `forward` tells of every call."""
+
     def __init__(
         self,
         input_size: int,
@@ -171,6 +174,12 @@ class _Recurrent(nn.Module):
         self.flatten_parameters()
         return result
 
+    def __getstate__(self):
+        """What a copy and a pickle are made of: without the monitor."""
+        state = self.__dict__.copy()
+        state.pop("_watch", None)
+        return state
+
     def _arguments(self) -> dict:
         """The module's settings as keyword arguments of the functional form."""
         return {name: getattr(self, name) for name in _FORWARDED}
@@ -206,14 +215,17 @@ class _Recurrent(nn.Module):
                 where a forced backend cannot run the call.
         """
         plain = lengths is None and reset_mask is None and tap is None and not return_cells
-        if plain and not tracing() and _extras(self) == _NO_EXTRAS:
+        watch = self._watch
+        if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
             most_steps = dispatch.most_steps_of_torch(self._cell, self.proj_size, torch.is_grad_enabled())
             result = aten.directly(self, input, hx, most_steps) if most_steps else None
             if result is not None:
+                if watch is not None:
+                    watch.count(result)
                 return result
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
-            tap=tap, return_cells=return_cells, **self._arguments(),
+            tap=tap, return_cells=return_cells, watch=watch, **self._arguments(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

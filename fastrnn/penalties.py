@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from . import functional
 from .cells import CELLS
 from .dispatch import backend
 from .modules import _Recurrent
@@ -117,8 +118,11 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         states = [tuple(hx) if count > 1 else (hx,)]
 
     def step(x: Tensor, state):
-        # Not by __call__: a monitor's hooks must not take these calls for the model's own.
-        _, after = module.forward(x, state if count > 1 else state[0])
+        # Not through the module: a monitor must not take these calls for the model's own.
+        _, after = functional.recurrent(
+            module._cell, x, state if count > 1 else state[0], module._parameters_by_name(), module.backend,
+            **module._arguments(),
+        )  # fmt: skip
         return after if count > 1 else (after,)
 
     with torch.enable_grad():

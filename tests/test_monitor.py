@@ -184,17 +184,17 @@ def test_a_graph_in_one_piece_asks_for_its_sizes():
 def test_nothing_is_left_behind():
     module, x = fastrnn.LSTM(I, H), torch.randn(T, B, I)
     watch = GradientMonitor(module)
-    assert not module._forward_pre_hooks
+    before = dict(vars(module))
     watch.enable()
     watch.enable()
-    assert len(module._forward_pre_hooks) == 1
+    assert len(module._watch.watches) == 1 and not module._forward_pre_hooks
     watch.disable()
-    assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+    assert before == vars(module)
     module(x)[0].sum().backward()
     assert watch.report() == []
     with pytest.raises(KeyError), GradientMonitor(module):
         raise KeyError
-    assert not module._forward_pre_hooks
+    assert before == vars(module)
 
 
 def test_memory_does_not_grow(monkeypatch):

@@ -76,8 +76,8 @@ SUMMARIES = (
     Rule(UNKNOWN, ANY, lambda f: f.T == 0, "no gradient arrives at all"),
     Rule(
         UNKNOWN, ANY, lambda f: f.T == 1,
-        "the gradient has no step to travel: it begins where its sequence does, and what passes between calls is not "
-        "seen",
+        "the gradient has no step to travel: it begins where its sequence does. Pass whole sequences in one call, with "
+        "reset_mask= where an episode begins",
     ),
     Rule(UNKNOWN, ANY, _always, "the norms are too small to have a gain ({f.start:.1e} where the backward starts)"),
     Rule(EXPLODING, ANY, lambda f: f.nonfinite is not None, "the norm is not finite from step {f.nonfinite} back"),
@@ -99,6 +99,12 @@ SUMMARIES = (
     Rule(HEALTHY, ANY, _always, "gain {f.gain:.3f} a step, {f.horizon} of {f.T} steps within reach"),
 )  # fmt: skip
 """The first rule that applies is the summary."""
+
+CUT = (
+    "; the gradient goes on into an earlier call, where it is not followed, and this is about each call's own steps: "
+    "pass the whole sequence in one call, with reset_mask= where an episode begins"
+)
+"""Added to the summary where calls could not be put together."""
 
 RULES = (
     # A step back multiplies by W_hh and by slopes of at most 1 (Pascanu, Mikolov & Bengio 2013, section 2.1).
@@ -191,8 +197,10 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
         facts = facts_of(modules[states[0].module], states)
         verdict = states[0].verdict
         summary, *_ = matching(SUMMARIES, verdict, facts)
-        texts = (rule.text.format(f=facts) for rule in matching(RULES, verdict, facts))
-        found.append(Finding(name, verdict, summary.text.format(f=facts), tuple(texts)))
+        rules = matching(RULES, verdict, facts)
+        text = summary.text.format(f=facts) + (CUT if states[0].cut else "")
+        advice = tuple(rule.text.format(f=facts) for rule in rules)
+        found.append(Finding(name, verdict, text, advice, tuple(rule.text for rule in rules)))
     return found
 
 

@@ -1,72 +1,84 @@
-"""Facts about a call of a `fastrnn.LSTM`, `GRU` or `RNN`, which the monitor's hooks read off its arguments."""
+"""What the monitor notes of a call that it taps: the sequences, the bound, and the calls that its states came from."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ..cells import CELLS
-from ..modules import _Recurrent
+from ..checks import Call
+from ..functional import steps_and_batch
+from ..packing import packed_lengths
 
-
-def data(args, kwargs):
-    """The input tensor of a call; None if there is none."""
-    x = args[0] if args else kwargs.get("input")
-    return x.data if isinstance(x, PackedSequence) else x
-
-
-def tap_shape(module: _Recurrent) -> tuple[int, int, int]:
-    """The leading dimensions of a tap: `L*D, 2, S`."""
-    return module.num_layers * (2 if module.bidirectional else 1), 2, len(CELLS[module._cell].states)
+KEY = "fastrnn.monitoring"
+"""Under this and the monitor's id a note is left in the metadata of an autograd node, for the next call."""
+NEARBY = 32
+"""How many autograd nodes are searched from an initial state back to the call that it came from."""
 
 
-def steps_and_batch(module: _Recurrent, args, kwargs) -> tuple[int, int] | None:
-    """T and B of a call; None for an empty batch, and for input that the module will refuse."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, PackedSequence):
-        return len(x.batch_sizes), int(x.batch_sizes[0])
-    if not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_floating_point():
-        return None
-    if x.dim() == 2:
-        return x.shape[0], 1
-    T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
-    return (T, B) if B else None
+@dataclass(eq=False)
+class Note:
+    """What a call was like; tensors are on its device, and samples in the user's order."""
+
+    name: str  # of the module
+    key: str = KEY
+    lengths: Tensor | None = None  # int [B]; None: all are T
+    resets: Tensor | None = None  # bool [T, B]
+    bound: float | Tensor | None = None  # clip_state_grad_norm, a copy
+    bad_outputs: Tensor | None = None  # bool [T]: the steps whose output is not finite
+    order: Tensor | None = None  # [B]: where the samples are in the order in which a packed batch is run
+    before: "Note | None" = None  # the call whose final states became the initial ones of this call
+    onward: Tensor | None = None  # [L*D, S, B]: the norms of the initial states' gradients, if `before` is known
+    cut: bool = False  # whether the gradient goes on into a call that cannot be put before this one
 
 
-def needs_gradient(module: _Recurrent, args, kwargs) -> bool:
-    """Whether a backward may follow the call; False under torch.func, whose gradients a tap does not see."""
-    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    hx = args[1] if len(args) > 1 else kwargs.get("hx")
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    tensors = (data(args, kwargs), *states, *module.parameters())
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+def note_of(name: str, call: Call, monitor: int) -> Note:
+    """A note of a call that is about to run; `monitor`: the id."""
+    lengths, resets, order = call.lengths, call.reset_mask, None
+    if call.packed is not None:
+        lengths, order = packed_lengths(call.packed.batch_sizes, steps_and_batch(call)[1]), call.packed.unsorted_indices
+        if order is not None:
+            lengths = lengths.to(order.device).index_select(0, order)
+            resets = None if resets is None else resets.index_select(1, order)
+    bound = call.options.clip_norm
+    bound = bound.detach().clone() if isinstance(bound, Tensor) else bound
+    note = Note(name, f"{KEY}.{monitor}", lengths, resets, bound, order=order)
+    sources = {source for state in call.states for source in _sources(state, note.key)}
+    notes = {source for source, _ in sources if source.name == name}
+    if len(notes) == 1 and all(of_state for _, of_state in sources) and not call.options.bidirectional:
+        note.before = notes.pop()
+    else:
+        note.cut = bool(notes)
+    return note
 
 
-def resets(module: _Recurrent, args, kwargs) -> Tensor | None:
-    """The call's reset mask as `[T, B]`."""
-    mask, x = kwargs.get("reset_mask"), args[0] if args else kwargs.get("input")
-    if mask is None:
-        return None
-    mask = torch.as_tensor(mask)
-    if mask.dim() == 1:
-        return mask.unsqueeze(1)
-    return mask.transpose(0, 1) if module.batch_first and isinstance(x, Tensor) and x.dim() == 3 else mask
+def _sources(state: Tensor, key: str) -> set[tuple[Note, bool]]:
+    """The tapped calls from whose states (True) or outputs (False) a state was made."""
+    found, seen, ahead = set(), set(), [state.grad_fn]
+    while ahead and len(seen) < NEARBY:
+        node = ahead.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if key in node.metadata:
+            found.add(node.metadata[key])
+        else:
+            ahead += [parent for parent, _ in node.next_functions]
+    return found
 
 
-def lengths(args, kwargs) -> Tensor | None:
-    """int `[B]`, if the sequences of a call have lengths."""
-    x, given = args[0] if args else kwargs.get("input"), kwargs.get("lengths")
-    if not isinstance(x, PackedSequence):
-        return None if given is None else torch.as_tensor(given)
-    batch = torch.arange(int(x.batch_sizes[0])) if x.unsorted_indices is None else x.unsorted_indices.cpu()
-    return (x.batch_sizes.unsqueeze(1) > batch).sum(0)
+def leave(note: Note, call: Call, y: Tensor, states: tuple[Tensor, ...]) -> None:
+    """Completes a note when its call has run, and leaves it where the next call may find it."""
+    note.bad_outputs = _bad_steps(call, y.detach())
+    for tensor, of_state in ((y, False), *((state, True) for state in states)):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.metadata[note.key] = note, of_state
 
 
-def bad_outputs(module: _Recurrent, output) -> Tensor:
-    """bool `[T]`, on the device: True at the steps whose output is not finite."""
-    y = output[0]
-    if isinstance(y, PackedSequence):
-        y, _ = pad_packed_sequence(y)
-    elif module.batch_first and y.dim() == 3:
-        y = y.transpose(0, 1)
-    return ~y.detach().isfinite().flatten(1).all(-1)
+def _bad_steps(call: Call, y: Tensor) -> Tensor:
+    """bool `[T]`: the steps of `y [T, B, N]`, or of packed rows, at which something is not finite."""
+    bad = ~y.isfinite().flatten(1).all(-1)
+    if call.packed is None:
+        return bad
+    sizes = call.packed.batch_sizes
+    steps = torch.arange(len(sizes)).repeat_interleave(sizes).to(bad.device)
+    return torch.zeros(len(sizes), dtype=torch.bool, device=bad.device).index_put((steps[bad],), bad[bad])

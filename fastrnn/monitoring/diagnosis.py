@@ -8,7 +8,7 @@ networks", 2013, eq. 5-7). The totals alone cannot tell: a loss at every step ke
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ EXPLODING_GROWTH = 1 / HORIZON_FRACTION
 steps then have as little effect beside the early ones as early steps have beyond the horizon."""
 LOG_NOTHING = -1e4
 """In place of the logarithm of a gain of 0, which is infinite; the logarithm of no positive float64 is this low."""
+NAMED = 3
+"""The number of further layers that are named beside advice which they share."""
 GAIN_RESOLUTION = 1e-6
 """A mean log gain this close to 0 does not count as shrinking: float32 norms round at about 1e-7 a step."""
 
@@ -59,7 +61,7 @@ class Record:
     total: Tensor  # float64 [T], ||dL/ds_t|| before clipping
     carried: Tensor  # float64 [T], the part that came back from the next step (at the last one, from h_n or c_n)
     gain: Tensor  # float64 [T], the network's own (clipping undone); NaN without a next step or a gradient there
-    gain_median: float  # geometric mean over the steps; NaN without any gain
+    gain_median: float  # geometric mean over a sample's steps, of which each counts in the median; NaN without any gain
     valid: Tensor  # int64 [T], samples that a gradient reached
     half_life: float | None  # steps in which a gradient halves; None when it does not shrink
     horizon: int | None  # steps back until under HORIZON_FRACTION is left; longest if never, None where unknown
@@ -70,6 +72,7 @@ class Record:
     first_nonfinite: int | None  # the step of the first infinite or NaN norm, walking back
     forward_nonfinite: int | None  # if there is one: the first step whose output (the module's) was not finite, if any
     verdict: str  # "vanishing", "exploding", "healthy" or "unknown"
+    cut: bool = False  # whether the gradient went on into a call before this one, where it was not followed
 
     @property
     def name(self) -> str:
@@ -85,17 +88,41 @@ class Finding:
     verdict: str
     summary: str
     advice: tuple[str, ...]
+    rules: tuple[str, ...] = field(default=(), repr=False)  # the templates of `advice`, which findings may share
 
     def __str__(self) -> str:
         return "\n".join((f"{self.name}: {self.verdict}: {self.summary}", *(f"  - {text}" for text in self.advice)))
 
 
-class Report(list):
-    """A list of `Record`s, and `findings` per layer and direction; prints as a table with the findings under it."""
+def grouped(findings: list[Finding]) -> list[str]:
+    """The findings as text: advice that several layers share is given once, with the numbers of the first."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        for rule in finding.rules or finding.advice:
+            names.setdefault((finding.verdict, rule), []).append(finding.name)
+    texts = []
+    for finding in findings:
+        lines = [f"{finding.name}: {finding.verdict}: {finding.summary}"]
+        for text, rule in zip(finding.advice, finding.rules or finding.advice, strict=True):
+            first, *others = names[finding.verdict, rule]
+            if finding.name != first:
+                continue
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            lines.append(f"  - {text}" + (f" (so also {', '.join(others[:NAMED])}{more})" if others else ""))
+        texts.append("\n".join(lines))
+    return texts
 
-    def __init__(self, records=(), findings=()):
+
+class Report(list):
+    """A list of `Record`s, and `findings` per layer and direction; prints as a table with the findings under it.
+
+    `note`: a sentence on which batch it is about, if that one is unlike the others.
+    """
+
+    def __init__(self, records=(), findings=(), note: str = ""):
         super().__init__(records)
         self.findings: list[Finding] = list(findings)
+        self.note = note
 
     @property
     def records(self) -> list[Record]:
@@ -119,7 +146,7 @@ class Report(list):
                 "-" if r.horizon is None else f"{r.horizon} of {r.longest}",
                 "-" if r.clip_rate is None else f"{100 * r.clip_rate:.0f} %", verdict,
             ))  # fmt: skip
-        return "\n\n".join((table(rows), *map(str, self.findings)))
+        return "\n\n".join((table(rows), *([self.note] if self.note else ()), *grouped(self.findings)))
 
     def as_dict(self) -> dict:
         """`{"records": [..], "findings": [..]}` of plain numbers, lists and strings, as `json.dumps` takes them.
@@ -127,7 +154,10 @@ class Report(list):
         NaN and infinity, which JSON lacks, are None.
         """
         records = [{"name": r.name, **{key: _plain(value) for key, value in vars(r).items()}} for r in self]
-        return {"records": records, "findings": [{**asdict(f), "advice": list(f.advice)} for f in self.findings]}
+        findings = [{**asdict(f), "advice": list(f.advice)} for f in self.findings]
+        for finding in findings:
+            del finding["rules"]
+        return {"records": records, "findings": findings}
 
     def scalars(self) -> dict[str, float]:
         """The records as numbers for a logger, under names like `fastrnn/lstm.l0/h/gain_median`.
@@ -177,6 +207,8 @@ class Norms(NamedTuple):
     bound: float  # clip_state_grad_norm at the time of the call; infinite without one
     tiny: float  # the smallest norm that is not subnormal
     forward_nonfinite: int | None  # the first step whose output is not finite; sought only if a norm is not finite
+    scale: float = 1.0  # the loss scale
+    cut: bool = False  # whether the gradient goes on into an earlier call that is not followed
 
 
 def unscaled(
@@ -206,6 +238,7 @@ def unscaled(
         math.inf if bound is None else float(bound) / scale,
         torch.finfo(norms.dtype).tiny / scale,
         bad[0] if bad else None,
+        scale,
     )
 
 
@@ -278,6 +311,7 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
                     first_nonfinite=None if not bad else bad[0] if reverse else bad[-1],
                     forward_nonfinite=None if finite else forward,
                     verdict=verdict,
+                    cut=any(call.cut for call in calls),
                 )
             )
     return found
@@ -347,7 +381,15 @@ def _judge(log_gain: Tensor, reached: Tensor, cuts: Tensor) -> tuple[float, int 
     growth = growth[growth > math.log(EXPLODING_GROWTH) if exploding else counted].median().exp()
     vanishing = kept is not None and kept < VANISHING_SPAN * (longest - 1)
     verdict = "exploding" if exploding else "vanishing" if vanishing else "healthy"
-    return float(mean[counted].median()), longest if kept is None else kept, longest, float(growth), verdict
+    mean = _weighted_median(mean[counted], known.sum(0)[counted])
+    return mean, longest if kept is None else kept, longest, float(growth), verdict
+
+
+def _weighted_median(values: Tensor, weights: Tensor) -> float:
+    """The smallest of the values `[N]` up to which half of the weight is; of equal weights, torch.median."""
+    order = values.argsort()
+    below = weights[order].cumsum(0)
+    return float(values[order][2 * below >= below[-1]][0])
 
 
 def _median_passage(crossed: Tensor, known: Tensor, start: Tensor, gone: Tensor) -> int | None:

@@ -6,18 +6,36 @@ advice.
 """
 
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
+from ..cells import CELLS
+from ..convert import left_alone
 from ..equations import accumulate_dtype
 from ..modules import _Cell, _Recurrent
-from . import calls
+from .calls import Note
 from .diagnosis import Norms, Record, Report, records, unscaled
 from .history import History
+from .stitching import stitched
+from .watch import Backward, Watch, Watches
+
+SHORT = 0.5
+"""A batch with less than this share of the steps of the largest one gets a note in the report: the last of an epoch."""
+
+
+class Step(NamedTuple):
+    """The size of an observed training step."""
+
+    step: int
+    samples: int  # of the call with the most
+    T: int
+    pairs: int  # of steps and samples, in all calls
 
 
 class GradientMonitor:
@@ -28,18 +46,22 @@ class GradientMonitor:
         print(monitor.report())
 
     A training step is one `backward()`, or `accumulate` of them. `report()` is about the last observed step, `history`
-    about all of them. Several calls of one module in a step are pooled as further samples; a shorter call counts as
+    about all of them. Other calls of one module in a step are pooled as further samples; a shorter call counts as
     padded. Calls that need no gradient are left alone. A tap that the caller passes is read, too.
 
-    Not seen: the single-step cells, which have no tap, and the gradient between two calls, as in a decoder that is
-    called step by step. Each call's way back ends at its own first step. A deep copy made inside is not watched.
+    Where the final states of a call become the initial ones of the next, also through other operations (a mask at
+    the end of an episode, say), the two are one sequence of the report. Where that cannot be told, because two calls
+    continue the same one, or the state is made of an output, or the module is bidirectional, the report says that the
+    gradient was cut there. Not seen: the single-step cells, which have no tap.
 
     In an observed step plain calls run on the scan instead of torch's own kernels, and the end of the step waits for
-    the device. Outside the monitor, and in the steps that `every` leaves out, nothing changes. Inside, save the
-    `state_dict`: a module with hooks cannot be pickled.
+    the device. Outside the monitor, and in the steps that `every` leaves out, nothing changes. A module taps itself in
+    its own `forward`, so it does not matter how it is called: by a subclass, a wrapper, under hooks, from any thread.
+    What is saved inside, or copied, is not watched.
 
     Under DistributedDataParallel each rank's monitor sees its own samples and its own loss; `report(all_ranks=True)`
-    pools them. Under activation checkpointing the gradient is seen once, whichever variant.
+    pools them. DataParallel's replicas are pooled. Under activation checkpointing the gradient is seen once, whichever
+    variant; with use_reentrant=True the backward has to be inside the monitor, too.
 
     A compiled forward cannot create a leaf, so for `torch.compile` the monitor allocates the taps, for up to
     `max_steps` steps and `batch` sequences; they stay in the graph whatever `every` says. Enter the monitor before the
@@ -90,38 +112,46 @@ class GradientMonitor:
                 name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's
                 self._modules[name or type(module).__name__.lower()] = module
         if not self._modules:
-            cells = any(isinstance(module, _Cell) for module in model.modules())
-            remedy = "its single-step cells have no norms" if cells else "fastrnn.convert(model) replaces torch.nn's"
-            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {remedy}")
+            raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {_remedy(model)}")
         self.history = History()
+        self.observing = True
+        """Whether a call now belongs to a training step that is observed."""
+        self._watches: dict[str, Watch] = {}  # while enabled
         self._handles: list = []
         self._sinks: list[Callable[[int, Report], None]] = []
         self._norm_sinks: list[Callable[[str, Tensor], None]] = []
         self._backwards = 0
-        self._observing = True
-        self._running: int | None = None  # the engine's number of the running backward
-        # Of the running backward: module, norms [L*D, 2, S, T, B], and the call's arguments for `unscaled`.
-        self._taps: list[tuple[str, Tensor, dict[str, Tensor | None]]] = []
-        self._tapped: dict[str, Tensor | None] | None = None  # of the running forward: the arguments for `unscaled`
+        self._due = 0  # the training step that is to be observed next
+        self._running: weakref.WeakValueDictionary[int, Backward] = weakref.WeakValueDictionary()  # by the engine's id
+        self._thread = threading.local()  # .backward: a weak reference to the last one that this thread had a part in
+        self._lock = threading.RLock()
+        self._step: Step | None = None  # the last one that was observed
+        self._largest: Step | None = None
         self._open: dict[str, list[Norms]] = {}  # of the training step that has begun
         self._norms: dict[str, list[Norms]] = {}  # of the last complete one
 
     def enable(self) -> None:
-        """Installs the hooks, as entering the `with` block does."""
-        if self._handles:
+        """Begins to watch, as entering the `with` block does."""
+        if self._watches:
             return
         for name, module in self._modules.items():
-            hook = self._fresh_tap(name) if self._sizes is None else self._sliced_tap(name, module)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if self._sizes is None:
-                self._handles.append(module.register_forward_hook(self._look_at_output))
-                if self.every > 1:
-                    self._handles.append(module.register_forward_hook(self._count_untapped))
+            watch = Watch(self, name, None if self._sizes is None else self._leaf(name, module))
+            self._watches[name] = watch
+            others = () if module._watch is None else module._watch.watches
+            vars(module)["_watch"] = Watches((*others, watch))
 
     def disable(self) -> None:
-        """Removes the hooks. The records stay readable."""
+        """Ends the watch. The records stay readable."""
+        for name, watch in self._watches.items():
+            module = self._modules[name]
+            others = tuple(other for other in module._watch.watches if other is not watch)
+            if others:
+                vars(module)["_watch"] = Watches(others)
+            else:
+                del vars(module)["_watch"]
         for handle in self._handles:
             handle.remove()
+        self._watches.clear()
         self._handles.clear()
 
     def __enter__(self) -> "GradientMonitor":
@@ -131,116 +161,96 @@ class GradientMonitor:
     def __exit__(self, *exception) -> None:
         self.disable()
 
-    # ------------------------------------------------------------------------------------------------------- hooks
+    def __deepcopy__(self, memo):
+        raise TypeError("a GradientMonitor cannot be copied: it belongs to the modules that it watches")
 
-    def _fresh_tap(self, name: str):
-        def hook(module, args, kwargs):
-            if torch.compiler.is_compiling():
-                torch._dynamo.graph_break("a GradientMonitor in a compiled graph needs max_steps= and batch=")
-            if module is not self._modules[name]:
-                return None  # a deep copy, which has a copy of the hook
-            self._before_call()
-            sizes = calls.steps_and_batch(module, args, kwargs)
-            if not self._observing or sizes is None or not calls.needs_gradient(module, args, kwargs):
-                return None
-            tap = kwargs.get("tap")
-            if tap is None:
-                x = calls.data(args, kwargs)
-                tap = torch.zeros(*calls.tap_shape(module), *sizes, dtype=accumulate_dtype(x.dtype), device=x.device)
-                tap.requires_grad_()
-            elif not getattr(tap, "requires_grad", False):
-                return None  # the module refuses it
-            # The hook is on a view, which dies with the graph: a call without a backward leaves nothing behind.
-            view = tap.view_as(tap)
-            call = {"resets": calls.resets(module, args, kwargs), "lengths": calls.lengths(args, kwargs)}
-            self._tapped = call
-            view.register_hook(lambda norms: self._keep(name, norms, call))
-            return args, {**kwargs, "tap": view}
+    # -------------------------------------------------------------------------------- called by the watched modules
 
-        return hook
-
-    def _sliced_tap(self, name: str, module: _Recurrent):
-        weight = module.weight_hh_l0
-        max_steps, max_batch = self._sizes
-        dtype = accumulate_dtype(weight.dtype)
+    def _leaf(self, name: str, module: _Recurrent) -> Tensor:
+        """The tap from which the calls of a compiled module get their parts."""
+        rows, weight = module.num_layers * (2 if module.bidirectional else 1), module.weight_hh_l0
         leaf = torch.zeros(
-            *calls.tap_shape(module), max_steps, max_batch, dtype=dtype, device=weight.device, requires_grad=True
-        )
+            rows, 2, len(CELLS[module._cell].states), *self._sizes, dtype=accumulate_dtype(weight.dtype),
+            device=weight.device, requires_grad=True,
+        )  # fmt: skip
 
         def collect(leaf):
-            self._keep(name, leaf.grad, {})
+            self.keep(Note(name, bound=module.clip_state_grad_norm), leaf.grad)
             leaf.grad = None
 
         self._handles.append(leaf.register_post_accumulate_grad_hook(collect))
+        return leaf
 
-        def hook(module, args, kwargs):
-            sizes = calls.steps_and_batch(module, args, kwargs)
-            if sizes is None or kwargs.get("tap") is not None or not torch.is_grad_enabled():
-                return None
-            T, B = sizes
-            if T > max_steps or B > max_batch:
-                raise ValueError(f"the monitor has room for T = {max_steps}, B = {max_batch}; this call has {T}, {B}")
-            return args, {**kwargs, "tap": leaf[..., :T, :B]}
+    def running_backward(self) -> "weakref.ref[Backward] | None":
+        """The backward in which this thread is running a forward, to recompute it; None outside of one."""
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        return weakref.ref(self._backward())
 
-        return hook
+    def enter_backward(self, outer: "weakref.ref[Backward] | None" = None) -> Backward:
+        """Called by every hook of a backward; `outer`: the `running_backward` of the hook's forward."""
+        backward = None if outer is None else outer()
+        backward = self._backward() if backward is None else backward
+        backward.counts = True
+        return backward
 
-    def _look_at_output(self, module, args, output) -> None:
-        """Marks the outputs that are not finite, without waiting for the device: read only if a norm is not finite."""
-        if self._tapped is not None:
-            self._tapped["bad_outputs"] = calls.bad_outputs(module, output)
-            self._tapped = None
-
-    def _count_untapped(self, module, args, output) -> None:
-        """In the steps that `every` leaves out, hooks on the outputs detect a backward."""
-        if self._observing or torch._C._functorch.peek_interpreter_stack() is not None:
-            return
-        y, *states = output
-        hidden = states[0] if isinstance(states[0], tuple) else states[:1]
-        for tensor in (y.data if isinstance(y, PackedSequence) else y, *hidden):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda grad: self._enter_backward())
-
-    def _before_call(self) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            self._enter_backward()  # a checkpoint recomputes its forward, in a backward inside the running one
-        elif self._running is not None:  # that backward has ended, in an exception
-            self._running = None
-            self._taps.clear()
-
-    def _keep(self, name: str, norms: Tensor, call: dict[str, Tensor | None]) -> None:
-        self._enter_backward()
-        if self._observing or self._sizes is None:
-            self._taps.append((name, norms.detach(), call))
-
-    def _enter_backward(self) -> None:
-        """Called by every hook of a backward; the first call registers a callback for the end of that backward."""
+    def _backward(self) -> Backward:
+        """The running backward; of nested ones, which checkpoints start, the outermost."""
         task = torch._C._current_graph_task_id()
-        # Another number is a nested backward (a checkpoint's); in compiled models, the one after an exception.
-        nested = self._sizes is None
-        if self._running is None or (task != self._running and not nested):
-            self._running = task
-            self._taps.clear()
-            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+        with self._lock:
+            backward = self._running.get(task)
+            if backward is None:
+                backward = getattr(self._thread, "backward", lambda: None)()
+                if backward is None:
+                    backward = Backward(self.leave_backward)
+                    torch.autograd.Variable._execution_engine.queue_callback(backward)
+                self._running[task] = backward
+            self._thread.backward = weakref.ref(backward)
+        return backward
 
-    def _leave_backward(self) -> None:
-        self._running = None
-        scaler = getattr(self.loss_scale, "get_scale", None)
-        scale = float(self.loss_scale) if scaler is None else scaler()
-        for name, norms, call in self._taps:
-            bound = self._modules[name].clip_state_grad_norm
-            self._open.setdefault(name, []).append(unscaled(norms, bound, scale, **call))
-        for sink in self._norm_sinks:
-            for name, norms, _ in self._taps:
-                sink(name, norms)
-        self._taps.clear()
+    def keep(self, note: Note, norms: Tensor, outer: "weakref.ref[Backward] | None" = None) -> None:
+        """Takes the norms of a call, in its backward."""
+        norms = norms.detach() if note.order is None else norms.detach().index_select(-1, note.order)
+        self.enter_backward(outer).taps.append((note, norms))
+
+    def leave_backward(self, backward: Backward) -> None:
+        """Called at the end of a backward."""
+        with self._lock:
+            self._thread.backward = lambda: None
+            for task in [task for task, running in self._running.items() if running is backward]:
+                del self._running[task]
+            if backward.counts:
+                self._count(backward.taps)
+
+    def _count(self, taps: list[tuple[Note, Tensor]]) -> None:
+        """Adds a backward to its training step, which it may complete."""
+        step = self._backwards // self.accumulate
+        if step >= self._due:
+            scaler = getattr(self.loss_scale, "get_scale", None)
+            scale = float(self.loss_scale) if scaler is None else scaler()
+            calls = [
+                (note, unscaled(norms, note.bound, scale, note.resets, note.lengths, note.bad_outputs))
+                for note, norms in taps
+            ]
+            for name, call in stitched(calls):
+                self._open.setdefault(name, []).append(call)
+            for sink in self._norm_sinks:
+                for note, norms in taps:
+                    sink(note.name, norms)
         self._backwards += 1
         if self._backwards % self.accumulate == 0 and self._open:
             self._norms, self._open = self._open, {}
-            self._close_step(self._backwards // self.accumulate - 1)
-        self._observing = self._backwards // self.accumulate % self.every == 0
+            self._due = (step // self.every + 1) * self.every
+            self._close_step(step)
+        self.observing = self._backwards // self.accumulate >= self._due
 
     def _close_step(self, step: int) -> None:
         observed = Report(self._last_records())
+        pairs = sum(int(call.lengths.sum()) for calls in self._norms.values() for call in calls)
+        sizes = max((c.norms.shape[-1], c.norms.shape[-2]) for calls in self._norms.values() for c in calls)
+        self._step = Step(step, *sizes, pairs)
+        if self._largest is None or pairs >= self._largest.pairs:
+            self._largest = self._step
         self.history.append(step, observed)
         for sink in self._sinks:
             sink(step, observed)
@@ -267,7 +277,17 @@ class GradientMonitor:
         from . import advice  # late, as plots below: `import fastrnn` stays light
 
         found = self._last_records(all_ranks)
-        return Report(found, advice.findings(self._modules, found))
+        return Report(found, advice.findings(self._modules, found), "" if all_ranks else self._note())
+
+    def _note(self) -> str:
+        """A warning where the report is of a batch that is much smaller than others were."""
+        last, largest = self._step, self._largest
+        if last is None or last.pairs >= SHORT * largest.pairs:
+            return ""
+        return (
+            f"this is training step {last.step}, with {last.samples} sequences of up to {last.T} steps; step "
+            f"{largest.step} had {largest.samples} of up to {largest.T}: monitor.history has the steps before"
+        )
 
     def scalars(self, *, all_ranks: bool = False) -> dict[str, float]:
         """`Report.scalars()` of the last observed step; `all_ranks` as in `report`."""
@@ -318,6 +338,21 @@ class GradientMonitor:
         from . import plots
 
         return plots.layers(folder, self.report(), self.history)
+
+
+def _remedy(model: nn.Module) -> str:
+    """What to do about a model in which there is nothing to watch."""
+    if any(isinstance(module, _Cell) for module in model.modules()):
+        return "its single-step cells have no norms"
+    left = left_alone(model)
+    if not left:
+        return "fastrnn.convert(model) replaces torch.nn's"
+    module, reason = left[0]
+    kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    return (
+        f"its {type(module).__name__} {reason}, so fastrnn.convert leaves it as it is: write it with fastrnn."
+        f"{kind.__name__} in the place of torch.nn.{kind.__name__}"
+    )
 
 
 def _gathered(norms: dict[str, list[Norms]]) -> dict[str, list[Norms]]:
