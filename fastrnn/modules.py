@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional
-from .cells import layer_shapes, network_shapes
+from .cells import CELLS, layer_shapes, network_shapes
 from .linear import tracing
+from .subclassing import ForSubclasses
 
+MODES = tuple(name.upper() for name in CELLS)  # as torch.nn calls them
 # Constructor arguments and their defaults: torch.nn's, and fastrnn's own.
 PLAIN = {
     "proj_size": 0,
@@ -70,7 +72,7 @@ def has_computed_weights(module: nn.Module) -> bool:
     return not all(name in module._parameters for names in layers for name in names)
 
 
-class _Recurrent(nn.Module):
+class _Recurrent(ForSubclasses, nn.Module):
     """The base class of LSTM, GRU and RNN: the constructor, the parameters, the call."""
 
     def __init__(
@@ -147,11 +149,6 @@ class _Recurrent(nn.Module):
     def mode(self) -> str:
         """The cell as torch.nn names it: LSTM, GRU, RNN_TANH, ..."""
         return self._cell.upper()
-
-    @property
-    def _all_weights(self) -> list[list[str]]:
-        """`all_names` under torch.nn's private name, which the initialisation of many published models reads."""
-        return self.all_names
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -248,7 +245,31 @@ _ARGUMENTS = """
 """
 
 
-class LSTM(_Recurrent):
+class RNNBase(_Recurrent):
+    """The base class of `LSTM`, `GRU` and `RNN`, in place of torch.nn.RNNBase: to derive from, or to ask for.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as in torch.nn; also "RNN_LEAKY_RELU" and "RNN_ELU".
+        args, kwargs: as of `LSTM`, with fastrnn's options.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; of the type that torch.nn raises, where it does.
+    """
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        if mode not in MODES:
+            raise ValueError(f"Unrecognized RNN mode: {mode}; it should be one of {', '.join(MODES)}")
+        self._mode = mode
+        if mode != "LSTM" and kwargs.get("proj_size") == 0:
+            del kwargs["proj_size"]
+        super().__init__(*(args if mode == "LSTM" else checks.without_projection(args, kwargs)), **kwargs)
+
+    @property
+    def _cell(self) -> str:
+        return self._mode.lower()
+
+
+class LSTM(RNNBase):
     __doc__ = (
         """Long short-term memory, in place of torch.nn.LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
 
@@ -260,9 +281,10 @@ class LSTM(_Recurrent):
         + _ARGUMENTS
     )
     _cell = "lstm"
+    __init__ = _Recurrent.__init__  # without a mode
 
 
-class GRU(_Recurrent):
+class GRU(RNNBase):
     __doc__ = (
         """Gated recurrent unit, in place of torch.nn.GRU (Cho et al. 2014, in cuDNN's form).
 
@@ -275,10 +297,10 @@ class GRU(_Recurrent):
     _cell = "gru"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
+        _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
 
-class RNN(_Recurrent):
+class RNN(RNNBase):
     __doc__ = (
         """Elman network, in place of torch.nn.RNN (Elman 1990; Le et al. 2015 for ReLU).
 
@@ -295,7 +317,7 @@ class RNN(_Recurrent):
             self.nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
+        _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
     @property
     def _cell(self) -> str:

@@ -38,9 +38,12 @@ BELOW = {
     "stack": {"scan", "linear", "arguments", "cells", "dispatch", "packing", "equations", "reference"},
     "checks": {"stack", "dispatch", "aten", "linear", "cells", "equations"},
     "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten"},
-    "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells"},
-    "convert": {"modules", "functional", "checks", "dispatch"},
-    "init": {"modules", "cells"},
+    "torch_nn": set(),
+    "subclassing": set(),
+    "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells", "subclassing"},
+    "compat": {"modules", "torch_nn"},
+    "convert": {"modules", "compat", "torch_nn", "functional", "checks", "dispatch"},
+    "init": {"modules", "torch_nn", "cells"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "dispatch", "cells"},
     "monitoring.diagnosis": {"cells", "modules"},
@@ -64,7 +67,7 @@ BELOW = {
         "monitoring.flow",
         "monitoring.plots",
     },
-    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitoring", "penalties"},
+    "__init__": {"modules", "compat", "functional", "dispatch", "convert", "init", "monitoring", "penalties"},
 }
 LATE = {"matplotlib", "sklearn", "tqdm"}
 
