@@ -1,6 +1,6 @@
 """fastrnn: recurrent networks that train fast and show what the gradient does on its way back through time."""
 
-from . import compat, functional, init, penalties
+from . import compat, functional, init, penalties, weights
 from .convert import convert, explain
 from .dispatch import backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
@@ -24,4 +24,5 @@ __all__ = [
     "functional",
     "init",
     "penalties",
+    "weights",
 ]

@@ -39,6 +39,7 @@ BELOW = {
     "checks": {"stack", "dispatch", "aten", "linear", "cells", "equations"},
     "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten"},
     "torch_nn": set(),
+    "weights": set(),
     "subclassing": set(),
     "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells", "subclassing"},
     "compat": {"modules", "torch_nn"},
@@ -67,7 +68,17 @@ BELOW = {
         "monitoring.flow",
         "monitoring.plots",
     },
-    "__init__": {"modules", "compat", "functional", "dispatch", "convert", "init", "monitoring", "penalties"},
+    "__init__": {
+        "modules",
+        "compat",
+        "functional",
+        "dispatch",
+        "convert",
+        "init",
+        "monitoring",
+        "penalties",
+        "weights",
+    },
 }
 LATE = {"matplotlib", "sklearn", "tqdm"}
 
