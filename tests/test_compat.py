@@ -417,6 +417,26 @@ def test_weight_drop(kind, library):
     assert ours.module._flat_weights[1] is ours.module.weight_hh_l0
 
 
+@every_network
+def test_a_computed_weight_is_computed_once_per_call(kind):
+    """torch.nn computes it four times, which docs/migrating.md says: spectral norm's iterations count them."""
+    counts = []
+    for library in (nn, fastrnn, compat):
+        calls = []
+
+        class Counted(nn.Module):
+            def forward(self, weight, calls=calls):
+                calls.append(1)
+                return weight * 1
+
+        module = getattr(library, kind)(I, H)
+        nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Counted())
+        calls.clear()
+        module(an_input(kind))
+        counts.append(len(calls))
+    assert counts == [4, 1, 1]
+
+
 @every_library
 def test_the_flat_list_may_be_set(library):
     """As copies of torch.nn's own code set it, and as programs that swap the weights do."""

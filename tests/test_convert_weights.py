@@ -1,5 +1,7 @@
 """Weights of Keras and ONNX: loops in NumPy over those libraries' own definitions, and constants that they publish."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,20 @@ def test_bad_input():
     with pytest.raises(ValueError, match="peepholes"):
         weights.from_onnx("lstm", *onnx_weights("lstm", rng, 1), np.ones((1, 3 * H)))
     assert weights.from_onnx("lstm", *onnx_weights("lstm", rng, 1), np.zeros((1, 3 * H)))
+
+
+def test_the_converter_for_haiku_in_the_docs():
+    """hk.LSTM: one linear layer of x and h, its gates in the order i g f o, and 1 added to f at every step."""
+    page = (Path(__file__).parents[1] / "docs" / "migrating.md").read_text(encoding="utf-8")
+    names = {"torch": torch}
+    exec(page[page.index("def from_haiku") : page.index("fastrnn.LSTM(8, 16).load_state_dict(from_haiku")], names)
+    rng = np.random.default_rng(7)
+    w, b, x = rng.normal(size=(I + H, 4 * H)), rng.normal(size=4 * H), rng.normal(size=(T, B, I))
+    h = c = np.zeros((B, H))
+    expected = []
+    for step in x:
+        i, g, f, o = np.split(np.concatenate((step, h), axis=1) @ w + b, 4, axis=1)
+        c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        expected.append(h)
+    np.testing.assert_allclose(output("lstm", names["from_haiku"](w, b, I), x), np.stack(expected), **CLOSE)
