@@ -177,7 +177,9 @@ class _Recurrent(ForSubclasses, nn.Module):
         names = (name for row in self.all_names for name in row)
         return {name: stored[name] if name in stored else getattr(self, name) for name in names}
 
-    def forward(self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False):
+    def forward(
+        self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False, return_layers=False
+    ):
         """Runs the network.
 
         Args:
@@ -194,15 +196,17 @@ class _Recurrent(ForSubclasses, nn.Module):
                 carried back from the next step. S is the number of states: 2 (h, c) for the LSTM, otherwise 1. The
                 norms are a report, not a derivative.
             return_cells: also return c of every step of the last layer (LSTM).
+            return_layers: also return the outputs of all layers, before the dropout that follows each.
 
         Returns:
-            What torch.nn's module returns; with `return_cells` c `[T, B, D*H]` as a third value.
+            What torch.nn's module returns; with `return_cells`, c `[T, B, D*H]` as a third value; with `return_layers`,
+            as the last value, a tuple of L outputs `[T, B, D*P]`, each in the layout of the output, which is its last.
 
         Raises:
             ValueError, RuntimeError: an argument does not fit; of the type that torch.nn raises, where it does. Also
                 where a forced backend cannot run the call.
         """
-        plain = lengths is None and reset_mask is None and tap is None and not return_cells
+        plain = lengths is None and reset_mask is None and tap is None and not return_cells and not return_layers
         if plain and not tracing() and _extras(self) == _NO_EXTRAS:
             most_steps = dispatch.most_steps_of_torch(self._cell, self.proj_size, torch.is_grad_enabled())
             result = aten.directly(self, input, hx, most_steps) if most_steps else None
@@ -210,7 +214,7 @@ class _Recurrent(ForSubclasses, nn.Module):
                 return result
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
-            tap=tap, return_cells=return_cells, **self._arguments(),
+            tap=tap, return_cells=return_cells, return_layers=return_layers, **self._arguments(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
