@@ -1,9 +1,9 @@
 """fastrnn: recurrent networks that train fast and show what the gradient does on its way back through time."""
 
-from . import functional, init, penalties
+from . import compat, functional, init, penalties, weights
 from .convert import convert, explain
 from .dispatch import backend
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
 from .monitoring import GradientMonitor
 
 __version__ = "0.1.0"
@@ -15,11 +15,14 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "RNNBase",
     "GradientMonitor",
     "backend",
+    "compat",
     "convert",
     "explain",
     "functional",
     "init",
     "penalties",
+    "weights",
 ]

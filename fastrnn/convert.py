@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from . import checks, dispatch, functional, modules
+from . import checks, compat, dispatch, functional, modules, torch_nn
 from .dispatch import Explanation
+from .torch_nn import KINDS
 
-_KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
@@ -32,7 +32,8 @@ def _is_on(setting) -> bool:
 
 def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     """The same module in the other library, with the same parameter objects and everything its user added to it."""
-    if library is nn:
+    ours = isinstance(module, (modules._Recurrent, modules._Cell))
+    if library is torch_nn:
         on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
         if on:
             raise ValueError(f"torch.nn.{kind} has no {', '.join(on)}: turn them off before converting back")
@@ -45,9 +46,13 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
         settings = {name: v for name, v in settings.items() if name in ("bias", "nonlinearity")}
     elif settings["num_layers"] == 1:
         settings["dropout"] = 0.0  # set below: the constructors would warn of it
+    extras = [n for n in modules.EXTRAS if hasattr(module, n)] if ours and library is not torch_nn else []
+    if "layer_norm" in extras:
+        settings["layer_norm"] = module.layer_norm
     new = getattr(library, kind)(module.input_size, module.hidden_size, **settings, device="meta")
-    if hasattr(module, "dropout"):
-        new.dropout = module.dropout
+    for name in ("dropout", *extras):
+        if hasattr(module, name):
+            setattr(new, name, getattr(module, name))
     for name, parameter in module._parameters.items():
         setattr(new, name, parameter)
     for name, buffer in module._buffers.items():
@@ -67,10 +72,12 @@ def _compiled(model: nn.Module) -> set[nn.Module]:
     return {module._orig_mod for module in model.modules() if _is_compiled(module)}
 
 
-def _why_left(module: nn.Module, kinds: dict[type, str], compiled: set[nn.Module]) -> str | None:
-    """Why a module of these kinds cannot be replaced."""
+def _why_left(
+    module: nn.Module, kinds: dict[type, str], compiled: set[nn.Module], done: tuple[type, ...] = ()
+) -> str | None:
+    """Why a module of these kinds cannot be replaced; one of the types `done` need not be."""
     if type(module) not in kinds:
-        return "is a subclass" if isinstance(module, tuple(kinds)) else None
+        return "is a subclass" if isinstance(module, tuple(kinds)) and not isinstance(module, done) else None
     if modules.has_computed_weights(module):
         return "has weights that hooks or a wrapper compute"
     if methods := [n for n in vars(module) if callable(getattr(type(module), n, None))]:
@@ -80,12 +87,13 @@ def _why_left(module: nn.Module, kinds: dict[type, str], compiled: set[nn.Module
 
 def left_alone(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """torch.nn's recurrent modules inside `model` that `convert` leaves as they are, with the reason."""
-    kinds = {getattr(nn, kind): kind for kind in _KINDS}
-    found = ((module, _why_left(module, kinds, _compiled(model))) for module in model.modules())
+    kinds = {getattr(torch_nn, kind): kind for kind in KINDS}
+    done, compiled = tuple(getattr(compat, kind) for kind in KINDS), _compiled(model)
+    found = ((module, _why_left(module, kinds, compiled, done)) for module in model.modules())
     return [(module, reason) for module, reason in found if reason is not None]
 
 
-def convert(model: nn.Module, to: str = "fastrnn") -> Any:
+def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -> Any:
     """Replaces every recurrent module inside `model` by its twin of the other library, parameters shared.
 
     Optimisers keep working: the parameters are the same objects, and so are buffers, submodules and attributes that
@@ -97,27 +105,36 @@ def convert(model: nn.Module, to: str = "fastrnn") -> Any:
     Args:
         model: any module; it is changed in place, unless it is a recurrent module itself.
         to: "fastrnn" turns torch.nn's LSTM, GRU, RNN and cells into fastrnn's; "torch" turns them back.
+        keep_type: with to="fastrnn", take the classes of `fastrnn.compat`, which are subclasses of torch.nn's, too, for
+            programs that ask `isinstance(module, nn.LSTM)`. `torch.compile` breaks the graph at their instances, and
+            `fullgraph=True` refuses them, so they are not the default. The classes of `fastrnn` and of
+            `fastrnn.compat` are turned into each other, with all options.
 
     Returns:
         The model, or the new module where `model` itself was replaced.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `to` is unknown; or, on the way back, a module uses an extra that torch.nn does not have.
+        ValueError: `to` is unknown, or "torch" with keep_type; or, on the way back, a module uses an extra that
+            torch.nn does not have.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a module, got {model!r}")
     if to not in ("fastrnn", "torch"):
         raise ValueError(f"to should be 'fastrnn' or 'torch', got {to!r}")
-    source, target = (nn, modules) if to == "fastrnn" else (modules, nn)
-    kinds = {getattr(source, kind): kind for kind in _KINDS}
+    if keep_type and to == "torch":
+        raise ValueError("keep_type is for to='fastrnn': what 'torch' gives is of torch.nn's own types")
+    target = torch_nn if to == "torch" else compat if keep_type else modules
+    sources = [library for library in (torch_nn, modules, compat) if library is not target]
+    kinds = {getattr(source, kind): kind for source in sources for kind in KINDS}
+    done = () if to == "torch" else tuple(getattr(target, kind) for kind in KINDS)
     replaced: dict[nn.Module, nn.Module] = {}
     compiled = _compiled(model)
 
     def twin(module: nn.Module) -> nn.Module:
         if module in replaced:
             return replaced[module]
-        reason = _why_left(module, kinds, compiled)
+        reason = _why_left(module, kinds, compiled, done)
         if reason is not None:
             warnings.warn(f"{type(module).__name__} {reason} and was left as it is", stacklevel=3)
         elif type(module) in kinds:

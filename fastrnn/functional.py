@@ -29,11 +29,12 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         options: num_layers, bidirectional, batch_first, dropout, residual, locked_dropout, recurrent_dropout,
             zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, as in `fastrnn.LSTM`; training, a
-            bool, without which no mask is drawn; lengths, reset_mask, tap, return_cells, as in `fastrnn.LSTM.forward`.
+            bool, without which no mask is drawn; lengths, reset_mask, tap, return_cells, return_layers, as in
+            `fastrnn.LSTM.forward`.
 
     Returns:
         `(output [T, B, D*P], (h_n, c_n))` as torch.nn.LSTM does, in the layout of the input; with `return_cells` also
-        c `[T, B, D*H]` of every step of the last layer.
+        c `[T, B, D*H]` of every step of the last layer; with `return_layers`, as the last value, all layers' outputs.
 
     Raises:
         ValueError, RuntimeError, TypeError: an argument does not fit; the message names it, what came and what was
@@ -67,6 +68,7 @@ def recurrent(
     *,
     batch_first=False,
     return_cells=False,
+    return_layers=False,
     watch=None,
     **options,
 ):
@@ -75,7 +77,10 @@ def recurrent(
     `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
     of it; `watch.end(note, call, y, states)` is told what came out.
     """
-    call = check(cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, **options)
+    call = check(
+        cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, return_layers=return_layers,
+        **options,
+    )  # fmt: skip
     note = None
     if isinstance(call.options.clip_norm, Tensor):
         call = _with_own_bound(call)
@@ -87,12 +92,13 @@ def recurrent(
     params = stack.drop_weights(params, call.options)
     if name == "aten":
         batch_sizes = None if call.packed is None else call.packed.batch_sizes
-        y, states, c = *aten.network(call.options, call.x, call.states, params, batch_sizes), None
+        y, states = aten.network(call.options, call.x, call.states, params, batch_sizes)
+        c = layers = None
     else:
-        y, states, c = _scanned(call, params, return_cells, name)
+        y, states, c, layers = _scanned(call, params, name, return_cells, return_layers)
     if watch is not None:
         watch.end(note, call, y, states)
-    return _present(call, input, y, states, c, batch_first)
+    return _present(call, input, y, states, c, layers, batch_first)
 
 
 def _with_own_bound(call: Call) -> Call:
@@ -134,7 +140,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     if cell in aten.KNOWN_CELLS and "ln_hh_l0" not in params and dispatch.forced(backend) in (None, "aten"):
         return aten.step(cell, x, states, params.values())
     call = check_step(cell, x, states, params)
-    _, states, _ = _scanned(call, params, False, dispatch.choose(call.request, backend), step=True)
+    _, states, _, _ = _scanned(call, params, dispatch.choose(call.request, backend), step=True)
     return tuple(s[0] for s in states)
 
 
@@ -143,8 +149,8 @@ def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatc
     return dispatch.explanation(check(cell, input, hx, params, **options).request, backend)
 
 
-def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = False):
-    """A whole call on a scan: the output, the final states, and with `return_cells` c of every step, else None."""
+def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers: bool = False, step: bool = False):
+    """A whole call on a scan: the output, the final states, c of every step and the outputs of the layers below."""
     x, (h0, *others), lengths = call.x, call.states, call.lengths
     h_dtype = c_dtype = x.dtype
     device = x.device.type
@@ -161,15 +167,17 @@ def _scanned(call: Call, params, return_cells: bool, backend: str, step: bool = 
         x, h0 = x.to(dtype), h0.to(dtype)
         params = {name: p.to(dtype) for name, p in params.items()}
     with without_autocast(device):
-        y, states, c = stack.run(
+        y, states, c, below = stack.run(
             x, (h0, *others), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
-            keep_c=return_cells, backend=backend,
+            keep_c=keep_c, keep_layers=keep_layers, backend=backend,
         )  # fmt: skip
-    y, states = y.to(h_dtype), (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
+    ys = [v.to(h_dtype) for v in (*(below or ()), y)]
+    states = (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
     c = None if c is None else c.to(c_dtype)
     if call.packed is not None:
-        y, c = (v if v is None else pack(v, sizes, positions).data for v in (y, c))
-    return y, states, c
+        ys = [pack(v, sizes, positions).data for v in ys]
+        c = None if c is None else pack(c, sizes, positions).data
+    return ys[-1], states, c, None if below is None else tuple(ys[:-1])
 
 
 def _autocast_dtypes(call: Call, dtype: torch.dtype, step: bool) -> tuple[torch.dtype, torch.dtype]:
@@ -190,17 +198,24 @@ def _autocast_dtypes(call: Call, dtype: torch.dtype, step: bool) -> tuple[torch.
     return dtype, call.states[1].dtype if projected else dtype
 
 
-def _present(call: Call, input, y, states, c, batch_first: bool):
-    """The outputs in the user's own layout."""
-    if call.packed is not None:
-        _, batch_sizes, sorted_indices, unsorted_indices = call.packed
-        y, c = (v if v is None else PackedSequence(v, batch_sizes, sorted_indices, unsorted_indices) for v in (y, c))
-        if unsorted_indices is not None:
-            states = tuple(s.index_select(1, unsorted_indices) for s in states)
-    elif input.dim() == 2:
-        y, c = (v if v is None else v.squeeze(1) for v in (y, c))
+def _present(call: Call, input, y, states, c, below, batch_first: bool):
+    """The outputs in the user's own layout. `below`: the outputs of the layers below the last one, or None."""
+    unsorted_indices = None if call.packed is None else call.packed.unsorted_indices
+
+    def in_layout(v: Tensor):
+        if call.packed is not None:
+            _, batch_sizes, sorted_indices, unsorted_indices = call.packed
+            return PackedSequence(v, batch_sizes, sorted_indices, unsorted_indices)
+        if input.dim() == 2:
+            return v.squeeze(1)
+        return v.transpose(0, 1) if batch_first else v
+
+    if unsorted_indices is not None:
+        states = tuple(s.index_select(1, unsorted_indices) for s in states)
+    elif call.packed is None and input.dim() == 2:
         states = tuple(s.squeeze(1) for s in states)
-    elif batch_first:
-        y, c = (v if v is None else v.transpose(0, 1) for v in (y, c))
-    hidden = states[0] if len(states) == 1 else states
-    return (y, hidden) if c is None else (y, hidden, c)
+    y = in_layout(y)
+    extras = () if c is None else (in_layout(c),)
+    if below is not None:
+        extras = (*extras, (*map(in_layout, below), y))
+    return (y, states[0] if len(states) == 1 else states, *extras)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import torch_nn
 from .cells import CELLS
 from .modules import _Cell, _Recurrent, has_computed_weights
 
@@ -55,11 +56,11 @@ def _cell(module: nn.Module) -> str | None:
     """The name in the cell table; None for a module that is not recurrent."""
     if isinstance(module, (_Recurrent, _Cell)):
         return module._cell
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, torch_nn.RNNBase):
         return module.mode.lower()
-    if isinstance(module, nn.RNNCell):
+    if isinstance(module, torch_nn.RNNCell):
         return f"rnn_{module.nonlinearity}"
-    return "lstm" if isinstance(module, nn.LSTMCell) else "gru" if isinstance(module, nn.GRUCell) else None
+    return "lstm" if isinstance(module, torch_nn.LSTMCell) else "gru" if isinstance(module, torch_nn.GRUCell) else None
 
 
 def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS), biases: bool = False) -> list[_Layer]:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional
-from .cells import layer_shapes, network_shapes
+from .cells import CELLS, layer_shapes, network_shapes
 from .linear import tracing
+from .subclassing import ForSubclasses
 
+MODES = tuple(name.upper() for name in CELLS)  # as torch.nn calls them
 # Constructor arguments and their defaults: torch.nn's, and fastrnn's own.
 PLAIN = {
     "proj_size": 0,
@@ -70,7 +72,7 @@ def has_computed_weights(module: nn.Module) -> bool:
     return not all(name in module._parameters for names in layers for name in names)
 
 
-class _Recurrent(nn.Module):
+class _Recurrent(ForSubclasses, nn.Module):
     """The base class of LSTM, GRU and RNN: the constructor, the parameters, the call."""
 
     _watch = None
@@ -152,11 +154,6 @@ class _Recurrent(nn.Module):
         return self._cell.upper()
 
     @property
-    def _all_weights(self) -> list[list[str]]:
-        """`all_names` under torch.nn's private name, which the initialisation of many published models reads."""
-        return self.all_names
-
-    @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters per layer and direction, as in torch.nn."""
         return [[getattr(self, name) for name in names] for names in self.all_names]
@@ -189,7 +186,9 @@ class _Recurrent(nn.Module):
         names = (name for row in self.all_names for name in row)
         return {name: stored[name] if name in stored else getattr(self, name) for name in names}
 
-    def forward(self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False):
+    def forward(
+        self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False, return_layers=False
+    ):
         """Runs the network.
 
         Args:
@@ -206,15 +205,17 @@ class _Recurrent(nn.Module):
                 carried back from the next step. S is the number of states: 2 (h, c) for the LSTM, otherwise 1. The
                 norms are a report, not a derivative.
             return_cells: also return c of every step of the last layer (LSTM).
+            return_layers: also return the outputs of all layers, before the dropout that follows each.
 
         Returns:
-            What torch.nn's module returns; with `return_cells` c `[T, B, D*H]` as a third value.
+            What torch.nn's module returns; with `return_cells`, c `[T, B, D*H]` as a third value; with `return_layers`,
+            as the last value, a tuple of L outputs `[T, B, D*P]`, each in the layout of the output, which is its last.
 
         Raises:
             ValueError, RuntimeError: an argument does not fit; of the type that torch.nn raises, where it does. Also
                 where a forced backend cannot run the call.
         """
-        plain = lengths is None and reset_mask is None and tap is None and not return_cells
+        plain = lengths is None and reset_mask is None and tap is None and not return_cells and not return_layers
         watch = self._watch
         if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
             most_steps = dispatch.most_steps_of_torch(self._cell, self.proj_size, torch.is_grad_enabled())
@@ -225,7 +226,7 @@ class _Recurrent(nn.Module):
                 return result
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
-            tap=tap, return_cells=return_cells, watch=watch, **self._arguments(),
+            tap=tap, return_cells=return_cells, return_layers=return_layers, watch=watch, **self._arguments(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -260,7 +261,31 @@ _ARGUMENTS = """
 """
 
 
-class LSTM(_Recurrent):
+class RNNBase(_Recurrent):
+    """The base class of `LSTM`, `GRU` and `RNN`, in place of torch.nn.RNNBase: to derive from, or to ask for.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as in torch.nn; also "RNN_LEAKY_RELU" and "RNN_ELU".
+        args, kwargs: as of `LSTM`, with fastrnn's options.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; of the type that torch.nn raises, where it does.
+    """
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        if mode not in MODES:
+            raise ValueError(f"Unrecognized RNN mode: {mode}; it should be one of {', '.join(MODES)}")
+        self._mode = mode
+        if mode != "LSTM" and kwargs.get("proj_size") == 0:
+            del kwargs["proj_size"]
+        super().__init__(*(args if mode == "LSTM" else checks.without_projection(args, kwargs)), **kwargs)
+
+    @property
+    def _cell(self) -> str:
+        return self._mode.lower()
+
+
+class LSTM(RNNBase):
     __doc__ = (
         """Long short-term memory, in place of torch.nn.LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
 
@@ -272,9 +297,10 @@ class LSTM(_Recurrent):
         + _ARGUMENTS
     )
     _cell = "lstm"
+    __init__ = _Recurrent.__init__  # without a mode
 
 
-class GRU(_Recurrent):
+class GRU(RNNBase):
     __doc__ = (
         """Gated recurrent unit, in place of torch.nn.GRU (Cho et al. 2014, in cuDNN's form).
 
@@ -287,10 +313,10 @@ class GRU(_Recurrent):
     _cell = "gru"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
+        _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
 
-class RNN(_Recurrent):
+class RNN(RNNBase):
     __doc__ = (
         """Elman network, in place of torch.nn.RNN (Elman 1990; Le et al. 2015 for ReLU).
 
@@ -307,7 +333,7 @@ class RNN(_Recurrent):
             self.nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        super().__init__(*checks.without_projection(args, kwargs), **kwargs)
+        _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
     @property
     def _cell(self) -> str:

@@ -200,9 +200,14 @@ def run(
     reset_mask: Tensor | None,  # bool [T, B]
     tap: Tensor | None,  # [L*D, 2, S, T, B]
     keep_c: bool,
+    keep_layers: bool,
     backend: str,
 ):
-    """y `[T, B, D*P]` of the last layer, the final states as `states`, and c `[T, B, D*H]` of that layer; c is acc."""
+    """y `[T, B, D*P]` of the last layer, the final states as `states`, c `[T, B, D*H]` of that layer, the other ys.
+
+    c is acc, and None without `keep_c`. The other ys are those of the layers below, before dropout; None without
+    `keep_layers`.
+    """
     by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
     sizes = x.batch_sizes if by_rows else None
@@ -223,7 +228,8 @@ def run(
     whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
-    final, outputs, before = [], [], None
+    final, outputs, before, below = [], [], None, []
+    apart = states[0].device.type == "cpu" and torch.is_grad_enabled()
     for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):
         each = []
         for d, name in enumerate(names):
@@ -240,8 +246,10 @@ def run(
         if options.residual and layer > 0:
             y = y + before
         if layer < options.num_layers - 1:
+            if keep_layers:
+                below.append(y.clone() if apart else y)
             x, before = _to_next_layer(y, sizes, positions, options)
-    if y is outputs[0].y and y.device.type == "cpu" and torch.is_grad_enabled():
+    if y is outputs[0].y and apart:
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     h_n = torch.stack([out.h_n for out in final])
     others = ()
@@ -249,4 +257,4 @@ def run(
         c_n = torch.stack([out.c_n for out in final])
         others = (c_n,) if len(states) == 2 else c_n.chunk(len(states) - 1, -1)
     c = torch.cat([out.c for out in outputs], -1) if keep_c else None
-    return y, (h_n, *others), c
+    return y, (h_n, *others), c, below if keep_layers else None

@@ -39,9 +39,13 @@ BELOW = {
     "stack": {"scan", "linear", "arguments", "cells", "dispatch", "packing", "equations", "reference"},
     "checks": {"stack", "dispatch", "aten", "linear", "cells", "equations"},
     "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten", "recomputation", "equations"},
-    "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells"},
-    "convert": {"modules", "functional", "checks", "dispatch"},
-    "init": {"modules", "cells"},
+    "torch_nn": set(),
+    "weights": set(),
+    "subclassing": set(),
+    "modules": {"functional", "checks", "dispatch", "aten", "linear", "cells", "subclassing"},
+    "compat": {"modules", "torch_nn"},
+    "convert": {"modules", "compat", "torch_nn", "functional", "checks", "dispatch"},
+    "init": {"modules", "torch_nn", "cells"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "functional", "dispatch", "cells"},
     "monitoring.diagnosis": {"cells", "modules"},
@@ -69,7 +73,17 @@ BELOW = {
         "monitoring.flow",
         "monitoring.plots",
     },
-    "__init__": {"modules", "functional", "dispatch", "convert", "init", "monitoring", "penalties"},
+    "__init__": {
+        "modules",
+        "compat",
+        "functional",
+        "dispatch",
+        "convert",
+        "init",
+        "monitoring",
+        "penalties",
+        "weights",
+    },
 }
 LATE = {"matplotlib", "sklearn", "tqdm"}
 
