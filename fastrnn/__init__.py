@@ -1,10 +1,16 @@
 """fastrnn: recurrent networks that train fast and show what the gradient does on its way back through time."""
 
-from . import compat, functional, init, penalties, weights
+import importlib
+from typing import TYPE_CHECKING
+
+from . import functional, init
 from .convert import convert, explain
 from .dispatch import backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
-from .monitoring import GradientMonitor
+
+if TYPE_CHECKING:
+    from . import compat, penalties, weights
+    from .monitoring import GradientMonitor
 
 __version__ = "0.1.0"
 
@@ -26,3 +32,18 @@ __all__ = [
     "penalties",
     "weights",
 ]
+
+# Imported when first asked for, so that `import fastrnn` stays light.
+_MODULES = {"compat", "penalties", "weights"}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name == "GradientMonitor":
+        return importlib.import_module(".monitoring", __name__).GradientMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checks, compat, dispatch, functional, modules, torch_nn
+from . import checks, dispatch, functional, modules, torch_nn
 from .dispatch import Explanation
 from .torch_nn import KINDS
 
@@ -87,6 +87,8 @@ def _why_left(
 
 def left_alone(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """torch.nn's recurrent modules inside `model` that `convert` leaves as they are, with the reason."""
+    from . import compat
+
     kinds = {getattr(torch_nn, kind): kind for kind in KINDS}
     done, compiled = tuple(getattr(compat, kind) for kind in KINDS), _compiled(model)
     found = ((module, _why_left(module, kinds, compiled, done)) for module in model.modules())
@@ -118,6 +120,8 @@ def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -
         ValueError: `to` is unknown, or "torch" with keep_type; or, on the way back, a module uses an extra that
             torch.nn does not have.
     """
+    from . import compat  # here: `import fastrnn` stays light
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a module, got {model!r}")
     if to not in ("fastrnn", "torch"):
