@@ -42,6 +42,7 @@ def test_train_writes_both_pictures_and_reports(tmp_path, capsys):
     assert "loss" in err and "test accuracy" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,6 +57,7 @@ def test_every_option_trains(tmp_path, options):
     assert (tmp_path / "gradient_norms.png").exists()
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result(tmp_path, capsys):
     results = []
     for _ in range(2):
@@ -64,6 +66,7 @@ def test_one_seed_gives_one_result(tmp_path, capsys):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["--lr 1e9", "--lr 1e30 --cell rnn --nonlinearity relu", "--lr 1e30 --cell gru"])
 def test_a_training_that_diverges_ends_in_a_report(tmp_path, capsys, options):
     assert main([*TINY, *options.split(), "--hidden", "8", "--batch", "32", "--out", str(tmp_path)]) == 0

@@ -80,8 +80,12 @@ def compiled_equals_eager(compiler, name, case, training=False, **more):
 
 
 @pytest.mark.parametrize(
-    "name, case", [*(("LSTM", case) for case in CALLS), ("GRU", "tap"), ("GRU", "features"), ("RNN", "lengths")]
-)
+    "name, case",
+    [
+        *(pytest.param("LSTM", case, marks=() if case in ("tap", "cells") else pytest.mark.slow) for case in CALLS),
+        pytest.param("GRU", "tap", marks=pytest.mark.slow), ("GRU", "features"), ("RNN", "lengths"),
+    ],
+)  # fmt: skip
 def test_fullgraph_compile_equals_eager(name, case):
     compiled_equals_eager("aot_eager", name, case)
 
@@ -91,6 +95,7 @@ def test_inductor_equals_eager():
     compiled_equals_eager("inductor", "LSTM", "tap")
 
 
+@pytest.mark.slow
 @needs_cpu_library
 @pytest.mark.parametrize(
     "compiler, name, case, training",
@@ -167,6 +172,7 @@ def counting(model, **options):
     return counter, torch.compile(model, fullgraph=True, backend=counter, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, with_tap", [("LSTM", False), ("LSTM", True), ("GRU", True)])
 def test_one_compilation_serves_every_length_and_batch_size(name, with_tap):
     model = tagger(name, bidirectional=True)
