@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import aten, dispatch, stack
 from .checks import Call, check, check_step, rnn_cell
+from .linear import tracing
 from .packing import pack, packed_lengths, packed_positions, pad
 from .scan import AUTOCAST, without_autocast
 
@@ -163,6 +164,8 @@ def _present(call: Call, input, y, states, c, batch_first: bool):
         y, c = (v if v is None else v.squeeze(1) for v in (y, c))
         states = tuple(s.squeeze(1) for s in states)
     elif batch_first:
-        y, c = (v if v is None else v.transpose(0, 1) for v in (y, c))
+        # In place, so that y is no view, as torch.nn's is none: detach_ takes none. On a GPU the scan keeps y.
+        y = y.transpose_(0, 1) if y.device.type == "cpu" and not tracing() else y.transpose(0, 1)
+        c = None if c is None else c.transpose(0, 1)
     hidden = states[0] if len(states) == 1 else states
     return (y, hidden) if c is None else (y, hidden, c)
