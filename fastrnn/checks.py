@@ -6,7 +6,7 @@ expected. Values on a GPU are never read back just to be checked.
 
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .aten import refused_by_cudnn, refused_by_onednn
 from .cells import CELLS, NONLINEARITIES, network_shapes
 from .dispatch import Request
 from .equations import accumulate_dtype
-from .linear import in_forward_mode, tracing
+from .linear import in_forward_mode, recorded, tracing
 from .stack import Options
 
 # ---------------------------------------------------------------------------------------------------- constructors
@@ -30,6 +30,26 @@ def check_sizes(**sizes) -> None:
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
         if size <= 0:
             raise ValueError(f"{name} must be greater than zero, got {size}")
+
+
+def check_layers(num_layers) -> int:
+    """Any positive integer, as torch.nn takes it: a NumPy one, too."""
+    if isinstance(num_layers, Integral) and not isinstance(num_layers, bool):
+        num_layers = int(num_layers)
+    check_sizes(num_layers=num_layers)
+    return num_layers
+
+
+def check_cell_sizes(**sizes) -> list[int]:
+    """Each any integer but a negative one: torch.nn's cells take 0, and NumPy's integers."""
+    found = []
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size < 0:
+            raise RuntimeError(f"{name} should not be negative, got {size}")
+        found.append(int(size))
+    return found
 
 
 def check_flags(**flags) -> None:
@@ -73,7 +93,7 @@ def check_probability(name: str, p) -> float:
     """Within [0, 1]."""
     if type(p) is float and 0 <= p <= 1:
         return p
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+    if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1], a probability, but got {p!r}")
     return float(p)
 
@@ -208,17 +228,27 @@ def check(
         ("projection", projection > 0),
         ("eval_gradient", refused_by_cudnn(x, training)),
         ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),
-        ("tracing", traced and not forward_mode),  # the scan has no forward mode, torch's own kernels have
+        # The scan has no forward mode, and what torch.jit.trace writes of it has no gradient; torch's own kernels do.
+        ("tracing", traced and not forward_mode and not recorded()),
     )
     # A compiled graph must not be tied to its sizes.
     known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
-    gradients = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *states, *parameters)])
+    tensors = (x, *states, *parameters)
+    subclass = not traced and _has_subclass(tensors)
+    # ExpandedWeight does not say whether it requires grad.
+    gradients = torch.is_grad_enabled() and (subclass or any([t.requires_grad for t in tensors]))
     request = Request(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
-        known_T, known_batch, filled, gradients,
+        known_T, known_batch, filled, gradients, subclass,
     )  # fmt: skip
     return Call(x, states, options, request, lengths, reset_mask, tap, packed)
+
+
+def _has_subclass(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a tensor's class says what torch's functions do with it, as torch.nn.utils' ExpandedWeight does."""
+    kinds = {type(t) for t in tensors} - {Tensor, torch.nn.Parameter}
+    return any(kind.__torch_function__ is not torch._C._disabled_torch_function_impl for kind in kinds)
 
 
 def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool):
@@ -226,8 +256,8 @@ def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool)
     x = input if packed is None else packed.data
     if packed is None and x.dim() not in (2, 3):
         raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {x.dim()}D instead")
-    if not x.is_floating_point():
-        raise ValueError(f"input should be a real floating tensor, got {x.dtype}")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"input should be a floating or complex tensor, got {x.dtype}")
     if x.dtype != weight_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight_ih.dtype}). "
@@ -297,16 +327,23 @@ def _check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Te
     return states if batched else tuple(state.unsqueeze(1) for state in states)
 
 
+def _as_tensor(values, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is no tensor, as one; of `dtype` where it is empty, since an empty list says no type."""
+    found = torch.as_tensor(values, device=device)
+    return found if found.numel() else found.to(dtype)
+
+
 def _check_lengths(lengths, T: int, batch: int, x: Tensor, packed) -> Tensor:
     """`lengths [B]` on x's device and within [0, T]."""
     if packed is not None:
         raise ValueError("lengths: a PackedSequence already has its own; pass one or the other")
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
+        lengths = _as_tensor(lengths, torch.int64, torch.device("cpu"))
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths should be of an integer dtype, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths should have shape ({batch},), one per sequence, got {tuple(lengths.shape)}")
+    lengths = lengths.to(torch.int64)  # a uint8 one would be compared with T modulo 256
     if lengths.device.type == "cpu" and not tracing() and bool(((lengths < 0) | (lengths > T)).any()):
         raise ValueError(f"lengths should lie within [0, {T}], the number of steps, got {lengths.tolist()}")
     return lengths.to(x.device, non_blocking=True).clamp(0, T)
@@ -317,7 +354,7 @@ def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched
     transposed = batched and batch_first
     shape = (batch, T) if transposed else (T, batch)
     if not isinstance(reset_mask, Tensor):
-        reset_mask = torch.as_tensor(reset_mask, device=x.device)
+        reset_mask = _as_tensor(reset_mask, torch.bool, x.device)
     if not batched and reset_mask.dim() == 1:
         reset_mask = reset_mask.unsqueeze(1)
     if reset_mask.dtype != torch.bool:

@@ -35,6 +35,7 @@ class Request(NamedTuple):
     batch: int = 0  # B, likewise
     packed: float | None = None  # of a PackedSequence, the share of T*B that is no padding; None of other input
     gradients: bool = False  # whether a backward may follow
+    subclass: bool = False  # whether a tensor's class overrides torch's functions; it knows torch's own, not the scan
 
 
 FEATURES = (
@@ -107,7 +108,7 @@ no projection was measured)."""
 def _cpu_first(request: Request) -> bool:
     kind = (request.packed is not None, request.gradients)
     fewest = CPU_FIRST[kind].get(request.cell)
-    if request.device != "cpu" or request.dtype != torch.float32 or fewest is None:
+    if request.device != "cpu" or request.dtype != torch.float32 or fewest is None or request.subclass:
         return False
     # oneDNN runs all steps of an LSTM in one call, if it has no projection and all sequences have one length.
     at_once = request.cell == "lstm" and not request.proj_size and request.packed in (None, 1)
@@ -205,7 +206,12 @@ def _chosen(request: Request, argument: str | None) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
-    return next(row.name for row in ranked(request) if row.takes(request.device) and row.reason(request) is None)
+    rows = [row for row in ranked(request) if row.takes(request.device)]
+    name = next((row.name for row in rows if row.reason(request) is None), None)
+    if name is None:
+        reasons = "; ".join(f"{row.name}: {row.reason(request)}" for row in rows)
+        raise RuntimeError(f"no backend can run this call: {reasons}")
+    return name
 
 
 def choose(request: Request, argument: str | None = None) -> str:
@@ -216,7 +222,7 @@ def choose(request: Request, argument: str | None = None) -> str:
 
     Raises:
         ValueError: the name of a forced backend is unknown.
-        RuntimeError: a forced backend cannot run the call.
+        RuntimeError: a forced backend cannot run the call, or none can (complex numbers, in more than a plain call).
     """
     name = _chosen(request, argument)
     if name in ("reference", "aten") and request.device != "meta" and forced(argument) is None:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import aten, dispatch, recomputation, stack
 from .checks import Call, check, check_step, rnn_cell
 from .equations import accumulate_dtype
+from .linear import tracing
 from .packing import pack, packed_lengths, packed_positions, pad
 from .scan import AUTOCAST, without_autocast
 
@@ -214,7 +215,11 @@ def _present(call: Call, input, y, states, c, below, batch_first: bool):
         states = tuple(s.index_select(1, unsorted_indices) for s in states)
     elif call.packed is None and input.dim() == 2:
         states = tuple(s.squeeze(1) for s in states)
-    y = in_layout(y)
+    if call.packed is None and input.dim() == 3 and batch_first and y.device.type == "cpu" and not tracing():
+        # In place, so that y is no view, as torch.nn's is none: detach_ takes none. On a GPU the scan keeps y.
+        y = y.transpose_(0, 1)
+    else:
+        y = in_layout(y)
     extras = () if c is None else (in_layout(c),)
     if below is not None:
         extras = (*extras, (*map(in_layout, below), y))

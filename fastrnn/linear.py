@@ -21,9 +21,14 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def recorded() -> bool:
+    """Under torch.jit.trace, which writes down the operations of one call; values can be looked at, with a warning."""
+    return torch._C._is_tracing()
+
+
 def tracing() -> bool:
-    """Under torch.compile, torch.export or a torch.func transform, where values cannot be looked at."""
-    return torch.compiler.is_compiling() or transformed()
+    """Under torch.compile, torch.export, torch.jit.trace or a torch.func transform, which do not see values."""
+    return torch.compiler.is_compiling() or transformed() or recorded()
 
 
 def in_forward_mode() -> bool:

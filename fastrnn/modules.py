@@ -49,7 +49,7 @@ _FORWARDED = (
 
 def _uniform(module: nn.Module, hidden_size: int) -> None:
     """torch.nn's default, U(-1/sqrt(H), 1/sqrt(H)); layer norms start as the identity."""
-    bound = 1 / math.sqrt(hidden_size)
+    bound = 1 / math.sqrt(hidden_size) if hidden_size > 0 else 0.0
     for name, parameter in module.named_parameters(recurse=False):
         if not name.startswith("ln_"):
             nn.init.uniform_(parameter, -bound, bound)
@@ -102,7 +102,8 @@ class _Recurrent(ForSubclasses, nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        checks.check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        checks.check_sizes(input_size=input_size, hidden_size=hidden_size)
+        num_layers = checks.check_layers(num_layers)
         checks.check_flags(
             bias=bias, batch_first=batch_first,
             layer_norm=layer_norm, residual=residual, locked_dropout=locked_dropout,
@@ -371,7 +372,7 @@ class _Cell(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        checks.check_sizes(input_size=input_size, hidden_size=hidden_size)
+        input_size, hidden_size = checks.check_cell_sizes(input_size=input_size, hidden_size=hidden_size)
         checks.check_flags(layer_norm=layer_norm)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         self.layer_norm, self.backend = layer_norm, backend

@@ -111,8 +111,10 @@ class Scan(Function):
         if torch.compiler.is_compiling():
             ctx.differentiable = ScanOutputs(y=True, c=has_c and keep_c, h_n=True, c_n=has_c, saved=False)
             ctx.mark_non_differentiable(*(v for v, d in zip(output, ctx.differentiable, strict=True) if not d))
-        ctx.save_for_backward(None, *inputs[1:], outputs.y, outputs.c if has_c else None, outputs.saved)  # without gx
-        ctx.walk, ctx.device, ctx.tapped = walk, outputs.saved.device.type, tap is not None
+        # No backward reads the bias, which the user may change in between.
+        inputs, biased = inputs._replace(gx=None, b_hh=None), inputs.b_hh is not None
+        ctx.save_for_backward(*inputs, outputs.y, outputs.c if has_c else None, outputs.saved)
+        ctx.walk, ctx.device, ctx.tapped, ctx.biased = walk, outputs.saved.device.type, tap is not None, biased
 
     @staticmethod
     def backward(ctx, *grads):
@@ -123,7 +125,7 @@ class Scan(Function):
         if any(g is not None for g in incoming):
             # The forward chose its dtypes; a backward called inside an autocast block must not choose again.
             with without_autocast(ctx.device):
-                inputs, norms = _gradients(incoming, kept, inputs, ctx.walk, ctx.tapped)
+                inputs, norms = _gradients(incoming, kept, inputs, ctx.walk, ctx.tapped, ctx.biased)
         else:
             inputs = NO_GRADIENT
         return *inputs, *NO_GRADIENT_OF_WALK, norms, None
@@ -135,9 +137,9 @@ class Scan(Function):
 
 
 def _gradients(
-    incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, tapped: bool
+    incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, tapped: bool, biased: bool
 ) -> tuple[ScanInputs, Tensor | None]:
-    """The gradients of the inputs, and the norms."""
+    """The gradients of the inputs, and the norms. `biased`: whether there is a b_hh."""
     # The raw op is enough where it is neither differentiated again, as in a compiled graph, nor mapped by vmap.
     again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
     run = ScanBackward.apply if again else ops.scan_backward
@@ -149,8 +151,8 @@ def _gradients(
     if inputs.recurrent_mask is not None:
         h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
     db_hh = None
-    if inputs.b_hh is not None:
-        db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.b_hh)
+    if biased:
+        db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.ln_hh)
     of_inputs = NO_GRADIENT._replace(
         gx=found.dgx,
         w_hh=_over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags),

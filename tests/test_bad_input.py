@@ -242,7 +242,7 @@ OWN = [
         "'tanh', 'relu', 'leaky_relu', 'elu'",
     ),
     ("cell nonlinearity unknown", build("RNNCell", I, H, nonlinearity="gelu"), ValueError, "'leaky_relu'"),
-    ("cell hidden_size zero", build("LSTMCell", I, 0), ValueError, "hidden_size must be greater than zero"),
+    ("cell hidden_size negative", build("LSTMCell", I, -1), RuntimeError, "hidden_size should not be negative, got -1"),
     ("cell backend unknown", build("GRUCell", I, H, backend="cudnn"), ValueError, "unknown backend 'cudnn'"),
     ("cell has no zoneout", build("LSTMCell", I, H, zoneout=0.1), TypeError, "zoneout"),
     (

@@ -1,4 +1,4 @@
-"""The PyTorch reference as a backend: everything, everywhere."""
+"""The PyTorch reference as a backend: everything, everywhere, in real numbers."""
 
 from ..reference import backward, forward
 
@@ -6,4 +6,4 @@ __all__ = ["backward", "forward", "why_not"]
 
 
 def why_not(request) -> str | None:
-    return None
+    return f"it has no {request.dtype}" if request.dtype.is_complex else None
