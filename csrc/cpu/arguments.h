@@ -138,10 +138,11 @@ struct Call {
     scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, H});
   }
 
-  // A new tensor of these sizes, or an empty one if `exists` is false.
+  // A new tensor of these sizes, or an empty one of the storage type, as in fastrnn/arguments.py, if `exists`
+  // is false.
   template <class X>
   Tensor output(bool exists, std::initializer_list<int64_t> sizes) const {
-    return exists ? frame.empty<X>(sizes) : frame.empty<X>({0});
+    return exists ? frame.template empty<X>(sizes) : frame.template empty<Storage>({0});
   }
 
   // How many steps run in the sequences before each, and last in all of them.
