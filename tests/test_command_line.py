@@ -206,6 +206,7 @@ def test_a_backend_of_the_environment_that_cannot(tmp_path, capsys, monkeypatch,
     assert "backend 'aten' cannot run this call" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(tmp_path):
     """SIGINT once the first epoch is done, which the progress bar tells. Before, it may meet an import: Python ends a
     process by the signal, whatever was made of it, if it came while a string was executed, as in a dataclass."""
