@@ -23,7 +23,7 @@ def transformed() -> bool:
 
 def recorded() -> bool:
     """Under torch.jit.trace, which writes down the operations of one call; values can be looked at, with a warning."""
-    return torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # which a compiler cannot follow
 
 
 def tracing() -> bool:
