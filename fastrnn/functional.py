@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import aten, dispatch, recomputation, stack
 from .checks import Call, check, check_step, rnn_cell
 from .equations import accumulate_dtype
-from .linear import tracing
+from .linear import in_forward_mode, tracing, transformed
 from .packing import pack, packed_lengths, packed_positions, pad
 from .scan import AUTOCAST, without_autocast
 
@@ -138,7 +138,10 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     Returns:
         The new states, a tuple.
     """
-    if cell in aten.KNOWN_CELLS and "ln_hh_l0" not in params and dispatch.forced(backend) in (None, "aten"):
+    plain = cell in aten.KNOWN_CELLS and "ln_hh_l0" not in params
+    # vmap knows the scan and not all of torch's cells; forward mode knows only these.
+    needs_scan = not torch.compiler.is_compiling() and transformed() and not in_forward_mode()
+    if plain and not needs_scan and dispatch.forced(backend) in (None, "aten"):
         return aten.step(cell, x, states, params.values())
     call = check_step(cell, x, states, params)
     _, states, _, _ = _scanned(call, params, dispatch.choose(call.request, backend), step=True)
