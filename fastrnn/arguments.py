@@ -37,6 +37,10 @@ class ScanInputs(NamedTuple):
     clip_norm: Tensor | None = None  # [] acc: bound of the state gradients' joint norm, per sample and step
 
 
+MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
+"""The inputs that act on the states beside the cell. They have no gradient."""
+
+
 class Walk(NamedTuple):
     """The constants of a call."""
 

@@ -25,6 +25,7 @@ from .arguments import (
     BATCH_OF_KEPT,
     BATCH_OF_OUTPUTS,
     BATCH_OF_WALK,
+    MASKS,
     NO_GRADIENT,
     NO_GRADIENT_OF_WALK,
     IncomingGradients,
@@ -208,7 +209,7 @@ def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: W
     return _over_steps(dh_new, lstm_output(saved, c, ln_c).to(dh_new.dtype))
 
 
-NOT_DIFFERENTIATED = ("flags", "recurrent_mask", "zone_h", "zone_c", "clip_norm")
+NOT_DIFFERENTIATED = (*MASKS, "clip_norm")
 
 
 class ScanBackward(Function):

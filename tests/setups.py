@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import GradientMonitor
-from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, ScanOutputs
+from fastrnn.arguments import MASKS, IncomingGradients, Kept, ScanInputs, ScanOutputs
 from fastrnn.cells import CELLS, PAD, RESET, START
 from fastrnn.dispatch import BACKENDS, Request
 from fastrnn.equations import accumulate_dtype
@@ -144,7 +144,7 @@ def agree(got, expected, **tolerance):
 
 # ------------------------------------------------------------------------------------------------- arguments of a scan
 
-MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
+ZONES = ("zone_h", "zone_c")
 FEATURES = (*MASKS, "clip_norm", "layer_norm", "projection")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from setups import every_cell, kept_of, needs_cpu_library, random_inputs
+from setups import MASKS, every_cell, kept_of, needs_cpu_library, random_inputs
 
 from fastrnn.arguments import IncomingGradients, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
@@ -165,8 +165,8 @@ def test_triton_equals_reference(cell, device):
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-NOT_DIFFERENTIATED = ("flags", "recurrent_mask", "zone_h", "zone_c", "clip_norm")
-EXTRAS = ("flags", "recurrent_mask", "zone_h", "zone_c", "layer_norm", "projection")
+NOT_DIFFERENTIATED = (*MASKS, "clip_norm")
+EXTRAS = (*MASKS, "layer_norm", "projection")
 
 
 def _scan_case(cell: str, reverse: bool, features):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastrnn import tiles
+from fastrnn.arguments import MASKS
 from fastrnn.cells import CELLS
 from scripts import without_interpreter
 
@@ -239,7 +240,6 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
     )  # fmt: skip
 
 
-MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
 # What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
 GEMM_EXTRAS = {
     "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),

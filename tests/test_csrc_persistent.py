@@ -21,7 +21,7 @@ from cuda_problems import (
 )
 from emulated import CXX, Emulator, compiled
 
-from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
+from fastrnn.arguments import MASKS, IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cuda, reference
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import Request
@@ -265,7 +265,7 @@ def test_why_not_these_tensors(emulator, monkeypatch, set_precision):
 
     bound = torch.ones(())
     assert why() == why(clip_norm=bound) == why(torch.float16) == why(B=0) == ""
-    for name in ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c"):
+    for name in ("w_hr", "ln_hh", "ln_c_weight", *MASKS[1:]):
         assert f"no {name}" in why(**{name: bound})
     assert "float64" in why(torch.float64)
     assert "overflow float16" in why(torch.float16, clip_norm=bound)

@@ -19,7 +19,7 @@ SHAPES = ("layer_norm", "projection")
 FEATURES = {
     "plain": (),
     "flags": ("flags",),
-    "masks": ("recurrent_mask", "zone_h", "zone_c"),
+    "masks": MASKS[1:],
     "layer_norm": ("layer_norm",),
     "projection": ("projection",),
     "clip": ("clip_norm",),
@@ -270,7 +270,7 @@ def test_bad_arguments_are_named():
     bad("c0 is for the cells with a c", c0=None)
     bad("c0 is for the cells with a c", cell="rnn_tanh")
     bad("flags must be Byte, got Bool", flags=given["flags"].bool())
-    bad(r"zone_h must have shape \[3, 2, 2\]", zone_h=given["zone_c"])
+    bad(r"recurrent_mask must have shape \[2, 2\]", recurrent_mask=given["c0"])
     bad(r"dy must have shape \[3, 2, 2\], got \[2, 2, 2\]", dy=given["dy"][1:])
     bad("must be given together", ln_c_bias=None)
     bad("does not take dsaved", dsaved=given["gx"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import CASES, B, T, hand_inputs, hand_scan, scan_arguments
-from setups import KINDS, MASKS, H, I, agree, every_backend, every_kind, flat, gradients, initial, make, random
+from setups import KINDS, MASKS, ZONES, H, I, agree, every_backend, every_kind, flat, gradients, initial, make, random
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -19,7 +19,7 @@ from fastrnn.scan import scan
 
 def cut(inputs, begin, end):
     """The steps from `begin` to `end`."""
-    steps = {name: getattr(inputs, name) for name in ("gx", "flags", "zone_h", "zone_c")}
+    steps = {name: getattr(inputs, name) for name in ("gx", "flags", *ZONES)}
     return inputs._replace(**{name: x if x is None else x[begin:end] for name, x in steps.items()})
 
 

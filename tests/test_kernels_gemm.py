@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from setups import mostly_slow
+from setups import ZONES, mostly_slow
 
 from fastrnn import tiles
 from fastrnn.backends import gemm_step
@@ -40,7 +40,7 @@ def test_gemm_equals_step_by_step_within_rounding(cell, device):
 @pytest.mark.parametrize(
     "extras",
     [*((extra,) for extra in (*Problem.ALL, "no_bias", "no_gradient_but_dy", "no_dy")),
-     ("norms", "clip_value"), ("clip_value", "clip_norm"), ("zone_h", "clip_norm")],
+     ("norms", "clip_value"), ("clip_value", "clip_norm"), (ZONES[0], "clip_norm")],
     ids="-".join,
 )  # fmt: skip
 @pytest.mark.parametrize("shape", ["layer_norm", "projection"])

@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastrnn.arguments import MASKS
 from scripts import without_interpreter
 
 T, B, H = 7, 2, 16
-MASKS = ["flags", "recurrent_mask", "zone_h", "zone_c"]
 EVERYTHING = [*MASKS, "clip_norm", "clip_value", "norms"]
 # Mode, cell, dtype, extras; and the launches of the forward and the backward call.
 CASES = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from setups import every_backend, kept_of, random_incoming, random_inputs
+from setups import MASKS, every_backend, kept_of, random_incoming, random_inputs
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -148,7 +148,7 @@ def test_the_padding_of_a_packed_batch_reaches_nothing(backend, kind):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("features", [("flags",), ("flags", "zone_h", "zone_c", "recurrent_mask")], ids=str)
+@pytest.mark.parametrize("features", [("flags",), MASKS], ids=str)
 @pytest.mark.parametrize("launcher", [reference, cpu], ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("cell", CELLS)
 def test_saved_planes_are_zero_at_padding(cell, launcher, features, reverse):

@@ -5,6 +5,7 @@ import torch
 from by_hand import B, T, hand_inputs, hand_scan
 from setups import (
     KINDS,
+    ZONES,
     H,
     I,
     agree,
@@ -153,9 +154,9 @@ def test_zoneout_in_eval_is_the_expectation(kind, backend):
     params = dict(ours.named_parameters())
     gx = x @ params["weight_ih_l0"].t() + params["bias_ih_l0"]
     h, c = (*(s[0] for s in flat(hx)), None)[:2]
-    inputs = hand_inputs(params, "l0", gx, h, c)._replace(zone_h=torch.full((T,), 0.6, dtype=x.dtype))
-    if c is not None:
-        inputs = inputs._replace(zone_c=torch.full((T,), 0.2, dtype=x.dtype))
+    kept = zip(ZONES if c is not None else ZONES[:1], (0.6, 0.2), strict=False)
+    zones = {name: torch.full((T,), share, dtype=x.dtype) for name, share in kept}
+    inputs = hand_inputs(params, "l0", gx, h, c)._replace(**zones)
     cell = "rnn_tanh" if kind == "RNN" else KINDS[kind][0].lower()
     expected, _, h_n, c_n = hand_scan(cell, inputs, reverse=False)
     final = [h_n[None]] + ([] if c is None else [c_n[None]])

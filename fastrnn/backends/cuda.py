@@ -32,7 +32,7 @@ OPS = torch.ops.fastrnn_c
 WAYS = ("all", "cluster", "grid")
 UNSUPPORTED = ("layer_norm", "projection", "zoneout", "recurrent_dropout")
 """Features of a call that change a step in a way that the kernels do not know."""
-UNSUPPORTED_INPUTS = ("w_hr", "ln_hh", "ln_c_weight", "recurrent_mask", "zone_h", "zone_c")
+SUPPORTED_INPUTS = ("gx", "w_hh", "h0", "c0", "b_hh", "flags", "clip_norm")
 
 
 def why_not(request) -> str | None:
@@ -61,7 +61,7 @@ def _why_not_size(cell: str, hidden_size: int, batch: int) -> str | None:
 
 def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
     """Why the kernels cannot run a scan of these tensors, which `why_not` could not see."""
-    unsupported = [name for name in UNSUPPORTED_INPUTS if getattr(inputs, name) is not None]
+    unsupported = [n for n, x in inputs._asdict().items() if x is not None and n not in SUPPORTED_INPUTS]
     if unsupported:
         return f"its kernels have no {', '.join(unsupported)}"
     dtype, (B, H) = inputs.w_hh.dtype, inputs.h0.shape[-2:]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..arguments import (
+    MASKS,
     IncomingGradients,
     Kept,
     ScanGradients,
@@ -94,6 +95,10 @@ class ScanKernel:
             launch(t_begin=t_begin, t_end=t_end)
 
 
+def _mask_pointers(inputs: ScanInputs) -> dict[str, Tensor | None]:
+    return {f"{name}_ptr": getattr(inputs, name) for name in MASKS}
+
+
 def _first_operand(inputs: ScanInputs, reverse: bool) -> Tensor:
     """The operand of W_hh in the first step; in the others, it is `recurrent_operand` of kernels/products.py."""
     flags, operand = inputs.flags, inputs.h0
@@ -117,9 +122,8 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile) -> Sca
         operand = inputs.gx.new_empty(2, *D, B, H)
         operand[0] = _first_operand(inputs, walk.reverse)
     scan = ScanKernel(
-        forward_kernel, tile, walk, inputs.w_hh, B, gx_ptr=inputs.gx, b_ptr=inputs.b_hh, flags_ptr=inputs.flags,
-        recurrent_mask_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c,
-        operand_ptr=operand, y_ptr=outputs.y, c_ptr=outputs.c, saved_ptr=outputs.saved, T=T,
+        forward_kernel, tile, walk, inputs.w_hh, B, gx_ptr=inputs.gx, b_ptr=inputs.b_hh,
+        **_mask_pointers(inputs), operand_ptr=operand, y_ptr=outputs.y, c_ptr=outputs.c, saved_ptr=outputs.saved, T=T,
         CELL_FORWARD=EQUATIONS[walk.cell][0],
     )  # fmt: skip
     states = dict(h_out_ptr=outputs.h_n, c_out_ptr=outputs.c_n)
@@ -148,10 +152,10 @@ def backward(
     exchanged = inputs.clip_norm is not None and tile.mode != "local"
     scan = ScanKernel(
         backward_kernel, tile, walk, inputs.w_hh, B, dy_ptr=incoming.dy, dc_ptr=incoming.dc, saved_ptr=kept.saved,
-        y_ptr=kept.y, c_ptr=kept.c, h0_ptr=inputs.h0, c0_ptr=inputs.c0, flags_ptr=inputs.flags,
-        recurrent_mask_ptr=inputs.recurrent_mask, zone_h_ptr=inputs.zone_h, zone_c_ptr=inputs.zone_c,
-        clip_norm_ptr=inputs.clip_norm, clip_value=walk.clip_value, dgx_ptr=gradients.dgx, dgh_ptr=gradients.dgh,
-        norms_ptr=tile_norms, T=T, CELL_TOTAL=total, CELL_BACKWARD=cell_backward, WIDTH=next_power_of_two(S * H_tiles),
+        y_ptr=kept.y, c_ptr=kept.c, h0_ptr=inputs.h0, c0_ptr=inputs.c0,
+        **_mask_pointers(inputs), clip_norm_ptr=inputs.clip_norm, clip_value=walk.clip_value,
+        dgx_ptr=gradients.dgx, dgh_ptr=gradients.dgh, norms_ptr=tile_norms, T=T,
+        CELL_TOTAL=total, CELL_BACKWARD=cell_backward, WIDTH=next_power_of_two(S * H_tiles),
         unscaled_x_ptr=scratch(2, *D, B, G * H, like=kept.y, when=exchanged),
         unscaled_h_ptr=scratch(2, *D, B, G * H, like=kept.y, when=exchanged and spec.distinct_dgh),
         partial_norms_ptr=scratch(2, S * H_tiles, *D, B, like=kept.y, when=exchanged),
