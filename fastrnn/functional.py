@@ -103,7 +103,7 @@ def recurrent(
 
 
 def _with_own_bound(call: Call) -> Call:
-    """The call with a copy of its bound: whoever owns the bound may change it in place before the backward."""
+    """The call with a copy of its bound, which its owner may change in place before the backward."""
     bound = call.options.clip_norm.detach().clone()
     if not torch.compiler.is_compiling():
         stored, _ = recomputation.held("bound", bound, None)
