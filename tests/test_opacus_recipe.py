@@ -66,14 +66,15 @@ def test_hooks(mode, kind, settings):
     agree(private, model, x.double(), labels)
 
 
+@pytest.mark.parametrize("steps", [T, 40])  # both sides of every threshold of dispatch
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_expanded_weights(kind):
+def test_expanded_weights(kind, steps):
     """torch's decomposition of its LSTM refuses oneDNN's, torch.nn's own module's too."""
     torch.manual_seed(0)
     model = Classifier(kind)
     private = opacus.grad_sample.GradSampleModuleExpandedWeights(copy.deepcopy(model), loss_reduction="sum")
     with torch.backends.mkldnn.flags(enabled=False):
-        agree(private, model, *data())
+        agree(private, model, *data(steps=steps))
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ew"])
