@@ -38,7 +38,7 @@ BELOW = {
     "scan": {"ops", "vmapping", "linear", "arguments", "cells", "directions", "equations", "reference"},
     "stack": {"scan", "linear", "arguments", "cells", "dispatch", "packing", "equations", "reference"},
     "checks": {"stack", "dispatch", "aten", "linear", "cells", "equations"},
-    "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten", "recomputation", "equations"},
+    "functional": {"checks", "stack", "packing", "scan", "dispatch", "aten", "recomputation", "equations", "linear"},
     "torch_nn": set(),
     "weights": set(),
     "subclassing": set(),
@@ -235,7 +235,8 @@ print("torch._dynamo" in sys.modules)
 def test_import_is_light():
     """Under 0.1 s of processor time on top of `import torch`, the best of three.
 
-    Three children of one process that has torch, so that nothing of fastrnn is there yet in any of them.
+    Three children of one process that has torch, so that nothing of fastrnn is there yet in any of them. The first may
+    write the bytecode, which an installed package has, whatever the environment says.
     """
     code = """
 import os, time, torch
@@ -247,7 +248,7 @@ for _ in range(3):
         os._exit(0)
     os.wait()
 """
-    seconds = min(map(float, fresh(code).split()))
+    seconds = min(map(float, fresh(code, PYTHONDONTWRITEBYTECODE="").split()))
     assert seconds < 0.1, f"import fastrnn took {seconds:.3f} s"
 
 
