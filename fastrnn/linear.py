@@ -28,7 +28,7 @@ def recorded() -> bool:
 
 def tracing() -> bool:
     """Under torch.compile, torch.export, torch.jit.trace or a torch.func transform, which do not see values."""
-    return torch.compiler.is_compiling() or transformed() or recorded()
+    return torch.compiler.is_compiling() or transformed() or torch._C._is_tracing()
 
 
 def in_forward_mode() -> bool:
