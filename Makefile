@@ -1,5 +1,5 @@
 # demo  train an LSTM on sequential digits; pictures in demo/
-# quick the tests that most changes need, in about two minutes
+# quick the tests that most changes need
 # test  the whole test suite (GPU tests skip where there is no GPU)
 # lint  ruff and clang-format, in check mode; `make format` applies them
 # bench the benchmarks, JSON in bench/results/

@@ -270,7 +270,7 @@ assert {{"machine", "commit", "date"}} <= data.keys() and len(path.read_text().s
 
 
 def test_the_pages_show_the_committed_results(tmp_path):
-    """What stands between the markers is what the tool writes there; it leaves the rest of a page alone."""
+    """The text between the markers is what the tool writes there; it leaves the rest of a page alone."""
     code = f"""
 from pathlib import Path
 from bench import report
