@@ -43,6 +43,8 @@ def refused_by_cudnn(x: Tensor, training: bool) -> bool:
 
 def refused_by_onednn(cell: str, x: Tensor, proj_size: int, packed: bool) -> bool:
     """Whether torch hands the call to oneDNN in a half type that it does not have here, by autocast."""
+    if not torch._C._is_any_autocast_enabled() or not HALVES_WITHOUT_ONEDNN:
+        return False
     if cell != "lstm" or proj_size or packed or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in HALVES_WITHOUT_ONEDNN
@@ -118,8 +120,8 @@ def directly(module: nn.Module, input, hx, most_steps: float):
                 return None
             weights.append(weight)
     # torch's kernels check for themselves that all weights are on one device.
-    dtype, device = weights[0].dtype, weights[0].device
-    if sizes[2] != module.input_size or input.dtype != dtype or input.device != device:
+    dtype, device = weights[0].dtype, weights[0].get_device()  # a number; a device would be a new object each time
+    if sizes[2] != module.input_size or input.dtype != dtype or input.get_device() != device:
         return None
     hidden_size, proj_size = module.hidden_size, module.proj_size
     if pair and refused_by_onednn(cell, input, proj_size, False):
@@ -132,7 +134,7 @@ def directly(module: nn.Module, input, hx, most_steps: float):
         return None
     else:
         for state, shape in zip(states, state_shapes, strict=True):
-            if state.shape != shape or state.dtype != dtype or state.device != device:
+            if state.shape != shape or state.dtype != dtype or state.get_device() != device:
                 return None
     y, *states = getattr(torch, cell)(
         input, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,

@@ -8,12 +8,11 @@ reference. `Scan` returns its saved pre-activations as an output, so second deri
 Autograd wants flat arguments and one gradient for each: the named tuples of `arguments.py`, one after the other.
 """
 
-import inspect
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, unwrap_if_dead
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
@@ -62,10 +61,19 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
     # The op would drop the tangent of a dual number; the function refuses it.
     in_eager = not torch.compiler.is_compiling()
     if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
-        outputs = Scan.apply(*inputs, *walk, tap, keep_c)
+        outputs = _apply(Scan, *inputs, *walk, tap, keep_c)
     else:
         outputs = ops.scan_forward(*inputs, *walk, keep_c)
     return ScanOutputs(*outputs[:4])
+
+
+def _apply(function: type[Function], *flat):
+    """`function.apply`; where no transform is active, without its binding of arguments to names, which takes a tenth
+    of a short call."""
+    if torch.compiler.is_compiling() or transformed():
+        return function.apply(*flat)
+    flat = [x if x is None or not isinstance(x, Tensor) else unwrap_if_dead(x) for x in flat]
+    return super(Function, function).apply(*flat)
 
 
 def _gradients_of_gradients() -> bool:
@@ -143,10 +151,10 @@ def _gradients(
     """The gradients of the inputs, and the norms. `biased`: whether there is a b_hh."""
     # The raw op is enough where it is neither differentiated again, as in a compiled graph, nor mapped by vmap.
     again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
-    run = ScanBackward.apply if again else ops.scan_backward
     # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
     backend = walk.backend if incoming.dsaved is None else "reference"
-    found = ScanGradients._make(run(*incoming, *kept, *inputs, *walk._replace(backend=backend), tapped))
+    flat = (*incoming, *kept, *inputs, *walk._replace(backend=backend), tapped)
+    found = ScanGradients._make(_apply(ScanBackward, *flat) if again else ops.scan_backward(*flat))
     dgh = found.dgh if CELLS[walk.cell].distinct_dgh or inputs.ln_hh is not None else found.dgx
     h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
     if inputs.recurrent_mask is not None:
@@ -258,9 +266,3 @@ class ScanBackward(Function):
     def vmap(info, in_dims, *args):
         batch_dims = (*BATCH_OF_INCOMING, *BATCH_OF_KEPT, *BATCH_OF_INPUTS, *BATCH_OF_WALK, None)
         return vmap(ScanBackward, batch_dims, BATCH_OF_GRADIENTS, info, in_dims, args)
-
-
-# Autograd asks for the signature in every call. Python would compute it anew each time, which slows a short call.
-for _forward in (Scan.forward, ScanBackward.forward):
-    _forward.__signature__ = inspect.signature(_forward)
-del _forward
