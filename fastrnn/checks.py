@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .aten import refused_by_cudnn, refused_by_onednn
-from .cells import CELLS, NONLINEARITIES, network_shapes
+from .cell_table import NONLINEARITIES, network_shapes, spec_of
 from .dispatch import Request
 from .equations import accumulate_dtype
 from .linear import in_forward_mode, recorded, tracing
@@ -100,7 +100,7 @@ def check_probability(name: str, p) -> float:
 
 def check_zoneout(cell: str, zoneout) -> tuple[float, ...]:
     """The probability for each state of the cell, h first. A pair is given as (p_c, p_h)."""
-    states = len(CELLS[cell].states)
+    states = len(spec_of(cell).states)
     if not isinstance(zoneout, (tuple, list)):
         return (check_probability("zoneout", zoneout),) * states
     if states != 2 or len(zoneout) != 2:
@@ -187,7 +187,7 @@ def check(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
         weight_dropout, clip_state_grad_norm, clip_state_grad_value,
     )  # fmt: skip
-    spec = CELLS[cell]
+    spec = spec_of(cell)
     if return_cells and len(spec.states) == 1:
         raise ValueError(f"return_cells needs a cell with a cell state; {cell} has none")
     weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
@@ -384,7 +384,7 @@ def _check_tap(tap: Tensor, shape, x: Tensor) -> None:
 
 def _tuple_of_states(cell: str, suffix: str = "") -> str:
     """`a pair (h0, c0)`."""
-    states = CELLS[cell].states
+    states = spec_of(cell).states
     return f"a {'pair' if len(states) == 2 else 'tuple'} ({', '.join(state + suffix for state in states)})"
 
 
@@ -398,7 +398,7 @@ def check_cell_call(
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-    count = len(CELLS[cell].states)
+    count = len(spec_of(cell).states)
     if count > 1 and hx is not None and (states is not hx or len(hx) != count):
         found = f"{len(hx)} states" if states is hx else type(hx).__name__
         raise RuntimeError(f"{name}: hx should be {_tuple_of_states(cell)}, got {found}")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import torch_nn
-from .cells import CELLS
+from .cell_table import CELLS, spec_of
 from .modules import _Cell, _Recurrent, has_computed_weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -77,7 +77,7 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS)
             raise ValueError(f"{where} has no biases, which this initialisation sets: build it with bias=True")
         if is_parametrized(module):
             raise ValueError(f"{where} has parametrized weights: initialise it before you parametrize it")
-        parameters, gates = dict(module.named_parameters(recurse=False)), CELLS[cell].gates
+        parameters, gates = dict(module.named_parameters(recurse=False)), spec_of(cell).gates
         if has_computed_weights(module):
             raise ValueError(f"{where} has weights that hooks or a wrapper compute (pruning, say): initialise first")
         for end in (key.removeprefix("weight_hh") for key in parameters if key.startswith("weight_hh")):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional
-from .cells import CELLS, layer_shapes, network_shapes
+from .cell_table import CELLS, layer_shapes, network_shapes
 from .linear import tracing
 from .subclassing import ForSubclasses
 

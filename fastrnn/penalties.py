@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .cells import CELLS
+from .cell_table import CELLS, spec_of
 from .dispatch import backend
 from .modules import _Recurrent
 
@@ -111,7 +111,7 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         ValueError: the module or the input is not as described.
     """
     _check_omega(module, input)
-    count = len(CELLS[module._cell].states)
+    count = len(spec_of(module._cell).states)
     if hx is None:
         states = [(input.new_zeros(1, input.shape[1], module.hidden_size),) * count]
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import ScanInputs, ScanOutputs, Walk
-from .cells import CELLS, PAD, RESET, START, suffixes
+from .cell_table import PAD, RESET, START, spec_of, suffixes
 from .dispatch import BACKENDS
 from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
 
 def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> Tensor | None:
-    """`lengths [B]` and `reset_mask [T, B]` as the flags `uint8 [T, B]` of one direction (see `cells.py`)."""
+    """`lengths [B]` and `reset_mask [T, B]` as the flags `uint8 [T, B]` of one direction (see `cell_table.py`)."""
     if lengths is None and reset_mask is None:
         return None
     device = (lengths if lengths is not None else reset_mask).device
@@ -96,7 +96,7 @@ def _direction(
 ) -> Direction:
     """The parameters of one direction, and its masks, drawn."""
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
-    if b_hh is not None and not CELLS[options.cell].distinct_dgh:
+    if b_hh is not None and not spec_of(options.cell).distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
     recurrent_mask = None
     if options.recurrent_dropout and options.training:
@@ -106,7 +106,7 @@ def _direction(
     zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, h0, (T, *c0.shape))
     inputs = ScanInputs(
         gx=None,
-        w_hh=params[f"weight_hh_{name}"],
+        w_hh=params.get(f"weight_hh_{name}"),
         h0=h0,
         c0=c0,
         b_hh=b_hh,
