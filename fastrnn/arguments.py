@@ -47,7 +47,7 @@ MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
 class Walk(NamedTuple):
     """The constants of a call."""
 
-    cell: str
+    cell: str  # a name of the cell table, or the text of a user's cell
     reverse: bool  # whether the (first) direction walks from the last step to the first
     backend: str
     clip_value: float | None = None  # bound of each element of the state gradients, applied before clip_norm

@@ -32,7 +32,7 @@ def why_not(request) -> str | None:
     if extras:
         return f"torch's own kernels take only plain calls; this one has {', '.join(sorted(extras))}"
     if request.cell not in KNOWN_CELLS:
-        return f"torch has no {request.cell}"
+        return f"torch has no {spec_of(request.cell).name}"
     return None
 
 

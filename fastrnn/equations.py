@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adjoint import saved_backward
 from .cell_table import CellSpec, spec_of
 from .program import run
 
@@ -204,9 +205,12 @@ def _program_equations(spec: CellSpec) -> Equations:
         planes = (*saved.chunk(K, -1), *state_prev, *dstate, *beside.parameters, *beside.inputs)
         return tuple(run(spec.program.total, planes))
 
-    def backward(saved: Tensor, state_prev, dstate, beside: Beside):
-        planes = (*saved.chunk(K, -1), *state_prev, *dstate, *beside.parameters, *beside.inputs)
-        found = run(spec.program.backward, planes)
+    def backward(saved: Tensor, state_prev, dstate, beside: Beside, dsaved: Tensor | None = None):
+        before, after = (*saved.chunk(K, -1), *state_prev), (*beside.parameters, *beside.inputs)
+        found = run(spec.program.backward, (*before, *dstate, *after))
+        if dsaved is not None:
+            more = run(saved_backward(spec), (*before, *dsaved.chunk(K, -1), *after))
+            found = [a + b for a, b in zip(found, more, strict=True)]
         D = G * (1 + spec.distinct_dgh)
         dgx, dprev, dcell = torch.cat(found[:G], -1), tuple(found[D : D + S]), found[D + S :]
         dgh = torch.cat(found[G:D], -1) if spec.distinct_dgh else dgx
