@@ -75,8 +75,9 @@ def recurrent(
 ):
     """A network of any cell; arguments and result as of `lstm`.
 
-    `cell`: the name of a built-in one, or what `fastrnn.cell` made. The inputs of a user's cell are keyword arguments, its parameters are in `params` under their names (`alpha_l0`).
-    With more than two states, `return_cells` gives a tuple: every state but the first, at every step.
+    `cell`: the name of a built-in one, or what `fastrnn.cell` made. The inputs of a user's cell are keyword arguments;
+    its parameters are in `params` under their names (`alpha_l0`). With more than two states, `return_cells` gives a
+    tuple: every state but the first, at every step.
 
     `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
     of it; `watch.end(note, call, y, states)` is told what came out.
