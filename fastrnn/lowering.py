@@ -36,7 +36,7 @@ LOWERINGS |= {"sgn": _same("sign"), "logical_and": _same("and"), "logical_or": _
 LOWERINGS |= {"bitwise_and": _same("and"), "bitwise_or": _same("or"), "bitwise_not": _same("not")}
 
 UNCHANGED = ("clone", "alias", "positive", "contiguous", "lift_fresh", "lift")
-FILLED = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "zeros": 0.0, "ones": 1.0}
+FILLED = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "empty_like": math.nan}
 
 
 @lowering("add")
@@ -148,11 +148,6 @@ def _hypot(b: Builder, x, y):
 def _logaddexp(b: Builder, x, y):
     apart = b.emit("neg", b.emit("abs", b.emit("sub", x, y)))
     return b.emit("add", b.emit("maximum", x, y), b.emit("log1p", b.emit("exp", apart)))
-
-
-@lowering("heaviside")
-def _heaviside(b: Builder, x, at_zero):
-    return b.emit("where", b.emit("eq", x, 0.0), at_zero, b.emit("where", b.emit("lt", x, 0.0), 0.0, 1.0))
 
 
 # ----------------------------------------------------------------------------------------------- limits and activations

@@ -88,11 +88,15 @@ class _Recorder(TorchDispatchMode):
         name = func.name().removeprefix("aten::").partition(".")[0]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refused(f"{name} draws random numbers; a cell is deterministic, and takes them as an input")
-        planes = [x for x in (*args, *kwargs.values()) if isinstance(x, Plane)]
+        flat = (x for one in (*args, *kwargs.values()) for x in (one if isinstance(one, (tuple, list)) else (one,)))
+        planes = [x for x in flat if isinstance(x, Plane)]
         if not planes:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            raise Refused(f"{name} runs without gradients (torch.no_grad), which a program does not know")
+            raise Refused(
+                f"{name} runs without gradients, in torch.no_grad or in the forward of an autograd.Function: a program "
+                "has no gradient but its own"
+            )
         in_place = func._schema.is_mutable
         if in_place:
             name = name.removesuffix("_")
