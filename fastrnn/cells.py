@@ -69,13 +69,12 @@ def leaky(alpha: float = 0.2, *, learnable: bool = True, noise: bool = True, act
         activation: a pointwise function.
     """
 
-    def next_state(x, u, state, a, noise=0.0):
-        v = (1 - a) * state.v + a * (x.v + u.v + noise)
+    def leaky_rnn(x, u, state, *beside):  # beside: p, inputs
+        a, drive = beside[0].alpha if learnable else alpha, x.v + u.v
+        if noise:
+            drive = drive + beside[-1].noise
+        v = (1 - a) * state.v + a * drive
         return activation(v), v
-
-    def leaky_rnn(x, u, state, *beside):
-        p, inputs = beside[0] if learnable else None, beside[-1]
-        return next_state(x, u, state, p.alpha if learnable else alpha, inputs.noise if noise else 0.0)
 
     parameters, inputs = {"alpha": alpha} if learnable else (), "noise" if noise else ()
     return cell(gates="v", states="r v", parameters=parameters, inputs=inputs)(leaky_rnn)
