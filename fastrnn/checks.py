@@ -5,7 +5,7 @@ expected. Values on a GPU are never read back just to be checked.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .activations import cell_of
 from .aten import refused_by_cudnn, refused_by_onednn
 from .cell_table import NONLINEARITIES, network_shapes, spec_of
 from .dispatch import Request
@@ -83,10 +84,15 @@ def without_projection(args: tuple, kwargs: dict) -> tuple:
     return args
 
 
-def rnn_cell(nonlinearity: str) -> str:
-    """The name in the cell table of an RNN with this nonlinearity."""
+def rnn_cell(nonlinearity: str | Callable) -> str:
+    """The name in the cell table of an RNN with this nonlinearity, or the text of the cell of a function."""
     if nonlinearity not in NONLINEARITIES:
-        raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from {', '.join(map(repr, NONLINEARITIES))}.")
+        if callable(nonlinearity):
+            return cell_of("rnn", nonlinearity=nonlinearity).text
+        raise ValueError(
+            f"Unknown nonlinearity {nonlinearity!r}. Select from {', '.join(map(repr, NONLINEARITIES))}, "
+            "or pass a pointwise function."
+        )
     return f"rnn_{nonlinearity}"
 
 

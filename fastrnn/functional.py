@@ -55,7 +55,7 @@ def gru(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
 def rnn(input, hx, params: Mapping[str, Tensor], *, nonlinearity="tanh", backend=None, **options):
     """A (stacked, bidirectional) Elman RNN, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh); arguments as for `gru`.
 
-    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01) or "elu" (alpha 1).
+    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1) or a pointwise function.
     """
     return recurrent(rnn_cell(nonlinearity), input, hx, params, backend, **options)
 

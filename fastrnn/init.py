@@ -32,7 +32,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import torch_nn
 from .cell_table import CELLS, spec_of
-from .modules import _Cell, _Recurrent, has_computed_weights
+from .modules import GRU, LSTM, _Cell, _Recurrent, has_computed_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -74,7 +74,8 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = (), biases: 
     layers = []
     for name, module, cell in found:
         where = f"{function}: {name or 'the model'} ({type(module).__name__})"
-        if cells and cell not in cells:
+        kind = "lstm" if isinstance(module, LSTM) else "gru" if isinstance(module, GRU) else cell
+        if cells and kind not in cells:
             raise ValueError(
                 f"{where} is of cell {spec_of(cell).name!r}; this initialisation is for {', '.join(cells)}"
             )
@@ -222,9 +223,9 @@ def chrono_(module: Module, t_max: float) -> Module:
     if not 2 <= t_max < math.inf:
         raise ValueError(f"t_max should be a finite number of steps, at least 2, got {t_max}")
     for layer in _layers(module, "chrono_", ("lstm", "gru"), biases=True):
-        keep = "f" if layer.cell == "lstm" else "z"
+        keep = "f" if "f" in layer.b_ih else "z"
         bias = nn.init.uniform_(torch.empty_like(layer.b_ih[keep]), 1, t_max - 1).log_()
         _set_bias(layer, keep, bias)
-        if layer.cell == "lstm":
+        if keep == "f":
             _set_bias(layer, "i", -bias)
     return module
