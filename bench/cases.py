@@ -36,7 +36,7 @@ class Case:
     alone, without gradients. `without`: contestants that are left out, each with the reason.
     """
 
-    cell: str  # a key of fastrnn.cells.CELLS
+    cell: str  # a key of fastrnn.cell_table.CELLS
     B: int
     T: int
     I: int

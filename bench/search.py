@@ -19,7 +19,7 @@ import torch
 from fastrnn import tiles
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 
 from . import machine
 

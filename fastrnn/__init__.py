@@ -7,9 +7,11 @@ from . import functional, init
 from .convert import convert, explain
 from .dispatch import backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
+from .recurrent import Recurrent
+from .user_cells import cell
 
 if TYPE_CHECKING:
-    from . import compat, penalties, weights
+    from . import cells, compat, penalties, weights
     from .monitoring import GradientMonitor
 
 __version__ = "0.1.0"
@@ -22,8 +24,11 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "RNNBase",
+    "Recurrent",
     "GradientMonitor",
     "backend",
+    "cell",
+    "cells",
     "compat",
     "convert",
     "explain",
@@ -34,7 +39,7 @@ __all__ = [
 ]
 
 # Imported when first asked for, so that `import fastrnn` stays light.
-_MODULES = {"compat", "penalties", "weights"}
+_MODULES = {"cells", "compat", "penalties", "weights"}
 
 
 def __getattr__(name: str):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastrnn
 
 from . import dispatch, init
-from .cells import NONLINEARITIES
+from .cell_table import NONLINEARITIES
 from .monitoring import GradientMonitor, Report, flow, plots
 from .tasks import Digits, sequential_digits
 

@@ -5,8 +5,9 @@ A scan takes one layer through all steps in one direction; or in both directions
 and fakes, `scan.py` the flat lists that autograd wants and the batch dimensions for vmap. A further tensor is a further
 field.
 
-T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes (`cells.py`). "acc" is float32 for
-the half types and the input's own dtype otherwise; the other tensors have the input's dtype. Planes lie side by side in
+T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes, Q parameters and N inputs of the
+cell (`cell_table.py`). "acc" is float32 for the half types and the input's own dtype otherwise; the other tensors have
+the input's dtype. Planes lie side by side in
 the last dimension, `[.., K*H]`. Index t is the input's own t, in whichever direction the scan walks.
 """
 
@@ -16,7 +17,7 @@ from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from .cells import CELLS
+from .cell_table import spec_of
 from .equations import accumulate_dtype
 
 
@@ -24,7 +25,7 @@ class ScanInputs(NamedTuple):
     """The tensors that a scan reads. A backward gets them without gx, because it has `saved`."""
 
     gx: Tensor | None  # [T, B, G*H]: W_ih x + b_ih for all steps
-    w_hh: Tensor  # [G*H, P]
+    w_hh: Tensor | None  # [G*H, P]; None where the cell is not recurrent
     h0: Tensor  # [B, P]
     c0: Tensor | None = None  # [B, (S-1)*H] acc: the states beyond h, a plane each
     b_hh: Tensor | None = None  # [G*H]
@@ -32,10 +33,12 @@ class ScanInputs(NamedTuple):
     ln_hh: Tensor | None = None  # [G*H]: weight of the layer norm on W_hh h
     ln_c_weight: Tensor | None = None  # [H]: layer norm on c inside the tanh
     ln_c_bias: Tensor | None = None  # [H]
-    flags: Tensor | None = None  # uint8 [T, B]: PAD, RESET, START of cells.py
+    flags: Tensor | None = None  # uint8 [T, B]: PAD, RESET, START of cell_table.py
     recurrent_mask: Tensor | None = None  # [B, P]: multiplies the operand of W_hh
     zone_h: Tensor | None = None  # [T, B, P]: the share of the previous h that zoneout keeps (0, 1 or the expectation)
     zone_c: Tensor | None = None  # [T, B, (S-1)*H]: the same of the states beyond h
+    parameters: Tensor | None = None  # [Q*H]: a plane for each parameter of the cell
+    step_inputs: Tensor | None = None  # [T, B, N*H]: the planes that a user's cell is given at every step
     clip_norm: Tensor | None = None  # [] acc: bound of the state gradients' joint norm, per sample and step
 
 
@@ -46,7 +49,7 @@ MASKS = ("flags", "recurrent_mask", "zone_h", "zone_c")
 class Walk(NamedTuple):
     """The constants of a call."""
 
-    cell: str
+    cell: str  # a name of the cell table, or the text of a user's cell
     reverse: bool  # whether the (first) direction walks from the last step to the first
     backend: str
     clip_value: float | None = None  # bound of each element of the state gradients, applied before clip_norm
@@ -92,6 +95,7 @@ class ScanGradients(NamedTuple):
     dln_hh: Tensor | None = None  # [B, G*H] acc
     dln_c_weight: Tensor | None = None  # [B, H] acc
     dln_c_bias: Tensor | None = None  # [B, H] acc
+    dcell: Tensor | None = None  # [T, B, (Q+N)*H]: of the cell's parameters, at each step, and of step_inputs
     norms: Tensor | None = None  # [2, S, T, B] acc: total and carried; only where asked for
 
 
@@ -102,14 +106,15 @@ NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None)
 
 # The place of the batch, counted from the end, since a dimension for the directions may lead; None where there is none.
 BATCH_OF_INPUTS = ScanInputs(
-    gx=-2, w_hh=None, h0=-2, c0=-2, flags=-1, recurrent_mask=-2, zone_h=-2, zone_c=-2
+    gx=-2, w_hh=None, h0=-2, c0=-2, flags=-1, recurrent_mask=-2, zone_h=-2, zone_c=-2, step_inputs=-2
 )  # fmt: skip
 BATCH_OF_WALK = NO_GRADIENT_OF_WALK
 BATCH_OF_OUTPUTS = ScanOutputs(y=-2, c=-2, h_n=-2, c_n=-2, saved=-2)
 BATCH_OF_KEPT = Kept(y=-2, c=-2, saved=-2)
 BATCH_OF_INCOMING = IncomingGradients(dy=-2, dc=-2, dh_n=-2, dc_n=-2, dsaved=-2)
 BATCH_OF_GRADIENTS = ScanGradients(
-    dgx=-2, dgh=-2, dh0=-2, dc0=-2, dh_new=-2, db_hh=-2, dln_hh=-2, dln_c_weight=-2, dln_c_bias=-2, norms=-1
+    dgx=-2, dgh=-2, dh0=-2, dc0=-2, dh_new=-2, db_hh=-2, dln_hh=-2, dln_c_weight=-2, dln_c_bias=-2, dcell=-2,
+    norms=-1,
 )  # fmt: skip
 
 _SCHEMA_TYPES = {
@@ -160,7 +165,7 @@ def empty_outputs(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     """Memory for the outputs of a forward, not yet written."""
     gx, h0, c0 = inputs.gx, inputs.h0, inputs.c0
     *steps, width = gx.shape  # [T, B] or [D, T, B]
-    spec, acc = CELLS[walk.cell], accumulate_dtype(gx.dtype)
+    spec, acc = spec_of(walk.cell), accumulate_dtype(gx.dtype)
     H = width // len(spec.gates)
     return ScanOutputs(
         y=gx.new_empty(*steps, h0.shape[-1]),
@@ -174,8 +179,10 @@ def empty_outputs(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
 def empty_gradients(kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> ScanGradients:
     """Memory for the results of a backward, not yet written."""
     y, saved = kept.y, kept.saved
-    (*D, T, B, P), spec, acc = y.shape, CELLS[walk.cell], accumulate_dtype(saved.dtype)
+    (*D, T, B, P), spec, acc = y.shape, spec_of(walk.cell), accumulate_dtype(saved.dtype)
     width = saved.shape[-1] // len(spec.saved) * len(spec.gates)
+
+    beside = (len(spec.parameters) + len(spec.inputs)) * P
 
     def of_sequences(parameter):
         return None if parameter is None else saved.new_empty(*D, B, parameter.shape[-1], dtype=acc)
@@ -190,5 +197,6 @@ def empty_gradients(kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> 
         dln_hh=of_sequences(inputs.ln_hh),
         dln_c_weight=of_sequences(inputs.ln_c_weight),
         dln_c_bias=of_sequences(inputs.ln_c_bias),
+        dcell=saved.new_empty(*D, T, B, beside) if beside else None,
         norms=saved.new_empty(*D, 2, len(spec.states), T, B, dtype=acc) if norms else None,
     )

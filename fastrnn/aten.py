@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .cells import CELLS, suffixes
+from .cell_table import spec_of, suffixes
 
 KNOWN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -32,7 +32,7 @@ def why_not(request) -> str | None:
     if extras:
         return f"torch's own kernels take only plain calls; this one has {', '.join(sorted(extras))}"
     if request.cell not in KNOWN_CELLS:
-        return f"torch has no {request.cell}"
+        return f"torch has no {spec_of(request.cell).name}"
     return None
 
 
@@ -79,7 +79,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights) -> tuple[Ten
 
     A few operations, which can be traced and transformed. A whole call would prepare the weights for many steps.
     """
-    count = len(CELLS[cell].states)
+    count = len(spec_of(cell).states)
     w_ih, w_hh, *biases = weights
     if not states:
         states = (x.new_zeros(x.shape[0], w_hh.shape[1]),) * count

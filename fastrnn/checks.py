@@ -5,7 +5,7 @@ expected. Values on a GPU are never read back just to be checked.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from operator import attrgetter
 from typing import NamedTuple
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .activations import cell_of
 from .aten import refused_by_cudnn, refused_by_onednn
-from .cells import CELLS, NONLINEARITIES, network_shapes
+from .cell_table import NONLINEARITIES, network_shapes, spec_of
 from .dispatch import Request
 from .equations import accumulate_dtype
 from .linear import in_forward_mode, recorded, tracing
+from .packing import packed_positions, pad
 from .stack import Options
 
 # ---------------------------------------------------------------------------------------------------- constructors
@@ -83,10 +85,15 @@ def without_projection(args: tuple, kwargs: dict) -> tuple:
     return args
 
 
-def rnn_cell(nonlinearity: str) -> str:
-    """The name in the cell table of an RNN with this nonlinearity."""
+def rnn_cell(nonlinearity: str | Callable) -> str:
+    """The name in the cell table of an RNN with this nonlinearity, or the text of the cell of a function."""
     if nonlinearity not in NONLINEARITIES:
-        raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from {', '.join(map(repr, NONLINEARITIES))}.")
+        if callable(nonlinearity):
+            return cell_of("rnn", nonlinearity=nonlinearity).text
+        raise ValueError(
+            f"Unknown nonlinearity {nonlinearity!r}. Select from {', '.join(map(repr, NONLINEARITIES))}, "
+            "or pass a pointwise function."
+        )
     return f"rnn_{nonlinearity}"
 
 
@@ -100,12 +107,16 @@ def check_probability(name: str, p) -> float:
 
 
 def check_zoneout(cell: str, zoneout) -> tuple[float, ...]:
-    """The probability for each state of the cell, h first. A pair is given as (p_c, p_h)."""
-    states = len(CELLS[cell].states)
+    """The probability for each state of the cell, h first. The LSTM's pair is given as (p_c, p_h)."""
+    spec = spec_of(cell)
+    states = len(spec.states)
     if not isinstance(zoneout, (tuple, list)):
         return (check_probability("zoneout", zoneout),) * states
-    if states != 2 or len(zoneout) != 2:
-        raise ValueError(f"zoneout takes one probability, or (p_c, p_h) for the LSTM, but got {zoneout!r} for {cell}")
+    if spec.program is not None and len(zoneout) == states:
+        return tuple(check_probability("zoneout", p) for p in zoneout)
+    if cell != "lstm" or len(zoneout) != 2:
+        form = "(p_c, p_h) for the LSTM" if spec.program is None else f"one for each of {', '.join(spec.states)}"
+        raise ValueError(f"zoneout takes one probability, or {form}, but got {zoneout!r} for {spec.name}")
     p_c, p_h = zoneout
     return check_probability("zoneout", p_h), check_probability("zoneout", p_c)
 
@@ -153,6 +164,7 @@ class Call(NamedTuple):
     reset_mask: Tensor | None  # bool [T, B]
     tap: Tensor | None  # [L*D, 2, S, T, B]
     packed: PackedSequence | None
+    step_inputs: tuple[Tensor, ...] = ()  # the inputs of a user's cell, [L*D, T, B, H] each
 
 
 def check(
@@ -178,8 +190,9 @@ def check(
     weight_dropout: float = 0.0,
     clip_state_grad_norm=None,
     clip_state_grad_value=None,
+    **step_inputs,
 ) -> Call:
-    """Checks a call and brings it into one form; arguments as of `functional.lstm`.
+    """Checks a call and brings it into one form; arguments as of `functional.recurrent`.
 
     Raises:
         ValueError, RuntimeError, TypeError: the type that torch.nn raises for the same mistake.
@@ -188,15 +201,17 @@ def check(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
         weight_dropout, clip_state_grad_norm, clip_state_grad_value,
     )  # fmt: skip
-    spec = CELLS[cell]
+    spec = spec_of(cell)
     if return_cells and len(spec.states) == 1:
-        raise ValueError(f"return_cells needs a cell with a cell state; {cell} has none")
-    weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
-    rows, size = weight_hh.shape
+        raise ValueError(f"return_cells needs a cell with a cell state; {spec.name} has none")
+    weight_ih = params["weight_ih_l0"]
+    rows, size = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
     hidden_size = rows // len(spec.gates)
+    if not spec.recurrent:
+        size = hidden_size
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
-    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_hh_l0" in params
+    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params
     parameters = _check_parameters(
         params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params, layer_norm,
         num_layers, bidirectional,
@@ -217,6 +232,10 @@ def check(
         states = tuple(s.index_select(1, order) for s in states)
         tap = None if tap is None else tap.index_select(-1, order)
         reset_mask = None if reset_mask is None else reset_mask.index_select(1, order)
+    inputs = ()
+    if step_inputs or spec.inputs:
+        sizes = (stacked, T, batch, hidden_size)
+        inputs = _check_step_inputs(spec, step_inputs, sizes, x, packed, batched, batch_first)
     traced, forward_mode = tracing(), in_forward_mode()
     features = (
         *options.features(),
@@ -235,7 +254,7 @@ def check(
     # A compiled graph must not be tied to its sizes.
     known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
-    tensors = (x, *states, *parameters)
+    tensors = (x, *states, *parameters, *inputs)
     subclass = not traced and _has_subclass(tensors)
     # ExpandedWeight does not say whether it requires grad.
     gradients = torch.is_grad_enabled() and (subclass or any(map(_requires_grad, tensors)))
@@ -243,7 +262,7 @@ def check(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
         known_T, known_batch, filled, gradients, subclass,
     )  # fmt: skip
-    return Call(x, states, options, request, lengths, reset_mask, tap, packed)
+    return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs)
 
 
 _requires_grad = attrgetter("requires_grad")
@@ -259,7 +278,7 @@ def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool)
     """The input tensor, time first and batched (or packed), and the batch size."""
     x = input if packed is None else packed.data
     if packed is None and x.dim() not in (2, 3):
-        raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        raise ValueError(f"{spec_of(cell).name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     if not (x.is_floating_point() or x.is_complex()):
         raise ValueError(f"input should be a floating or complex tensor, got {x.dtype}")
     if x.dtype != weight_ih.dtype and not torch._C._is_any_autocast_enabled():
@@ -314,7 +333,7 @@ def _check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Te
     elif isinstance(hx, (tuple, list)) and len(hx) == len(expected):
         states = tuple(hx)
     else:
-        name = "an LSTM" if cell == "lstm" else cell
+        name = "an LSTM" if cell == "lstm" else spec_of(cell).name
         raise RuntimeError(f"hx of {name} should be {_tuple_of_states(cell, '0')}, got {type(hx).__name__}")
     for k, (state, shape) in enumerate(zip(states, expected, strict=True)):
         if state.dim() != (3 if batched else 2):
@@ -329,6 +348,53 @@ def _check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Te
         if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"hx[{k}] has dtype {state.dtype}, but input has {x.dtype}")
     return states if batched else tuple(state.unsqueeze(1) for state in states)
+
+
+def _check_step_inputs(spec, given: Mapping, sizes, x: Tensor, packed, batched: bool, batch_first: bool):
+    """The inputs of a user's cell, by its order of their names: `[L*D, T, B, H]` each, in the order of the batch."""
+    unknown = [name for name in given if name not in spec.inputs]
+    if unknown:
+        known = f"; the inputs of {spec.name} are {', '.join(spec.inputs)}" if spec.inputs else ""
+        raise TypeError(f"{spec.name} got an unexpected keyword argument {unknown[0]!r}{known}")
+    found = []
+    for name in spec.inputs:
+        one = given.get(name)
+        if isinstance(one, PackedSequence):
+            if packed is None or not _same_order(one, packed):
+                raise ValueError(f"{name} is a PackedSequence, but input is none of the same lengths")
+            one = pad(one, packed_positions(one.batch_sizes))
+        elif isinstance(one, Tensor):
+            one = _time_first(one, batched, packed is None and batch_first)
+            if packed is not None and packed.sorted_indices is not None and one.dim() > 1:
+                one = one.index_select(-2, packed.sorted_indices)
+        else:
+            raise TypeError(f"{name}: {spec.name} needs it at every call, as a tensor, got {one!r}")
+        L, T, B, H = sizes
+        if tuple(one.shape) not in ((B, H), (T, B, H), sizes):
+            order = "[B, T, H]" if batch_first and packed is None else "[T, B, H]"
+            raise ValueError(
+                f"{name} should be {order}, or [B, H], constant in time, or with a leading dimension of {L}, layers "
+                f"times directions; T, B, H = {T}, {B}, {H}; got {list(given[name].shape)}"
+            )
+        if one.device != x.device:
+            raise RuntimeError(f"{name} is on {one.device}, but input on {x.device}")
+        if one.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"{name} has dtype {one.dtype}, but input has {x.dtype}")
+        found.append(one.expand(sizes))
+    return tuple(found)
+
+
+def _same_order(one: PackedSequence, other: PackedSequence) -> bool:
+    """Whether two packed batches have the same lengths, in the same order."""
+    pairs = ((one.batch_sizes, other.batch_sizes), (one.sorted_indices, other.sorted_indices))
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _time_first(x: Tensor, batched: bool, batch_first: bool) -> Tensor:
+    """`[.., T, B, H]` or `[B, H]`; unbatched, x lacks B."""
+    if not batched:
+        x = x.unsqueeze(-2)
+    return x.transpose(-3, -2) if batched and batch_first and x.dim() > 2 else x
 
 
 def _as_tensor(values, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -388,7 +454,7 @@ def _check_tap(tap: Tensor, shape, x: Tensor) -> None:
 
 def _tuple_of_states(cell: str, suffix: str = "") -> str:
     """`a pair (h0, c0)`."""
-    states = CELLS[cell].states
+    states = spec_of(cell).states
     return f"a {'pair' if len(states) == 2 else 'tuple'} ({', '.join(state + suffix for state in states)})"
 
 
@@ -402,7 +468,7 @@ def check_cell_call(
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-    count = len(CELLS[cell].states)
+    count = len(spec_of(cell).states)
     if count > 1 and hx is not None and (states is not hx or len(hx) != count):
         found = f"{len(hx)} states" if states is hx else type(hx).__name__
         raise RuntimeError(f"{name}: hx should be {_tuple_of_states(cell)}, got {found}")

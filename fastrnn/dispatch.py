@@ -20,12 +20,13 @@ import torch
 from . import aten, recomputation
 from .arguments import ScanInputs, Walk
 from .backends import cpu, cuda, reference, triton
+from .cell_table import spec_of
 
 
 class Request(NamedTuple):
     """The properties of a call that decide which backends can run it, and which one should."""
 
-    cell: str  # a name of the cell table
+    cell: str  # a name of the cell table, or the text of a user's cell
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
     hidden_size: int
@@ -274,7 +275,8 @@ class Explanation:
 
     def __str__(self) -> str:
         features = ", ".join(sorted(self.request.features)) or "plain"
-        head = f"{self.request.cell}, {self.request.device}, {self.request.dtype}, {features}: runs on {self.chosen}"
+        cell, request = spec_of(self.request.cell).name, self.request
+        head = f"{cell}, {request.device}, {request.dtype}, {features}: runs on {self.chosen}"
         table = [("backend", "can it run this?", "in auto"), *self.rows]
         widths = [max(len(row[k]) for row in table) for k in range(3)]
         lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table)

@@ -19,6 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adjoint import saved_backward
+from .cell_table import CellSpec, spec_of
+from .program import run
+
 LN_EPS = 1e-5
 LEAKY_SLOPE = 0.01
 
@@ -34,6 +38,13 @@ class Equations(NamedTuple):
     forward: Callable
     total: Callable  # the identity unless one state feeds another within the step
     backward: Callable  # takes dsaved, the gradient of `saved` itself, as a last argument under create_graph
+
+
+class Beside(NamedTuple):
+    """What a user's cell reads beside its gates and states, in place of the LSTM's layer norm."""
+
+    parameters: tuple[Tensor, ...]  # [H] each
+    inputs: tuple[Tensor, ...]  # [B, H] each: of this step
 
 
 class LayerNorm(NamedTuple):
@@ -168,6 +179,44 @@ EQUATIONS: dict[str, Equations] = {
     "gru": Equations(gru_forward, _identity_total, gru_backward),
     **{f"rnn_{name}": _rnn_equations(name) for name in ACTIVATIONS},
 }
+
+
+def equations_of(cell: str) -> Equations:
+    """The equations of a built-in cell, or those that run the program of a user's cell.
+
+    There the fourth argument is a `Beside`, gh is None where the cell is not recurrent, and `backward` returns a fourth
+    result: the gradients of the cell's parameters, at this step, and of its inputs, side by side `[B, (Q+N)*H]`.
+    """
+    found = EQUATIONS.get(cell)
+    return _program_equations(spec_of(cell)) if found is None else found
+
+
+def _program_equations(spec: CellSpec) -> Equations:
+    G, S, K = len(spec.gates), len(spec.states), len(spec.saved)
+
+    def forward(gx: Tensor, gh: Tensor | None, state_prev, beside: Beside):
+        state_prev = tuple(state_prev)
+        acc = state_prev[0].dtype
+        gates = gx.to(acc).chunk(G, -1) + (() if gh is None else gh.chunk(G, -1))
+        found = run(spec.program.forward, (*gates, *state_prev, *beside.parameters, *beside.inputs))
+        return tuple(found[:S]), torch.cat(found[S:], -1)
+
+    def total(saved: Tensor, state_prev, dstate, beside: Beside):
+        planes = (*saved.chunk(K, -1), *state_prev, *dstate, *beside.parameters, *beside.inputs)
+        return tuple(run(spec.program.total, planes))
+
+    def backward(saved: Tensor, state_prev, dstate, beside: Beside, dsaved: Tensor | None = None):
+        before, after = (*saved.chunk(K, -1), *state_prev), (*beside.parameters, *beside.inputs)
+        found = run(spec.program.backward, (*before, *dstate, *after))
+        if dsaved is not None:
+            more = run(saved_backward(spec), (*before, *dsaved.chunk(K, -1), *after))
+            found = [a + b for a, b in zip(found, more, strict=True)]
+        D = G * (1 + spec.distinct_dgh)
+        dgx, dprev, dcell = torch.cat(found[:G], -1), tuple(found[D : D + S]), found[D + S :]
+        dgh = torch.cat(found[G:D], -1) if spec.distinct_dgh else dgx
+        return dgx, dgh, dprev, torch.cat(dcell, -1) if dcell else None
+
+    return Equations(forward, total, backward)
 
 
 def row_norm(x: Tensor) -> Tensor:

@@ -55,13 +55,13 @@ def gru(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
 def rnn(input, hx, params: Mapping[str, Tensor], *, nonlinearity="tanh", backend=None, **options):
     """A (stacked, bidirectional) Elman RNN, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh); arguments as for `gru`.
 
-    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01) or "elu" (alpha 1).
+    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1) or a pointwise function.
     """
     return recurrent(rnn_cell(nonlinearity), input, hx, params, backend, **options)
 
 
 def recurrent(
-    cell: str,
+    cell,
     input,
     hx,
     params: Mapping[str, Tensor],
@@ -73,11 +73,16 @@ def recurrent(
     watch=None,
     **options,
 ):
-    """A network of any cell of the cell table, by its name; arguments and result as of `lstm`.
+    """A network of any cell; arguments and result as of `lstm`.
+
+    `cell`: the name of a built-in one, or what `fastrnn.cell` made. The inputs of a user's cell are keyword arguments;
+    its parameters are in `params` under their names (`alpha_l0`). With more than two states, `return_cells` gives a
+    tuple: every state but the first, at every step.
 
     `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
     of it; `watch.end(note, call, y, states)` is told what came out.
     """
+    cell = getattr(cell, "text", cell)
     call = check(
         cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, return_layers=return_layers,
         **options,
@@ -155,7 +160,7 @@ def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatc
 
 def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers: bool = False, step: bool = False):
     """A whole call on a scan: the output, the final states, c of every step and the outputs of the layers below."""
-    x, (h0, *others), lengths = call.x, call.states, call.lengths
+    x, (h0, *others), lengths, step_inputs = call.x, call.states, call.lengths, call.step_inputs
     h_dtype = c_dtype = x.dtype
     device = x.device.type
     if call.packed is not None:
@@ -170,18 +175,26 @@ def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers
         h_dtype, c_dtype = _autocast_dtypes(call, dtype, step)
         x, h0 = x.to(dtype), h0.to(dtype)
         params = {name: p.to(dtype) for name, p in params.items()}
+        step_inputs = tuple(one.to(dtype) for one in step_inputs)
     with without_autocast(device):
         y, states, c, below = stack.run(
             x, (h0, *others), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
-            keep_c=keep_c, keep_layers=keep_layers, backend=backend,
+            step_inputs=step_inputs, keep_c=keep_c, keep_layers=keep_layers, backend=backend,
         )  # fmt: skip
     ys = [v.to(h_dtype) for v in (*(below or ()), y)]
     states = (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
-    c = None if c is None else c.to(c_dtype)
+    c = _each(lambda one: one.to(c_dtype), c)
     if call.packed is not None:
         ys = [pack(v, sizes, positions).data for v in ys]
-        c = None if c is None else pack(c, sizes, positions).data
+        c = _each(lambda one: pack(one, sizes, positions).data, c)
     return ys[-1], states, c, None if below is None else tuple(ys[:-1])
+
+
+def _each(function, c):
+    """`function` of c, of each of a tuple, or None of None."""
+    if c is None:
+        return None
+    return tuple(map(function, c)) if isinstance(c, tuple) else function(c)
 
 
 def _autocast_dtypes(call: Call, dtype: torch.dtype, step: bool) -> tuple[torch.dtype, torch.dtype]:
@@ -223,7 +236,7 @@ def _present(call: Call, input, y, states, c, below, batch_first: bool):
         y = y.transpose_(0, 1)
     else:
         y = in_layout(y)
-    extras = () if c is None else (in_layout(c),)
+    extras = () if c is None else (_each(in_layout, c),)
     if below is not None:
         extras = (*extras, (*map(in_layout, below), y))
     return (y, states[0] if len(states) == 1 else states, *extras)

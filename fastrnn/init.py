@@ -4,10 +4,10 @@
     fastrnn.init.chrono_(rnn, t_max=200)
 
 torch.nn stacks the gates of a cell in one matrix `[G*H, I]`. Drawn as a whole, it has the wrong fan-out and is
-orthogonal across the gates. Every function here takes fastrnn's and torch.nn's LSTM, GRU, RNN and their cells, or any
-model that contains some, and initialises all of them, every layer and direction. It writes in place, so that optimisers
-and shared weights see the new values, draws from torch's global generator, returns the module, and changes only the
-parameters of its row:
+orthogonal across the gates. Every function here takes fastrnn's and torch.nn's LSTM, GRU, RNN and their cells, and
+`fastrnn.Recurrent`, or any model that contains some, and initialises all of them, every layer and direction. It writes
+in place, so that optimisers and shared weights see the new values, draws from torch's global generator, returns the
+module, and changes only the parameters of its row:
 
 | function       | changes                          | on            |
 |----------------|----------------------------------|---------------|
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import torch_nn
-from .cells import CELLS
-from .modules import _Cell, _Recurrent, has_computed_weights
+from .cell_table import CELLS, spec_of
+from .modules import GRU, LSTM, _Cell, _Recurrent, has_computed_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -46,7 +46,7 @@ class _Layer(NamedTuple):
 
     cell: str
     W_ih: dict[str, Tensor]
-    W_hh: dict[str, Tensor]
+    W_hh: dict[str, Tensor]  # empty in a cell that is not recurrent
     b_ih: dict[str, Tensor]  # empty without biases
     b_hh: dict[str, Tensor]
     W_hr: Tensor | None  # [P, H]
@@ -55,7 +55,7 @@ class _Layer(NamedTuple):
 def _cell(module: nn.Module) -> str | None:
     """The name in the cell table; None for a module that is not recurrent."""
     if isinstance(module, (_Recurrent, _Cell)):
-        return module._cell
+        return module._cell  # of a Recurrent, its text
     if isinstance(module, torch_nn.RNNBase):
         return module.mode.lower()
     if isinstance(module, torch_nn.RNNCell):
@@ -63,24 +63,30 @@ def _cell(module: nn.Module) -> str | None:
     return "lstm" if isinstance(module, torch_nn.LSTMCell) else "gru" if isinstance(module, torch_nn.GRUCell) else None
 
 
-def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS), biases: bool = False) -> list[_Layer]:
-    """All layers and directions of all recurrent modules; raises the ValueErrors described at the top of this file."""
+def _layers(model: nn.Module, function: str, cells: Sequence[str] = (), biases: bool = False) -> list[_Layer]:
+    """All layers and directions of all recurrent modules; raises the ValueErrors described at the top of this file.
+
+    `cells`: those that the function is for; all, if it names none.
+    """
     found = [(name, module, _cell(module)) for name, module in model.named_modules() if _cell(module)]
     if not found:
         raise ValueError(f"{function}: {type(model).__name__} holds no LSTM, GRU, RNN or cell of fastrnn or torch.nn")
     layers = []
     for name, module, cell in found:
         where = f"{function}: {name or 'the model'} ({type(module).__name__})"
-        if cell not in cells:
-            raise ValueError(f"{where} is of cell {cell!r}; this initialisation is for {', '.join(cells)}")
+        kind = "lstm" if isinstance(module, LSTM) else "gru" if isinstance(module, GRU) else cell
+        if cells and kind not in cells:
+            raise ValueError(
+                f"{where} is of cell {spec_of(cell).name!r}; this initialisation is for {', '.join(cells)}"
+            )
         if biases and not module.bias:
             raise ValueError(f"{where} has no biases, which this initialisation sets: build it with bias=True")
         if is_parametrized(module):
             raise ValueError(f"{where} has parametrized weights: initialise it before you parametrize it")
-        parameters, gates = dict(module.named_parameters(recurse=False)), CELLS[cell].gates
+        parameters, gates = dict(module.named_parameters(recurse=False)), spec_of(cell).gates
         if has_computed_weights(module):
             raise ValueError(f"{where} has weights that hooks or a wrapper compute (pruning, say): initialise first")
-        for end in (key.removeprefix("weight_hh") for key in parameters if key.startswith("weight_hh")):
+        for end in (key.removeprefix("weight_ih") for key in parameters if key.startswith("weight_ih")):
             split = {
                 kind: dict(zip(gates, parameters[kind + end].split(module.hidden_size), strict=True))
                 for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -88,8 +94,8 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = tuple(CELLS)
             }
             layers.append(
                 _Layer(
-                    cell, split["weight_ih"], split["weight_hh"], split.get("bias_ih", {}), split.get("bias_hh", {}),
-                    parameters.get("weight_hr" + end),
+                    cell, split["weight_ih"], split.get("weight_hh", {}), split.get("bias_ih", {}),
+                    split.get("bias_hh", {}), parameters.get("weight_hr" + end),
                 )
             )  # fmt: skip
     return layers
@@ -134,14 +140,16 @@ def kaiming_(module: Module) -> Module:
     """Each gate's block of W_ih `[H, I]` and W_hh `[H, H]`: U(-a, a) with a = gain sqrt(3 / fan_in).
 
     The gain is that of the gate's activation: logistic 1, tanh 5/3, ReLU sqrt(2), leaky ReLU sqrt(2 / (1 + 0.01²)),
-    ELU 1.245 (1 / sqrt(E[elu(z)²]) over a standard normal z). A projection's W_hr has gain 1. W_hh is applied T times,
+    ELU 1.245 (1 / sqrt(E[elu(z)²]) over a standard normal z). A projection's W_hr has gain 1, and so have the gates of
+    a user's cell, whose activations are not known. W_hh is applied T times,
     so that a gain above 1 compounds: for long sequences, call `orthogonal_` or `identity_` afterwards.
     K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", 2015.
     """
     for layer in _layers(module, "kaiming_"):
         for gates in (layer.W_ih, layer.W_hh):
             for gate, block in gates.items():
-                nn.init.kaiming_uniform_(block, nonlinearity="linear").mul_(_gain(ACTIVATION.get(gate, "sigmoid")))
+                activation = ACTIVATION.get(gate, "sigmoid") if layer.cell in CELLS else "sigmoid"
+                nn.init.kaiming_uniform_(block, nonlinearity="linear").mul_(_gain(activation))
         if layer.W_hr is not None:
             nn.init.kaiming_uniform_(layer.W_hr, nonlinearity="linear")
     return module
@@ -215,9 +223,9 @@ def chrono_(module: Module, t_max: float) -> Module:
     if not 2 <= t_max < math.inf:
         raise ValueError(f"t_max should be a finite number of steps, at least 2, got {t_max}")
     for layer in _layers(module, "chrono_", ("lstm", "gru"), biases=True):
-        keep = "f" if layer.cell == "lstm" else "z"
+        keep = "f" if "f" in layer.b_ih else "z"
         bias = nn.init.uniform_(torch.empty_like(layer.b_ih[keep]), 1, t_max - 1).log_()
         _set_bias(layer, keep, bias)
-        if layer.cell == "lstm":
+        if keep == "f":
             _set_bias(layer, "i", -bias)
     return module

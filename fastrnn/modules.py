@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional
-from .cells import CELLS, layer_shapes, network_shapes
+from .activations import cell_of
+from .cell_table import CELLS, layer_shapes, network_shapes, spec_of
 from .linear import tracing
 from .subclassing import ForSubclasses
 
@@ -40,11 +41,18 @@ EXTRAS = {
     "clip_state_grad_value": None,
     "backend": None,
 }
+ACTIVATIONS = {"activation": "tanh", "gate_activation": "sigmoid"}
+"""Of an LSTM and a GRU, torch.nn's."""
 _extras, _NO_EXTRAS = attrgetter(*EXTRAS), tuple(EXTRAS.values())
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
     *(name for name in EXTRAS if name not in ("layer_norm", "backend")),
 )  # fmt: skip
+
+
+def _shown(value) -> str:
+    """A setting as it is shown: a function by its name."""
+    return getattr(value, "__name__", str(value))
 
 
 def _uniform(module: nn.Module, hidden_size: int) -> None:
@@ -152,7 +160,7 @@ class _Recurrent(ForSubclasses, nn.Module):
     @property
     def mode(self) -> str:
         """The cell as torch.nn names it: LSTM, GRU, RNN_TANH, ..."""
-        return self._cell.upper()
+        return spec_of(self._cell).name.upper()
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -232,10 +240,10 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        for name, default in {**PLAIN, **EXTRAS}.items():
-            value = getattr(self, name)
+        for name, default in {**PLAIN, **EXTRAS, **ACTIVATIONS, "nonlinearity": "tanh"}.items():
+            value = getattr(self, name, default)
             if isinstance(value, Tensor) or value != default:
-                parts.append(f"{name}={value}")
+                parts.append(f"{name}={_shown(value)}")
         return ", ".join(parts)
 
 
@@ -286,6 +294,14 @@ class RNNBase(_Recurrent):
         return self._mode.lower()
 
 
+def _set_activations(module: nn.Module, **activations) -> None:
+    """Before its constructor. A module among them is not to become a submodule."""
+    for name, activation in activations.items():
+        object.__setattr__(module, name, activation)
+    if activations != ACTIVATIONS:
+        module._cell = cell_of(type(module)._cell, **activations).text
+
+
 class LSTM(RNNBase):
     __doc__ = (
         """Long short-term memory, in place of torch.nn.LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
@@ -293,12 +309,19 @@ class LSTM(RNNBase):
         i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(..),  c' = f c + i g,  h' = o tanh(c')
 
     Input and output `[T, B, I] -> [T, B, D*P]`, states `h [L*D, B, P]`, `c [L*D, B, H]`; P = proj_size or H.
-    `proj_size`: h' is replaced by W_hr h' (Sak et al. 2014).
+    `proj_size`: h' is replaced by W_hr h' (Sak et al. 2014). `activation`, `gate_activation`: in place of the two tanh
+    and of sigmoid, a name of `fastrnn.activations.ACTIVATIONS` or a pointwise function; without layer norm and
+    projection.
 """
         + _ARGUMENTS
     )
     _cell = "lstm"
-    __init__ = _Recurrent.__init__  # without a mode
+
+    def __init__(self, *args: Any, activation="tanh", gate_activation="sigmoid", **kwargs: Any) -> None:
+        _set_activations(self, activation=activation, gate_activation=gate_activation)
+        _Recurrent.__init__(self, *args, **kwargs)
+        if self._cell != "lstm" and (self.layer_norm or self.proj_size):
+            raise ValueError("layer_norm and proj_size are for the LSTM with torch.nn's activations")
 
 
 class GRU(RNNBase):
@@ -307,13 +330,15 @@ class GRU(RNNBase):
 
         r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h' = n + z (h - n)
 
-    Input and output `[T, B, I] -> [T, B, D*H]`, state `h [L*D, B, H]`.
+    Input and output `[T, B, I] -> [T, B, D*H]`, state `h [L*D, B, H]`. `activation`, `gate_activation`: in place of
+    tanh and sigmoid, a name of `fastrnn.activations.ACTIVATIONS` or a pointwise function.
 """
         + _ARGUMENTS
     )
     _cell = "gru"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, activation="tanh", gate_activation="sigmoid", **kwargs: Any) -> None:
+        _set_activations(self, activation=activation, gate_activation=gate_activation)
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
 
@@ -324,31 +349,34 @@ class RNN(RNNBase):
         h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh)
 
     Input and output `[T, B, I] -> [T, B, D*H]`, state `h [L*D, B, H]`. `nonlinearity` (the fourth positional argument,
-    as in torch.nn): "tanh", "relu", "leaky_relu" (slope 0.01) or "elu" (alpha 1).
+    as in torch.nn): "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1), or a pointwise function.
 """
         + _ARGUMENTS
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > 3:
-            self.nonlinearity, args = args[3], args[:3] + args[4:]
+            nonlinearity, args = args[3], args[:3] + args[4:]
         else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        object.__setattr__(self, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
     @property
     def _cell(self) -> str:
         return checks.rnn_cell(self.nonlinearity)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
-
 
 def _show_arguments() -> None:
     """Gives GRU and RNN the signature that is documented. Their constructors take two orders, as torch.nn's do."""
     arguments = list(inspect.signature(_Recurrent.__init__).parameters.values())
+    first = [one for one in arguments if one.kind is not one.KEYWORD_ONLY]
+    last = arguments[len(first) :]
+    activations = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in ACTIVATIONS.items()]
+    LSTM.__init__.__signature__ = inspect.Signature([*first, *activations, *last])
     arguments = [one for one in arguments if one.name != "proj_size"]
-    GRU.__init__.__signature__ = inspect.Signature(arguments)
+    first = [one for one in first if one.name != "proj_size"]
+    GRU.__init__.__signature__ = inspect.Signature([*first, *activations, *last])
     fourth = inspect.Parameter("nonlinearity", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="tanh", annotation=str)
     arguments.insert([one.name for one in arguments].index("bias"), fourth)
     RNN.__init__.__signature__ = inspect.Signature(arguments)
@@ -421,7 +449,7 @@ class _Cell(nn.Module):
         parts = [f"{self.input_size}, {self.hidden_size}"]
         for name, default in (("bias", True), ("layer_norm", False), ("nonlinearity", "tanh"), ("backend", None)):
             if getattr(self, name, default) != default:
-                parts.append(f"{name}={getattr(self, name)}")
+                parts.append(f"{name}={_shown(getattr(self, name))}")
         return ", ".join(parts)
 
 
@@ -450,7 +478,7 @@ class RNNCell(_Cell):
         dtype=None,
         **extras: Any,
     ) -> None:
-        self.nonlinearity = nonlinearity
+        object.__setattr__(self, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
         super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .cells import CELLS
+from .cell_table import spec_of
 from .dispatch import backend
 from .modules import _Recurrent
 
@@ -111,7 +111,7 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
         ValueError: the module or the input is not as described.
     """
     _check_omega(module, input)
-    count = len(CELLS[module._cell].states)
+    count = len(spec_of(module._cell).states)
     if hx is None:
         states = [(input.new_zeros(1, input.shape[1], module.hidden_size),) * count]
     else:
@@ -218,7 +218,7 @@ class AdaptiveClip:
         Raises:
             ValueError: norms has another shape.
         """
-        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] not in {len(c.states) for c in CELLS.values()}:
+        if norms.dim() != 5 or norms.shape[1] != 2 or norms.shape[2] < 1:
             raise ValueError(f"norms should be [layers * directions, 2, states, T, B], got {list(norms.shape)}")
         total = norms[:, 0].float()  # [L*D, S, T, B]
         joint = reduce(torch.hypot, total.unbind(1))  # [L*D, T, B]

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
-from .cells import CELLS, PAD, RESET, START
+from .cell_table import PAD, RESET, START, spec_of
 from .equations import (
-    EQUATIONS,
     LN_EPS,
+    Beside,
     LayerNorm,
     accumulate_dtype,
+    equations_of,
     lstm_cell_state,
     lstm_output_backward,
     normalize,
@@ -52,7 +53,7 @@ def previous_state(states: Tensor, initial: Tensor, flags: Tensor | None, revers
 
 def by_state(cell: str, of_h: Tensor | None, of_others: Tensor | None) -> tuple[Tensor | None, ...]:
     """A tensor for each state of the cell: h's, then the planes of the others; None where there is none."""
-    others = len(CELLS[cell].states) - 1
+    others = len(spec_of(cell).states) - 1
     if others == 0:
         return (of_h,)
     return of_h, *([None for _ in range(others)] if of_others is None else of_others.chunk(others, -1))
@@ -77,6 +78,18 @@ def _layer_norm_of_c(inputs: ScanInputs, acc: torch.dtype) -> LayerNorm | None:
     return LayerNorm(inputs.ln_c_weight.to(acc).contiguous(), inputs.ln_c_bias.to(acc).contiguous())
 
 
+def _beside(cell: str, inputs: ScanInputs, T: int, acc: torch.dtype) -> list[LayerNorm | Beside | None]:
+    """What the equations get at each step beside gates and states (`equations.py`)."""
+    spec = spec_of(cell)
+    if spec.program is None:
+        ln_c = _layer_norm_of_c(inputs, acc)
+        return [ln_c for _ in range(T)]
+    Q, N = len(spec.parameters), len(spec.inputs)
+    parameters = inputs.parameters.to(acc).chunk(Q, -1) if Q else ()
+    steps = inputs.step_inputs.to(acc).unbind() if N else [None for _ in range(T)]
+    return [Beside(parameters, step.chunk(N, -1) if N else ()) for step in steps]
+
+
 class _Steps:
     """A `[T, ...]` tensor written step by step: in place, or as a list that is stacked where autograd has to follow."""
 
@@ -99,9 +112,9 @@ class _Steps:
 def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     """One layer in one direction. `save`: whether to keep the planes that the backward reads."""
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
-    T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), EQUATIONS[walk.cell].forward
+    T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
-    w_t, ln_c = w_hh.t(), _layer_norm_of_c(inputs, acc)
+    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk.cell, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
@@ -112,11 +125,13 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         operand = state[0].to(acc)
         if inputs.recurrent_mask is not None:
             operand = operand * inputs.recurrent_mask
-        if ln_hh is not None:
+        if w_t is None:
+            gh = None
+        elif ln_hh is not None:
             gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, LN_EPS)
         else:
             gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
-        new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), ln_c)
+        new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), beside[t])
         if w_hr is not None:
             new = (new[0] @ w_hr.t(), *new[1:])
         new = [
@@ -175,10 +190,11 @@ def backward(
     `differentiable`: autograd can follow into every float tensor, but not into the norms.
     """
     saved, flags, mask = kept.saved, inputs.flags, inputs.recurrent_mask
-    T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), CELLS[walk.cell]
-    cell_total, cell_backward = EQUATIONS[walk.cell].total, EQUATIONS[walk.cell].backward
+    T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), spec_of(walk.cell)
+    _, cell_total, cell_backward = equations_of(walk.cell)
     w_hh, w_hr, ln_hh, clip_norm = _to(acc, inputs.w_hh, inputs.w_hr, inputs.ln_hh, inputs.clip_norm)
-    ln_c = _layer_norm_of_c(inputs, acc)
+    beside = _beside(walk.cell, inputs, T, acc)
+    ln_c = None if inputs.ln_c_weight is None else beside[0]
     before = by_state(
         walk.cell,
         previous_state(kept.y, inputs.h0, flags, walk.reverse),
@@ -197,7 +213,7 @@ def backward(
     if ln_hh is not None:
         operand = before[0].to(acc) if mask is None else before[0].to(acc) * mask
         gh_hat, gh_rstd = normalize(operand @ w_hh.t())
-    dgx, dgh, dh_new, dgh_raw = (_Steps(T, saved.dtype, differentiable) for _ in range(4))
+    dgx, dgh, dh_new, dgh_raw, dcell = (_Steps(T, saved.dtype, differentiable) for _ in range(5))
     tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 
     for t in _order(T, not walk.reverse):
@@ -207,11 +223,11 @@ def backward(
         )
         dstate = tuple(carry if d is None else carry + d[t].to(acc) for carry, d in zip(carried, arriving, strict=True))
 
-        def through_cell(dstate, zone=zone, saved_t=saved_t, state_prev=state_prev):
+        def through_cell(dstate, t=t, zone=zone, saved_t=saved_t, state_prev=state_prev):
             """dL/dh after zoneout, before the projection; the gradients of the cell's own outputs, `total` added."""
             to_cell = [d if z is None else d * (1 - z) for d, z in zip(dstate, zone, strict=True)]
             cell_h = to_cell[0] if w_hr is None else to_cell[0] @ w_hr
-            return to_cell[0], cell_total(saved_t, state_prev, (cell_h, *to_cell[1:]), ln_c)
+            return to_cell[0], cell_total(saved_t, state_prev, (cell_h, *to_cell[1:]), beside[t])
 
         to_cell, total = through_cell(dstate)
         if norms:
@@ -225,16 +241,21 @@ def backward(
             to_cell, dstate, total = to_cell * scale, tuple(d * scale for d in dstate), tuple(g * scale for g in total)
 
         extra = () if incoming.dsaved is None else (incoming.dsaved[t].to(acc),)
-        dgx_t, dgh_t, dprev = cell_backward(saved_t, state_prev, total, ln_c, *extra)
-        raw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
-        product = raw_t @ w_hh if mask is None else (raw_t @ w_hh) * mask
-        back = [product if dprev[0] is None else product + dprev[0], *dprev[1:]]
+        dgx_t, dgh_t, dprev, *rest = cell_backward(saved_t, state_prev, total, beside[t], *extra)
+        dcell_t = rest[0] if rest else None
+        raw_t, back = dgh_t, list(dprev)
+        if w_hh is not None:
+            raw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
+            product = raw_t @ w_hh if mask is None else (raw_t @ w_hh) * mask
+            back[0] = product if dprev[0] is None else product + dprev[0]
         back = [b if z is None else b + d * z for b, d, z in zip(back, dstate, zone, strict=True)]
         if reset[t] is not None:
             back = [b.masked_fill(reset[t], 0) for b in back]
         if pad[t] is not None:
             back = [torch.where(pad[t], carry, b) for carry, b in zip(carried, back, strict=True)]
-            dgx_t, dgh_t, raw_t, to_cell = (g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, raw_t, to_cell))
+            dgx_t, dgh_t, raw_t, to_cell, dcell_t = (
+                None if g is None else g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, raw_t, to_cell, dcell_t)
+            )
         carried = tuple(back)
         dgx[t] = dgx_t
         if spec.distinct_dgh:
@@ -243,6 +264,8 @@ def backward(
             dgh_raw[t] = raw_t
         if w_hr is not None or ln_c is not None:
             dh_new[t] = to_cell
+        if dcell_t is not None:
+            dcell[t] = dcell_t
 
     found = ScanGradients(
         dgx=dgx.tensor(),
@@ -250,6 +273,7 @@ def backward(
         dh0=carried[0].to(inputs.h0.dtype),
         dc0=as_planes(carried[1:]),
         dh_new=None if w_hr is None else dh_new.tensor(),
+        dcell=None if dcell_t is None else dcell.tensor(),
         norms=tap.masked_fill(_bit(flags, PAD).squeeze(-1), 0) if norms and flags is not None else tap,
     )
     if ln_hh is not None:

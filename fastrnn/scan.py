@@ -37,7 +37,7 @@ from .arguments import (
     has_directions,
     split,
 )
-from .cells import CELLS, PAD
+from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_cell_state, lstm_output
 from .linear import linear, tracing, transformed
@@ -155,16 +155,18 @@ def _gradients(
     backend = walk.backend if incoming.dsaved is None else "reference"
     flat = (*incoming, *kept, *inputs, *walk._replace(backend=backend), tapped)
     found = ScanGradients._make(_apply(ScanBackward, *flat) if again else ops.scan_backward(*flat))
-    dgh = found.dgh if CELLS[walk.cell].distinct_dgh or inputs.ln_hh is not None else found.dgx
-    h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
-    if inputs.recurrent_mask is not None:
-        h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
-    db_hh = None
+    dgh = found.dgh if spec_of(walk.cell).distinct_dgh or inputs.ln_hh is not None else found.dgx
+    dw_hh = db_hh = None
+    if inputs.w_hh is not None:
+        h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
+        if inputs.recurrent_mask is not None:
+            h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
+        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
     if biased:
         db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.ln_hh)
     of_inputs = NO_GRADIENT._replace(
         gx=found.dgx,
-        w_hh=_over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags),
+        w_hh=dw_hh,
         h0=found.dh0,
         c0=None if inputs.c0 is None else found.dc0,
         b_hh=db_hh,
@@ -173,6 +175,11 @@ def _gradients(
         ln_c_weight=_over_batch(found.dln_c_weight, inputs.ln_c_weight),
         ln_c_bias=_over_batch(found.dln_c_bias, inputs.ln_c_bias),
     )
+    if inputs.parameters is not None:
+        of_parameters = found.dcell[..., : inputs.parameters.shape[-1]]
+        of_inputs = of_inputs._replace(parameters=of_parameters.sum((-3, -2)))
+    if inputs.step_inputs is not None:
+        of_inputs = of_inputs._replace(step_inputs=found.dcell[..., -inputs.step_inputs.shape[-1] :])
     return of_inputs, found.norms if tapped else None
 
 

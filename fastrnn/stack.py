@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import ScanInputs, ScanOutputs, Walk
-from .cells import CELLS, PAD, RESET, START, suffixes
+from .cell_table import PAD, RESET, START, spec_of, suffixes
 from .dispatch import BACKENDS
 from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
@@ -33,7 +33,7 @@ class Options(NamedTuple):
     residual: bool = False
     locked_dropout: bool = False
     recurrent_dropout: float = 0.0
-    zoneout: tuple[float, ...] = (0.0,)  # for h, and for the LSTM's c
+    zoneout: tuple[float, ...] = (0.0,)  # for each state
     weight_dropout: float = 0.0
     clip_norm: float | Tensor | None = None
     clip_value: float | None = None
@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
 
 def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> Tensor | None:
-    """`lengths [B]` and `reset_mask [T, B]` as the flags `uint8 [T, B]` of one direction (see `cells.py`)."""
+    """`lengths [B]` and `reset_mask [T, B]` as the flags `uint8 [T, B]` of one direction (see `cell_table.py`)."""
     if lengths is None and reset_mask is None:
         return None
     device = (lengths if lengths is not None else reset_mask).device
@@ -91,22 +91,34 @@ class Direction(NamedTuple):
     tap: Tensor | None  # [2, S, T, B]
 
 
+def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor | None, T: int) -> Tensor | None:
+    """`_zoneout` for the states beyond h."""
+    others = options.zoneout[1:]
+    if c0 is None or not any(others):
+        return None
+    if len(set(others)) == 1:
+        return _zoneout(others[0], options.training, h0, (T, *c0.shape))
+    shape = (T, len(c0), c0.shape[-1] // len(others))
+    each = (_zoneout(p, options.training, h0, shape) for p in others)
+    return torch.cat([h0.new_zeros(shape) if one is None else one for one in each], -1)
+
+
 def _direction(
-    T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap
+    T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap, step_inputs
 ) -> Direction:
     """The parameters of one direction, and its masks, drawn."""
+    spec = spec_of(options.cell)
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
-    if b_hh is not None and not CELLS[options.cell].distinct_dgh:
+    if b_hh is not None and not spec.distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
     recurrent_mask = None
     if options.recurrent_dropout and options.training:
         recurrent_mask = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
     zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
-    # As many planes as there are states beyond h; they share one probability.
-    zone_c = None if c0 is None else _zoneout(options.zoneout[1], options.training, h0, (T, *c0.shape))
+    zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
     inputs = ScanInputs(
         gx=None,
-        w_hh=params[f"weight_hh_{name}"],
+        w_hh=params.get(f"weight_hh_{name}"),
         h0=h0,
         c0=c0,
         b_hh=b_hh,
@@ -118,6 +130,8 @@ def _direction(
         recurrent_mask=recurrent_mask,
         zone_h=zone_h,
         zone_c=zone_c,
+        parameters=torch.cat([params[f"{one}_{name}"] for one in spec.parameters]) if spec.parameters else None,
+        step_inputs=step_inputs,
         clip_norm=clip_norm,
     )
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), inputs, tap)
@@ -199,14 +213,15 @@ def run(
     lengths: Tensor | None,  # [B], on x's device, within [0, T]
     reset_mask: Tensor | None,  # bool [T, B]
     tap: Tensor | None,  # [L*D, 2, S, T, B]
+    step_inputs: tuple[Tensor, ...] = (),  # [L*D, T, B, H] each
     keep_c: bool,
     keep_layers: bool,
     backend: str,
 ):
     """y `[T, B, D*P]` of the last layer, the final states as `states`, c `[T, B, D*H]` of that layer, the other ys.
 
-    c is acc, and None without `keep_c`. The other ys are those of the layers below, before dropout; None without
-    `keep_layers`.
+    c is acc, and None without `keep_c`; a tuple where there are more than two states. The other ys are those of the
+    layers below, before dropout; None without `keep_layers`.
     """
     by_rows = isinstance(x, PackedSequence)
     # Not len(): torch.export before 2.13 makes a constant of it.
@@ -225,7 +240,7 @@ def run(
     elif clip_norm is not None:  # not copied from the host, which would wait for the GPU and fail in a CUDA graph
         clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
     # With these, a scan takes one direction at a time.
-    whole_rows = "weight_hr_l0" in params or "ln_hh_l0" in params
+    whole_rows = "weight_hr_l0" in params or "ln_ih_l0" in params
     side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
     walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
     final, outputs, before, below = [], [], None, []
@@ -236,7 +251,8 @@ def run(
             k = layer * len(names) + d
             h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states[1:]])
             tap_k = None if tap is None else tap[k]
-            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k))
+            given = as_planes([one[k] for one in step_inputs])
+            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k, given))
         if side_by_side:
             outputs = _both_directions(x, each, walks[0], keep_c)
         else:
@@ -256,5 +272,10 @@ def run(
     if len(states) > 1:
         c_n = torch.stack([out.c_n for out in final])
         others = (c_n,) if len(states) == 2 else c_n.chunk(len(states) - 1, -1)
-    c = torch.cat([out.c for out in outputs], -1) if keep_c else None
+    c = None
+    if keep_c and len(states) == 2:
+        c = torch.cat([out.c for out in outputs], -1)
+    elif keep_c:
+        each = (out.c.chunk(len(states) - 1, -1) for out in outputs)
+        c = tuple(torch.cat(planes, -1) for planes in zip(*each, strict=True))
     return y, (h_n, *others), c, below if keep_layers else None

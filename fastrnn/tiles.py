@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cells import CELLS
+from .cell_table import spec_of
 
 SHARED_MEMORY_SM80 = 163 * 1024  # bytes that one program can have; sm_90 has 227 KB
 WORKSPACE = 6 * 1024  # bytes of shared memory that a local program needs besides W_hh, at 16 rows
@@ -161,12 +161,13 @@ def choose(
     precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
     Raises ValueError for an unknown mode, and for a mode or dtype that cannot take this layer.
     """
-    gates, size = len(CELLS[cell].gates), dtype.itemsize
+    spec = spec_of(cell)
+    gates, size = len(spec.gates), dtype.itemsize
     tensor_cores = size == 2 or precision == "tf32"
     if mode not in (None, *MODES):
         raise ValueError(f"mode {mode!r} of the Triton scan; known are {', '.join(MODES)}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the Triton scan has no tile for a {cell} of {dtype}; it takes float32 and half types")
+        raise ValueError(f"the Triton scan has no tile for a {spec.name} of {dtype}; it takes float32 and half types")
     tile = None
     if mode in (None, "local"):
         tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
@@ -178,8 +179,8 @@ def choose(
         tile = _gemm(hidden_size)
     if tile is None:
         raise ValueError(
-            f"mode {mode!r} of the Triton scan cannot take a {cell} of {dtype}, hidden size {hidden_size} and batch "
-            f"size {batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no such "
-            f"tile (float32 products: {precision})"
+            f"mode {mode!r} of the Triton scan cannot take a {spec.name} of {dtype}, hidden size {hidden_size} and "
+            f"batch size {batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no "
+            f"such tile (float32 products: {precision})"
         )
     return tile

@@ -185,7 +185,7 @@ def rnn_elu_backward(saved, state_prev, dstate):
     return (dpre,), (dpre,), (tl.zeros_like(dpre),)
 
 
-# The three functions of each cell, under the names of `fastrnn.cells.CELLS`.
+# The three functions of each cell, under the names of `fastrnn.cell_table.CELLS`.
 EQUATIONS = {
     "lstm": (lstm_forward, lstm_total, lstm_backward),
     "gru": (gru_forward, identity_total, gru_backward),

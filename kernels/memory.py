@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The bits of fastrnn/cells.py.
+# The bits of fastrnn/cell_table.py.
 PAD = tl.constexpr(1)
 RESET = tl.constexpr(2)
 START = tl.constexpr(4)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from setups import H, random_inputs
 
 from fastrnn.arguments import ScanInputs
-from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.cell_table import CELLS, PAD, RESET, START
 
 T, B = 7, 4
 

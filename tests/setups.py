@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fastrnn
 from fastrnn import GradientMonitor
 from fastrnn.arguments import MASKS, IncomingGradients, Kept, ScanInputs, ScanOutputs
-from fastrnn.cells import CELLS, PAD, RESET, START
+from fastrnn.cell_table import CELLS, PAD, RESET, START, spec_of
 from fastrnn.dispatch import BACKENDS, Request
 from fastrnn.equations import accumulate_dtype
 
@@ -164,14 +164,14 @@ def make_flags(generator, T, B, reverse):
 def random_inputs(
     cell, features=(), *, sizes, projection=None, reverse=False, dtype=torch.float64, device="cpu", bias=True, seed=0
 ) -> ScanInputs:
-    """Random arguments of one direction. features: out of FEATURES; zone_c, projection only where the cell has a c.
+    """Random arguments of one direction. features: out of FEATURES; projection only for the LSTM.
 
     sizes: (T, B, H). projection: P; H // 2, rounded up, unless given.
     """
-    (T, B, H), spec, generator = sizes, CELLS[cell], torch.Generator().manual_seed(seed)
+    (T, B, H), spec, generator = sizes, spec_of(cell), torch.Generator().manual_seed(seed)
     G, acc, others = len(spec.gates) * H, accumulate_dtype(dtype), len(spec.states) - 1
-    P = (projection or (H + 1) // 2) if "projection" in features and "c" in spec.states else H
-    norm, norm_c = "layer_norm" in features, "layer_norm" in features and "c" in spec.states
+    P = (projection or (H + 1) // 2) if "projection" in features and cell == "lstm" else H
+    norm, norm_c = "layer_norm" in features and spec.recurrent, "layer_norm" in features and cell == "lstm"
 
     def randn(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -182,10 +182,10 @@ def random_inputs(
     keep = (torch.rand(B, P, generator=generator) < 0.5).to(device, dtype)
     return ScanInputs(
         gx=randn(T, B, G),
-        w_hh=randn(G, P) / P**0.5,
+        w_hh=randn(G, P) / P**0.5 if spec.recurrent else None,
         h0=randn(B, P),
         c0=randn(B, others * H, dtype=acc) if others else None,
-        b_hh=randn(G) if bias else None,
+        b_hh=randn(G) if bias and spec.recurrent else None,
         w_hr=randn(P, H) / H**0.5 if P != H else None,
         ln_hh=1 + 0.3 * randn(G) if norm else None,
         ln_c_weight=1 + 0.3 * randn(H) if norm_c else None,
@@ -194,6 +194,8 @@ def random_inputs(
         recurrent_mask=2 * keep if "recurrent_mask" in features else None,
         zone_h=zone(P) if "zone_h" in features else None,
         zone_c=zone(others * H) if "zone_c" in features and others else None,
+        parameters=randn(len(spec.parameters) * H) if spec.parameters else None,
+        step_inputs=randn(T, B, len(spec.inputs) * H) if spec.inputs else None,
         # A bound that some of the gradients of `random_incoming` exceed.
         clip_norm=torch.tensor(0.9 * H**0.5, dtype=acc, device=device) if "clip_norm" in features else None,
     )

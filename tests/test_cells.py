@@ -8,7 +8,7 @@ from setups import MASKS, every_cell, kept_of, needs_cpu_library, random_inputs
 
 from fastrnn.arguments import IncomingGradients, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.equations import EQUATIONS, LayerNorm
 from fastrnn.kernels.cells import EQUATIONS as TRITON
 from fastrnn.scan import scan

@@ -7,7 +7,7 @@ from setups import MASKS, H, I, agree, every_backend, every_kind, make, random
 
 import fastrnn
 from fastrnn.arguments import ScanInputs, Walk
-from fastrnn.cells import CELLS, RESET
+from fastrnn.cell_table import CELLS, RESET
 from fastrnn.scan import scan
 
 WEIGHTS = ("w_hh", "b_hh", "w_hr", "ln_hh", "ln_c_weight", "ln_c_bias")

@@ -17,7 +17,7 @@ import torch
 
 from fastrnn import tiles
 from fastrnn.arguments import MASKS
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from scripts import without_interpreter
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -9,7 +9,7 @@ import torch
 
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cpu
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.equations import EQUATIONS, LayerNorm
 
 if cpu.MISSING is not None:

@@ -23,7 +23,7 @@ from emulated import CXX, Emulator, compiled
 
 from fastrnn.arguments import MASKS, IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cuda, reference
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.dispatch import Request
 from problems import in_one_call, same_bits
 

@@ -5,7 +5,7 @@ import torch
 from cuda_problems import BY_CLUSTER, TOLERANCE, Problem, check, each_alone, exact_problem, extras_of
 
 from fastrnn.backends import cuda, reference
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from problems import in_one_call, same_bits
 
 

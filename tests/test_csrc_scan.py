@@ -9,7 +9,7 @@ from setups import MASKS, every_cell, random_incoming, random_inputs
 
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
-from fastrnn.cells import PAD
+from fastrnn.cell_table import PAD
 
 if cpu.MISSING is not None:
     pytest.skip(f"csrc: {cpu.MISSING}", allow_module_level=True)

@@ -11,7 +11,7 @@ import fastrnn
 from fastrnn import stack
 from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.dispatch import BACKENDS
 from fastrnn.scan import scan
 

@@ -77,7 +77,7 @@ def test_the_rest_of_the_plain_calls_and_short_packed_ones_stay_with_torch(gradi
             assert chosen(module, packed(fewest - 1, 1)) == "aten"
 
 
-@pytest.mark.parametrize("cell", fastrnn.cells.CELLS)
+@pytest.mark.parametrize("cell", fastrnn.cell_table.CELLS)
 @pytest.mark.parametrize("projection", [0, 4])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @with_and_without_gradients

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import fastrnn
 from fastrnn import init
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 
 I, H = 64, 256
 """One gate's block holds at least 16,384 weights: the variance of that many uniform draws is known to 0.7 %."""

@@ -14,7 +14,7 @@ from fastrnn import tiles
 from fastrnn.arguments import IncomingGradients, Kept, ScanInputs
 from fastrnn.backends import reference, sequence
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS, CellSpec
+from fastrnn.cell_table import CELLS, CellSpec
 from fastrnn.dispatch import FEATURES, Request
 from fastrnn.kernels.barrier import arrive, unless_stuck, wait
 from fastrnn.kernels.cells import sigmoid, tanh

@@ -7,7 +7,7 @@ from setups import ZONES, mostly_slow
 from fastrnn import tiles
 from fastrnn.backends import gemm_step
 from fastrnn.backends import triton as launcher
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from problems import GEMM, HALF, SMALL, WHOLE, Problem, check, check_against_reference
 
 # numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.

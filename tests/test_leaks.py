@@ -9,7 +9,7 @@ import fastrnn
 from fastrnn import scan
 from fastrnn.arguments import Walk
 from fastrnn.backends import cpu, reference
-from fastrnn.cells import CELLS, PAD
+from fastrnn.cell_table import CELLS, PAD
 
 T, B, I, H = 5, 4, 3, 4
 LENGTHS = torch.tensor([5, 0, 3, 4])  # sequence 1 has no step, so that its initial state is only handed on

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrnn.arguments import IncomingGradients, ScanInputs, ScanOutputs, Walk
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.scan import scan
 
 T, B = 4, 3

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from setups import CPU_REASON, needs_cpu_library
 
 import fastrnn
-from fastrnn.cells import CELLS
+from fastrnn.cell_table import CELLS
 from fastrnn.dispatch import BACKENDS, Request
 
 pytestmark = pytest.mark.usefixtures("poisoned")

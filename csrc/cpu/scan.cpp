@@ -14,7 +14,7 @@ namespace {
 
 using ScanOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ScanGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class F>
 auto with_cell_and_dtype(const std::string& cell, const char* name, const Tensor& t, const F& f) {
@@ -76,6 +76,7 @@ ScanGradients backward(const IncomingGradients& incoming, const Kept& kept, cons
            dln_hh = call.template output<A>(ln_hh, {B, width});
     Tensor dln_c_weight = call.template output<A>(ln_c, {B, H}),
            dln_c_bias = call.template output<A>(ln_c, {B, H});
+    Tensor dcell = call.template output<Storage>(false, {0});
     Tensor norms = call.template output<A>(with_norms, {2, Cell::states, T, B});
 
     BackwardScan<Cell, Storage> scan;
@@ -100,30 +101,38 @@ ScanGradients backward(const IncomingGradients& incoming, const Kept& kept, cons
     scan.dln_c_bias = output_view<A>(dln_c_bias);
     scan.norms = with_norms ? static_cast<A*>(norms.mutable_data_ptr()) : nullptr;
     call.run(scan, Cell::gates);
-    return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, norms);
+    return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, norms);
   });
 }
 
+void check_built_in(const Optional& w_hh, const Optional& parameters, const Optional& step_inputs) {
+  check(w_hh.has_value() && !parameters.has_value() && !step_inputs.has_value(),
+        "a built-in cell needs w_hh, and takes no parameters and no step_inputs");
+}
+
 // Python passes the tuples of fastrnn/arguments.py as they are: that is why some arguments are not used.
-ScanOutputs scan_forward(Tensor gx, Tensor w_hh, Tensor h0, Optional c0, Optional b_hh, Optional w_hr,
+ScanOutputs scan_forward(Tensor gx, Optional w_hh, Tensor h0, Optional c0, Optional b_hh, Optional w_hr,
                          Optional ln_hh, Optional ln_c_weight, Optional ln_c_bias, Optional flags,
-                         Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional clip_norm,
-                         std::string cell, bool reverse, std::string /*backend*/,
-                         std::optional<double> /*clip_value*/, bool save) {
+                         Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional parameters,
+                         Optional step_inputs, Optional clip_norm, std::string cell, bool reverse,
+                         std::string /*backend*/, std::optional<double> /*clip_value*/, bool save) {
+  check_built_in(w_hh, parameters, step_inputs);
   return forward(gx,
-                 {w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
+                 {*w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
                   zone_c, clip_norm},
                  cell, reverse, save);
 }
 
 ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc_n, Optional dsaved, Tensor y,
-                            Optional c, Tensor saved, Optional /*gx*/, Tensor w_hh, Tensor h0, Optional c0,
+                            Optional c, Tensor saved, Optional /*gx*/, Optional w_hh, Tensor h0, Optional c0,
                             Optional b_hh, Optional w_hr, Optional ln_hh, Optional ln_c_weight,
                             Optional ln_c_bias, Optional flags, Optional recurrent_mask, Optional zone_h,
-                            Optional zone_c, Optional clip_norm, std::string cell, bool reverse,
-                            std::string /*backend*/, std::optional<double> clip_value, bool norms) {
+                            Optional zone_c, Optional parameters, Optional step_inputs, Optional clip_norm,
+                            std::string cell, bool reverse, std::string /*backend*/,
+                            std::optional<double> clip_value, bool norms) {
+  check_built_in(w_hh, parameters, step_inputs);
   return backward({dy, dc, dh_n, dc_n, dsaved}, {y, c, saved},
-                  {w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
+                  {*w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
                    zone_c, clip_norm},
                   cell, reverse, clip_value, norms);
 }
@@ -131,10 +140,10 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
 }  // namespace
 }  // namespace fastrnn
 
-#define FASTRNN_INPUTS                                                                                   \
-  "Tensor w_hh, Tensor h0, Tensor? c0, Tensor? b_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? ln_c_weight, " \
-  "Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, Tensor? zone_h, Tensor? zone_c, "           \
-  "Tensor? clip_norm, "
+#define FASTRNN_INPUTS                                                                                    \
+  "Tensor? w_hh, Tensor h0, Tensor? c0, Tensor? b_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? ln_c_weight, " \
+  "Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, Tensor? zone_h, Tensor? zone_c, "            \
+  "Tensor? parameters, Tensor? step_inputs, Tensor? clip_norm, "
 #define FASTRNN_WALK "str cell, bool reverse, str backend, float? clip_value, "
 
 // The schemas of fastrnn/ops.py: shapes and meaning are in fastrnn/arguments.py.
@@ -145,7 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
       "scan_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved, "
       "Tensor y, Tensor? c, Tensor saved, Tensor? gx, " FASTRNN_INPUTS FASTRNN_WALK
       "bool norms) -> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh_new, Tensor db_hh, "
-      "Tensor dln_hh, Tensor dln_c_weight, Tensor dln_c_bias, Tensor norms)");
+      "Tensor dln_hh, Tensor dln_c_weight, Tensor dln_c_bias, Tensor dcell, Tensor norms)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {

@@ -14,7 +14,7 @@
 
 namespace fastrnn {
 
-// Bits of the flags, as in fastrnn/cells.py.
+// Bits of the flags, as in fastrnn/cell_table.py.
 constexpr uint8_t pad = 1, reset = 2, start = 4;
 
 // [T, B, columns]; data is null where the tensor does not exist.

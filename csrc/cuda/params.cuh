@@ -10,7 +10,7 @@
 
 namespace fastrnn {
 
-// Bits of flags, as in fastrnn/cells.py.
+// Bits of flags, as in fastrnn/cell_table.py.
 constexpr int pad = 1;    // the step does not exist: the state is carried unchanged, the output is zero
 constexpr int reset = 2;  // the state before this step is zero, and no gradient crosses
 constexpr int start = 4;  // the state before this step is the initial state

@@ -22,7 +22,7 @@ from ..arguments import (
     empty_gradients,
     empty_outputs,
 )
-from ..cells import CELLS
+from ..cell_table import CELLS, spec_of
 from ..equations import row_norm
 from . import extension
 
@@ -37,6 +37,8 @@ SUPPORTED_INPUTS = ("gx", "w_hh", "h0", "c0", "b_hh", "flags", "clip_norm")
 
 def why_not(request) -> str | None:
     unsupported = [name for name in UNSUPPORTED if name in request.features]
+    if request.cell not in CELLS:
+        return f"its kernels are written by hand for the built-in cells, and {spec_of(request.cell).name} is a user's"
     return (
         extension.why_not(request, "cuda", MISSING)
         or (f"its kernels have no {', '.join(unsupported)}" if unsupported else None)
@@ -54,13 +56,15 @@ def _why_not_dtype(dtype: torch.dtype) -> str | None:
 
 
 def _why_not_size(cell: str, hidden_size: int, batch: int) -> str | None:
-    if batch * len(CELLS[cell].saved) * hidden_size >= 2**31:
+    if batch * len(spec_of(cell).saved) * hidden_size >= 2**31:
         return "a step of the batch is too large for its 32-bit offsets"
     return None
 
 
 def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
     """Why the kernels cannot run a scan of these tensors, which `why_not` could not see."""
+    if walk.cell not in CELLS:
+        return "its kernels are written by hand for the built-in cells"
     unsupported = [n for n, x in inputs._asdict().items() if x is not None and n not in SUPPORTED_INPUTS]
     if unsupported:
         return f"its kernels have no {', '.join(unsupported)}"
@@ -138,7 +142,7 @@ def backward(incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: 
     partial_norms = None  # of the units of each thread block
     if norms:
         *D, T, B, _ = k.y.shape
-        shape = (*D, 2, len(CELLS[walk.cell].states), T, B, _group_size(walk.cell, i.w_hh))
+        shape = (*D, 2, len(spec_of(walk.cell).states), T, B, _group_size(walk.cell, i.w_hh))
         partial_norms = k.saved.new_empty(shape, dtype=torch.float32)
     if found.dh0.numel():
         OPS.persistent_backward(

@@ -23,7 +23,7 @@ from ..arguments import (
     empty_gradients,
     empty_outputs,
 )
-from ..cells import CELLS
+from ..cell_table import spec_of
 from ..equations import LayerNorm, normalize
 from ..reference import layer_norm_c_gradients, layer_norm_gradients, previous_state
 from .launch import Launch, next_power_of_two, scratch
@@ -76,7 +76,7 @@ class _ForwardSteps(_Steps):
         h0, c0, mask = inputs.h0, inputs.c0, inputs.recurrent_mask
         buffers = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
         super().__init__(walk, T, B, tile, (h0, c0), (outputs.h_n, outputs.c_n), buffers)
-        self.inputs, self.outputs, self.spec = inputs, outputs, CELLS[walk.cell]
+        self.inputs, self.outputs, self.spec = inputs, outputs, spec_of(walk.cell)
         self.H, self.P = GH // len(self.spec.gates), h0.shape[1]
         self.operand = None if mask is None else (h0 * mask).to(h0.dtype)
         self.gh = scratch(B, GH, like=h0)
@@ -136,7 +136,7 @@ class _BackwardSteps(_Steps):
         tile: tiles.GemmTile,
     ):  # fmt: skip
         self.incoming, self.kept, self.inputs, self.gradients = incoming, kept, inputs, gradients
-        (T, B, self.P), self.spec, GH = kept.y.shape, CELLS[walk.cell], len(inputs.w_hh)
+        (T, B, self.P), self.spec, GH = kept.y.shape, spec_of(walk.cell), len(inputs.w_hh)
         self.H, self.clip_value = GH // len(self.spec.gates), walk.clip_value
         like, projects = kept.y, inputs.w_hr is not None
         buffers = [

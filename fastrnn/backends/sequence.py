@@ -17,7 +17,7 @@ from ..arguments import (
     empty_gradients,
     empty_outputs,
 )
-from ..cells import CELLS, RESET
+from ..cell_table import RESET, spec_of
 from ..directions import walks_back
 from .launch import Launch, interpreted, next_power_of_two, scratch
 
@@ -65,7 +65,7 @@ class ScanKernel:
     """A kernel of `kernels/scan.py`, with the arguments that all launches of a call share."""
 
     def __init__(self, kernel, tile: tiles.Tile, walk: Walk, w_hh: Tensor, batch_size: int, **arguments):
-        spec = CELLS[walk.cell]
+        spec = spec_of(walk.cell)
         self.kernel, self.batch_size = kernel, batch_size
         self.grid = grid_of(tile, w_hh, batch_size)
         self.arguments = dict(
@@ -141,7 +141,7 @@ def backward(
     from ..kernels.cells import EQUATIONS
     from ..kernels.scan import backward_kernel
 
-    (*D, T, B, H), spec = kept.y.shape, CELLS[walk.cell]
+    (*D, T, B, H), spec = kept.y.shape, spec_of(walk.cell)
     G, S, H_tiles = len(spec.gates), len(spec.states), -(-H // tile.block_h)
     _, total, cell_backward = EQUATIONS[walk.cell]
     gradients = empty_gradients(kept, inputs, walk, norms)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, contiguous
-from ..cells import CELLS
+from ..cell_table import CELLS, spec_of
 from . import gemm_step, sequence
 from .launch import interpreted
 
@@ -32,6 +32,8 @@ def why_not(request) -> str | None:
         return (
             f"Triton needs a GPU and the tensors are on {request.device} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
         )
+    if request.cell not in CELLS:
+        return f"it does not run the user's cell {spec_of(request.cell).name} yet"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
     return None
@@ -49,7 +51,7 @@ def choose_tile(cell: str, w_hh: Tensor, batch_size: int, mode: str | None = Non
     if w_hh.is_cuda:
         properties = torch.cuda.get_device_properties(w_hh.device)
         device = dict(shared_memory=properties.shared_memory_per_block_optin, processors=_processors(w_hh))
-    hidden_size = w_hh.shape[-2] // len(CELLS[cell].gates)
+    hidden_size = w_hh.shape[-2] // len(spec_of(cell).gates)
     return tiles.choose(cell, w_hh.dtype, hidden_size, batch_size, sequence.precision(), mode, **device)
 
 

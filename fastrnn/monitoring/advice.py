@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ..cell_table import spec_of
 from ..modules import _Recurrent
 from .diagnosis import HORIZON_FRACTION, Finding, Record
 
@@ -212,7 +212,7 @@ def matching(rules: tuple[Rule, ...], verdict: str, facts: Facts) -> list[Rule]:
 @torch.no_grad()
 def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
     """The facts about one layer and direction, from the records of its states and from its weights."""
-    record, gates = states[0], CELLS[module._cell].gates
+    record, gates = states[0], spec_of(module._cell).gates
     reverse = record.direction == "reverse"
     suffix = f"l{record.layer}" + ("_reverse" if reverse else "")
     w_hh, ln_hh, *biases = (

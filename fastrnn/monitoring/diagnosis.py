@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cells import CELLS
+from ..cell_table import spec_of
 from ..modules import _Recurrent
 
 HORIZON_FRACTION = 0.01
@@ -287,7 +287,7 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
         if not finite:
             horizon, verdict = None, "exploding" if forward is None else "unknown"
         clipped = None if bool(bound.isinf().all()) else int((joint > bound).sum())
-        for s, state in enumerate(CELLS[module._cell].states):
+        for s, state in enumerate(spec_of(module._cell).states):
             total, carried = norm[0, s], norm[1, s]
             valid = (total != 0) | (carried != 0)
             bad = (~(total.isfinite() & carried.isfinite())).any(-1).nonzero().flatten().tolist()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cells import CELLS
+from ..cell_table import spec_of
 from ..convert import left_alone
 from ..equations import accumulate_dtype
 from ..modules import _Cell, _Recurrent
@@ -170,7 +170,7 @@ class GradientMonitor:
         """The tap from which the calls of a compiled module get their parts."""
         rows, weight = module.num_layers * (2 if module.bidirectional else 1), module.weight_hh_l0
         leaf = torch.zeros(
-            rows, 2, len(CELLS[module._cell].states), *self._sizes, dtype=accumulate_dtype(weight.dtype),
+            rows, 2, len(spec_of(module._cell).states), *self._sizes, dtype=accumulate_dtype(weight.dtype),
             device=weight.device, requires_grad=True,
         )  # fmt: skip
 
