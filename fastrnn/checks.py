@@ -7,7 +7,6 @@ expected. Values on a GPU are never read back just to be checked.
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -257,7 +256,7 @@ def check(
     tensors = (x, *states, *parameters, *inputs)
     subclass = not traced and _has_subclass(tensors)
     # ExpandedWeight does not say whether it requires grad.
-    gradients = torch.is_grad_enabled() and (subclass or any(map(_requires_grad, tensors)))
+    gradients = torch.is_grad_enabled() and (subclass or any([t.requires_grad for t in tensors]))
     request = Request(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
         known_T, known_batch, filled, gradients, subclass,
@@ -265,12 +264,9 @@ def check(
     return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs)
 
 
-_requires_grad = attrgetter("requires_grad")
-
-
 def _has_subclass(tensors: tuple[Tensor, ...]) -> bool:
     """Whether a tensor's class says what torch's functions do with it, as torch.nn.utils' ExpandedWeight does."""
-    kinds = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
+    kinds = {type(t) for t in tensors} - {Tensor, torch.nn.Parameter}
     return any(kind.__torch_function__ is not torch._C._disabled_torch_function_impl for kind in kinds)
 
 
