@@ -13,6 +13,7 @@ import math
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ import fastrnn
 
 from . import dispatch, init
 from .cell_table import NONLINEARITIES
+from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
 from .tasks import Digits, sequential_digits
 
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "train", formatter_class=formatter, help="train on sequential digits (T = 64), with pictures of the gradient"
     )
     add = train.add_argument
-    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="the recurrent cell")
+    add("--cell", choices=("lstm", "gru", "rnn", *WITHOUT_INPUTS), default="lstm", help="the recurrent cell")
     add("--nonlinearity", choices=NONLINEARITIES, default="tanh", help="of --cell rnn")
     add("--hidden", type=_count, default=128, metavar="H", help="hidden units")
     add("--layers", type=_count, default=1, metavar="L", help="stacked layers")
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "flow", formatter_class=formatter, help="how far back the gradient comes: cells and remedies in one picture"
     )
     add = side_by_side.add_argument
+    add("--cell", choices=WITHOUT_INPUTS, nargs="+", default=[], help="cells of fastrnn.cells to show, too")
     add("--steps", type=_several, default=200, metavar="T", help="length of the sequence")
     add("--hidden", type=_count, default=64, metavar="H", help="hidden units")
     add("--batch", type=_count, default=32, metavar="B", help="sequences; the picture shows their median")
@@ -137,7 +140,10 @@ class Classifier(nn.Module):
 
 def build(options: argparse.Namespace) -> Classifier:
     """The network that the options describe. Raises ValueError if they do not fit together."""
-    cell = getattr(fastrnn, options.cell.upper())
+    if options.cell in WITHOUT_INPUTS:
+        cell = partial(fastrnn.Recurrent, WITHOUT_INPUTS[options.cell])
+    else:
+        cell = getattr(fastrnn, options.cell.upper())
     extras = {} if options.cell != "rnn" else {"nonlinearity": options.nonlinearity}
     if options.cell != "rnn" and options.nonlinearity != "tanh":
         raise ValueError(f"--nonlinearity is for --cell rnn, got --cell {options.cell}")
@@ -156,8 +162,8 @@ def build(options: argparse.Namespace) -> Classifier:
 def remember(rnn: nn.Module, T: int) -> None:
     """Initialises for memories of up to T steps.
 
-    W_hh is orthogonal, the gates are chrono, every other bias is 0, and W_ih of the first layer is drawn from U(-1, 1),
-    the scale for one input.
+    W_hh is orthogonal, the gates of an LSTM and a GRU are chrono, every other bias is 0, and W_ih of the first layer is
+    drawn from U(-1, 1), the scale for one input.
     """
     for name, p in rnn.named_parameters():
         if name.startswith("weight_ih_l0"):
@@ -165,7 +171,7 @@ def remember(rnn: nn.Module, T: int) -> None:
         elif name.startswith("bias"):
             nn.init.zeros_(p)
     init.orthogonal_(rnn)
-    if not isinstance(rnn, fastrnn.RNN):
+    if isinstance(rnn, (fastrnn.LSTM, fastrnn.GRU)):
         init.chrono_(rnn, t_max=T)
 
 
@@ -280,7 +286,8 @@ def _flow(options: argparse.Namespace) -> None:
     except OSError as error:
         raise _BadOption(f"--out: {error}") from error
     started, flows = time.perf_counter(), []
-    with tqdm(flow.ARMS, unit="network", dynamic_ncols=True) as bar:
+    arms = [*flow.ARMS, *flow.arms_of({name: WITHOUT_INPUTS[name] for name in options.cell})]
+    with tqdm(arms, unit="network", dynamic_ncols=True) as bar:
         for arm in bar:
             bar.set_postfix_str(f"{arm.network}: {arm.name}")
             try:

@@ -172,3 +172,9 @@ def ea_lstm(x, u, state, inputs):
     """
     c = sigmoid(x.f + u.f) * state.c + sigmoid(inputs.static) * tanh(x.g + u.g)
     return sigmoid(x.o + u.o) * tanh(c), c
+
+
+WITHOUT_INPUTS: dict[str, Cell] = {
+    one.name: one for one in map(globals().get, __all__) if isinstance(one, Cell) and not one.inputs
+} | {"leaky_rnn": leaky(noise=False)}
+"""The cells that read nothing but the network's input, by name; `leaky_rnn` without its noise."""

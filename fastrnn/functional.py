@@ -82,7 +82,8 @@ def recurrent(
     `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
     of it; `watch.end(note, call, y, states)` is told what came out.
     """
-    cell = getattr(cell, "text", cell)
+    if not isinstance(cell, str):
+        cell = cell.text
     call = check(
         cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, return_layers=return_layers,
         **options,
@@ -183,17 +184,17 @@ def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers
         )  # fmt: skip
     ys = [v.to(h_dtype) for v in (*(below or ()), y)]
     states = (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))
-    c = _each(lambda one: one.to(c_dtype), c)
+    if c is not None:
+        c = _each(lambda one: one.to(c_dtype), c)
     if call.packed is not None:
         ys = [pack(v, sizes, positions).data for v in ys]
-        c = _each(lambda one: pack(one, sizes, positions).data, c)
+        if c is not None:
+            c = _each(lambda one: pack(one, sizes, positions).data, c)
     return ys[-1], states, c, None if below is None else tuple(ys[:-1])
 
 
 def _each(function, c):
-    """`function` of c, of each of a tuple, or None of None."""
-    if c is None:
-        return None
+    """`function` of c, or of each where it is a tuple."""
     return tuple(map(function, c)) if isinstance(c, tuple) else function(c)
 
 

@@ -251,7 +251,7 @@ def run(
             k = layer * len(names) + d
             h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states[1:]])
             tap_k = None if tap is None else tap[k]
-            given = as_planes([one[k] for one in step_inputs])
+            given = as_planes([one[k] for one in step_inputs]) if step_inputs else None
             each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k, given))
         if side_by_side:
             outputs = _both_directions(x, each, walks[0], keep_c)

@@ -50,6 +50,8 @@ def test_train_writes_both_pictures_and_reports(tmp_path, capsys):
         "--cell gru --bidirectional --zoneout 0.1 --recurrent-dropout 0.1 --weight-dropout 0.1",
         "--layers 2 --residual --layer-norm --backend reference",
         "--backend aten",
+        "--cell li_gru --layers 2 --bidirectional --backend reference",
+        "--cell leaky_rnn --init default",
     ],
 )
 def test_every_option_trains(tmp_path, options):
@@ -77,6 +79,8 @@ def test_a_training_that_diverges_ends_in_a_report(tmp_path, capsys, options):
 
 BAD = {
     "--cell transformer": "invalid choice: 'transformer'",
+    "--cell ea_lstm": "invalid choice: 'ea_lstm'",
+    "--cell min_gru --weight-dropout 0.1": "act on W_hh, which min_gru has not",
     "--hidden 0": "at least 1, got '0'",
     "--lr fast": "positive number, got 'fast'",
     "--frobnicate": "unrecognized arguments: --frobnicate",
@@ -126,9 +130,16 @@ def test_flow_writes_a_picture_and_a_table(tmp_path, capsys):
     assert main([*SMALL, "--out", str(tmp_path / "made" / "flow.png")]) == 0
     assert min(imread(tmp_path / "made" / "flow.png").shape[:2]) > 200
     out, err = capsys.readouterr()
+    assert "network/s" in err or "s/network" in err  # the progress bar
     rows = [line for line in out.splitlines() if line.endswith(("vanishing", "exploding", "healthy"))]
     assert len(rows) == len(flow.ARMS) and f"picture: {tmp_path}" in out
-    assert "network/s" in err or "s/network" in err  # the progress bar
+
+
+def test_flow_takes_shipped_cells(tmp_path, capsys):
+    assert main([*SMALL, "--cell", "janet", "min_gru", "--out", str(tmp_path / "flow.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split()[:2] for line in lines if line.startswith(("janet", "min_gru"))]
+    assert found == [["janet", "torch.nn's"], ["janet", "orthogonal"], ["min_gru", "torch.nn's"]]
 
 
 def test_flow_tells_the_story():
@@ -162,7 +173,8 @@ FLOW_BAD = {
     "--steps 1": "expected at least 2, got '1'",
     "--hidden none": "at least 1, got 'none'",
     "--out .": "--out: ",
-    "--cell lstm": "unrecognized arguments",
+    "--cell lstm": "invalid choice: 'lstm'",
+    "--nonlinearity relu": "unrecognized arguments",
 }
 
 

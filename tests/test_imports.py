@@ -71,11 +71,12 @@ BELOW = {
         "convert",
         *(f"monitoring.{name}" for name in ("plots", "diagnosis", "advice", "history", "calls", "watch", "stitching")),
     },
-    "monitoring.flow": {"modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
+    "monitoring.flow": {"recurrent", "user_cells", "modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
     "monitoring": {"monitoring.monitor", "monitoring.diagnosis", "monitoring.history"},
     "__main__": {
         "dispatch",
         "cell_table",
+        "cells",
         "tasks",
         "init",
         "monitoring",

@@ -5,9 +5,11 @@ Fresh memory is filled with NaN throughout, so that an element which nothing wro
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
+import user_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from setups import CPU_REASON, needs_cpu_library
@@ -37,7 +39,7 @@ def test_fresh_memory_is_poisoned():
 class Problem:
     """A network, a call of it, and the seed of all numbers in them."""
 
-    kind: str  # of CELLS
+    kind: str  # of CELLS or USERS
     dtype: torch.dtype
     T: int
     B: int
@@ -57,9 +59,23 @@ class Problem:
         return self.network["num_layers"] * (2 if self.network["bidirectional"] else 1)
 
     @property
-    def states(self):
-        return len(CELLS[self.kind].states)
+    def cell(self):
+        """The user's cell, or the row of CELLS."""
+        return USERS.get(self.kind) or CELLS[self.kind]
 
+    @property
+    def states(self):
+        return len(self.cell.states)
+
+
+USERS = {name: getattr(fastrnn.cells, name) for name in fastrnn.cells.__all__ if name != "leaky"} | {
+    "three": user_cells.three, "unconnected": user_cells.unconnected
+}  # fmt: skip
+"""Users' cells: several states, parameters, inputs, without W_hh."""
+# Half of the problems each; the cpu backend, where it is there, has to take both.
+CPU_TAKES_BOTH = BACKENDS["cpu"].reason(Request(fastrnn.cells.janet.text, "cpu", torch.float32, 1)) is None
+KINDS = st.sampled_from(list(CELLS))
+EVERY_KIND = KINDS | st.sampled_from(list(USERS)) if CPU_TAKES_BOTH or CPU_REASON else KINDS
 
 PROBABILITY = st.sampled_from((0.0, 0.0, 0.3, 1.0))
 SIZE = st.sampled_from((1, 2, 3, 5, 7))
@@ -67,12 +83,13 @@ BOUND = st.sampled_from((None, 0.01, 0.3))  # loss gradients are of order one: 0
 
 
 @st.composite
-def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE):
-    kind, flag = draw(st.sampled_from(kinds)), st.booleans()
+def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE):
+    kind, flag = draw(kinds), st.booleans()
     T, B, I, H = (draw(size) for _ in range(4))
     lstm, zoneout = kind == "lstm", PROBABILITY
-    if lstm:
-        zoneout = st.one_of(zoneout, st.tuples(zoneout, zoneout))
+    user = USERS.get(kind)
+    if lstm or user:
+        zoneout = st.one_of(zoneout, st.tuples(*(PROBABILITY for _ in (user or CELLS[kind]).states)))
     network = {
         "num_layers": draw(st.integers(1, 3)),
         "bias": draw(flag),
@@ -92,13 +109,15 @@ def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, tor
         network |= {"dropout": 0.0, "residual": False, "locked_dropout": False}  # they warn
     if lstm:
         network["proj_size"] = draw(st.integers(0, H - 1))
+    if user and not user.recurrent:
+        network |= {"recurrent_dropout": 0.0, "weight_dropout": 0.0}  # of W_hh
     if kind.startswith("rnn"):
         network["nonlinearity"] = kind.removeprefix("rnn_")
     return Problem(
         kind, draw(st.sampled_from(dtypes)), T, B, I, H, network,
         training=draw(flag),
         lengths=draw(st.none() | st.tuples(*(st.integers(0, T) for _ in range(B)))),
-        resets=draw(flag), hx=draw(flag), tap=draw(flag), cells=draw(flag) and lstm,
+        resets=draw(flag), hx=draw(flag), tap=draw(flag), cells=draw(flag) and (lstm or bool(user and user.states[1:])),
         seed=draw(st.integers(0, 10**6)),
     )  # fmt: skip
 
@@ -106,7 +125,8 @@ def problems(draw, kinds=tuple(CELLS), dtypes=(torch.float64, torch.float32, tor
 def module_of(problem):
     torch.manual_seed(problem.seed)
     name = problem.kind.upper() if problem.kind in ("lstm", "gru") else "RNN"
-    module = getattr(fastrnn, name)(problem.I, problem.H, dtype=problem.dtype, **problem.network)
+    build = partial(fastrnn.Recurrent, problem.cell) if problem.kind in USERS else getattr(fastrnn, name)
+    module = build(problem.I, problem.H, dtype=problem.dtype, **problem.network)
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.startswith("ln_"):
@@ -127,16 +147,18 @@ def arguments_of(problem):
         return (p.B, p.T, *tail) if p.network["batch_first"] else (p.T, p.B, *tail)
 
     found = {"input": draw(*in_time(p.I))}
+    sizes = (P, *(p.H for _ in p.cell.states[1:]))
     if p.hx:
-        found |= {f"{s}0": draw(p.rows, p.B, size) for s, size in zip(CELLS[p.kind].states, (P, p.H), strict=False)}
+        found |= {f"{s}0": draw(p.rows, p.B, size) for s, size in zip(p.cell.states, sizes, strict=True)}
+    found |= {name: draw(*in_time(p.H)) for name in p.cell.inputs}
     if p.lengths is not None:
         found["lengths"] = torch.tensor(p.lengths)
     if p.resets:
         found["reset_mask"] = torch.rand(in_time(), generator=rng) < 0.3
     found["dy"] = draw(*in_time(directions * P))
-    found |= {f"d{s}_n": draw(p.rows, p.B, size) for s, size in zip(CELLS[p.kind].states, (P, p.H), strict=False)}
+    found |= {f"d{s}_n": draw(p.rows, p.B, size) for s, size in zip(p.cell.states, sizes, strict=True)}
     if p.cells:
-        found["dcells"] = draw(*in_time(directions * p.H))
+        found |= {f"dcells{k}": draw(*in_time(directions * p.H)) for k in range(p.states - 1)}
     return found
 
 
@@ -146,8 +168,11 @@ def results(problem, backend, change=lambda name, x: x, module=None, device="cpu
     for name, parameter in module.named_parameters():
         parameter.data = change(name, parameter.data)
     arguments = {name: change(name, x.to(device)) for name, x in arguments_of(problem).items()}
-    leaves = {name: arguments[name].detach().requires_grad_() for name in ("input", "h0", "c0") if name in arguments}
+    initial = [f"{state}0" for state in problem.cell.states]
+    given = [name for name in ("input", *initial, *problem.cell.inputs) if name in arguments]
+    leaves = {name: arguments[name].detach().requires_grad_() for name in given}
     call = {name: arguments[name] for name in ("lengths", "reset_mask") if name in arguments}
+    call |= {name: leaves[name] for name in problem.cell.inputs}
     acc = torch.float64 if problem.dtype == torch.float64 else torch.float32
     if problem.tap:
         shape = (problem.rows, 2, problem.states, problem.T, problem.B)
@@ -155,15 +180,16 @@ def results(problem, backend, change=lambda name, x: x, module=None, device="cpu
         call["tap"] = leaves["tap"]
     if problem.cells:
         call["return_cells"] = True
-    hx = tuple(leaves[name] for name in ("h0", "c0") if name in leaves)
-    hx = None if not hx else hx if problem.kind == "lstm" else hx[0]
+    hx = tuple(leaves[name] for name in initial if name in leaves)
+    hx = None if not hx else hx if len(hx) > 1 else hx[0]
     torch.manual_seed(problem.seed)  # of the masks
     with fastrnn.backend(backend):
         y, state, *cells = module(leaves["input"], hx, **call)
     state = state if isinstance(state, tuple) else (state,)
-    found = {"y": y, **{f"{s}_n": v for s, v in zip(CELLS[problem.kind].states, state, strict=True)}}
+    found = {"y": y, **{f"{s}_n": v for s, v in zip(problem.cell.states, state, strict=True)}}
     if cells:
-        found["cells"] = cells[0]
+        each = cells[0] if isinstance(cells[0], tuple) else cells  # a tuple of more than one state beyond h
+        found |= {f"cells{k}": one for k, one in enumerate(each)}
     sum((v * arguments[f"d{name}"]).sum() for name, v in found.items()).backward()
     found |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
     found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
@@ -226,7 +252,8 @@ def test_results_are_complete_and_where_the_sequence_has_ended_zero(problem):
         padding = torch.arange(problem.T).unsqueeze(1) >= torch.tensor(problem.lengths)
         ours = padding.t() if problem.network["batch_first"] else padding
         kept = problem.network["residual"] and problem.network["num_layers"] > 1
-        for name in {"y", "cells", "gradient of input"} & found.keys():
+        ends = ("y", "cells0", "cells1", "cells2", "gradient of input")
+        for name in {*ends, *(f"gradient of {n}" for n in problem.cell.inputs)} & found.keys():
             assert (found[name][ours] == 0).all(), name
         assert kept or (found["y"][ours] == 0).all()
         assert not problem.tap or (found["gradient of tap"][..., padding] == 0).all()
@@ -292,11 +319,11 @@ def test_the_layout_of_the_memory_does_not_matter_to_a_chosen_backend(problem, l
 def samples(name, problem):
     """The batch dimension of a result; None for parameters."""
     plain = name.removeprefix("gradient of ")
-    if plain in ("y", "cells", "input"):
+    if plain in ("y", "input", *problem.cell.inputs) or plain.startswith("cells"):
         return 0 if problem.network["batch_first"] else 1
     if plain == "tap":
         return -1
-    return 1 if plain in ("h_n", "c_n", "h0", "c0") else None
+    return 1 if plain in {f"{state}{end}" for state in problem.cell.states for end in ("_n", "0")} else None
 
 
 @examples(80)
@@ -344,7 +371,7 @@ def test_the_triton_backend_equals_the_reference(kind, device, ieee):
 
     # A launch takes some 60 ms in the interpreter, and there are two to twelve for each layer and direction.
     @examples(4)
-    @given(problems(kinds=(kind,), dtypes=(torch.float32,), size=st.integers(1, 3)))
+    @given(problems(kinds=st.just(kind), dtypes=(torch.float32,), size=st.integers(1, 3)))
     def holds(problem):
         got, expected = (results(problem, backend, device=device) for backend in ("triton", "reference"))
         finite(expected)

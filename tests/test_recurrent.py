@@ -347,12 +347,13 @@ def test_autocast_chooses_the_dtypes_of_the_built_in_module():
     torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=1e-2)  # a few roundings of bfloat16, 2**-8 each
 
 
-def test_a_monitor_and_an_initialisation_take_any_cell():
+def test_a_monitor_and_an_initialisation_take_any_cell(tmp_path):
     module = module_of(three, num_layers=2)
     inputs = inputs_of(three, module)
     with fastrnn.GradientMonitor(module) as monitor:
         module(randn(T, B, I), **inputs)[0].sum().backward()
     report = monitor.report()
+    monitor.plot(tmp_path / "norms.png")
     assert [r.state for r in report[:3]] == ["h", "m", "c"] and len(report) == 6
     text = str(report)
     assert "instructions" not in text and "backward 1" not in text and len(text) < 6000

@@ -57,7 +57,7 @@ class Record:
     module: str
     layer: int
     direction: str  # "forward" or "reverse"
-    state: str  # "h" or "c"
+    state: str  # "h", "c", or the name that a user's cell gives
     total: Tensor  # float64 [T], ||dL/ds_t|| before clipping
     carried: Tensor  # float64 [T], the part that came back from the next step (at the last one, from h_n or c_n)
     gain: Tensor  # float64 [T], the network's own (clipping undone); NaN without a next step or a gradient there

@@ -6,6 +6,7 @@ gradient which came back over T - 1 - t steps.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from .. import init
 from ..modules import GRU, LSTM, RNN
+from ..recurrent import Recurrent
+from ..user_cells import Cell
 from .diagnosis import Record, Report, table
 from .monitor import GradientMonitor
 
@@ -31,7 +34,7 @@ class Arm(NamedTuple):
 
     network: str
     name: str
-    cell: type[nn.Module]
+    cell: Callable[..., nn.Module]  # of the input size, the hidden size and the settings
     settings: dict
     initialise: Initialise  # called with the module and T
 
@@ -79,6 +82,17 @@ ARMS = (
     Arm(f"bottom of {LAYERS} GRUs", "chrono", GRU, {"num_layers": LAYERS}, _chrono),
     Arm(f"bottom of {LAYERS} GRUs", "chrono, residual", GRU, {"num_layers": LAYERS, "residual": True}, _chrono),
 )
+
+
+def arms_of(cells: dict[str, Cell]) -> list[Arm]:
+    """The arms of cells that have no name in `ARMS`."""
+    found = []
+    for name, cell in cells.items():
+        network = partial(Recurrent, cell)
+        found.append(Arm(name, "torch.nn's", network, {}, _as_torch))
+        if cell.recurrent:
+            found.append(Arm(name, "orthogonal", network, {}, _orthogonal))
+    return found
 
 
 class Flow(NamedTuple):

@@ -11,6 +11,8 @@ from .history import History
 
 # Two hues of Okabe & Ito's palette, which people with any colour vision can tell apart; solid and dashed say it again.
 COLORS = {"h": "#0072B2", "c": "#D55E00"}
+OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Of the states of users' cells, by their names."""
 TRAIN, TEST = "#0072B2", "#D55E00"
 HEAT, NOTHING = "cividis", "#E8E8E8"  # readable without red or green; grey where no gradient arrives
 # Five more of Okabe & Ito's hues and as many strokes, for the lines of one panel.
@@ -166,11 +168,12 @@ def _gains(now, through_training, history: History, record) -> None:
 
 
 def _norm_lines(axes, record) -> None:
-    color = COLORS[record.state]
+    color = COLORS.get(record.state) or OTHER_COLORS[sum(map(ord, record.state)) % len(OTHER_COLORS)]
     total, carried = (v.masked_fill(~(v > 0) | ~v.isfinite(), float("nan")) for v in (record.total, record.carried))
     # A line needs two points: single norms are shown as dots.
     dots = {"marker": "o", "markersize": 3} if (total > 0).sum() < 3 else {}
-    label = rf"$\partial L/\partial {record.state}_t$"
+    state = record.state if len(record.state) == 1 else rf"\mathrm{{{record.state}}}".replace("_", r"\_")
+    label = rf"$\partial L/\partial {state}_t$"
     axes.plot(total.tolist(), color=color, linewidth=3.2, alpha=0.4, label=f"{label}, total", **dots)
     axes.plot(carried.tolist(), color=color, linewidth=1.3, linestyle="--", label=f"{label}, carried back", **dots)
     if record.first_nonfinite is not None:
