@@ -15,8 +15,9 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn import timing
 
-from . import files, timing
+from . import files
 
 # B, T, H: of long calls, of short ones, and of wide batches; of single steps
 SIZES = ((1, 64, 16), (1, 64, 1024), (8, 64, 512), (32, 64, 32), (32, 64, 256), (64, 100, 128))

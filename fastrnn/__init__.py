@@ -11,6 +11,7 @@ from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
 if TYPE_CHECKING:
     from . import compat, penalties, weights
     from .monitoring import GradientMonitor
+    from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "functional",
     "init",
     "penalties",
+    "tune",
     "weights",
 ]
 
@@ -40,6 +42,8 @@ _MODULES = {"compat", "penalties", "weights"}
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name == "tune":
+        return importlib.import_module(".tuning", __name__).tune
     if name == "GradientMonitor":
         return importlib.import_module(".monitoring", __name__).GradientMonitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

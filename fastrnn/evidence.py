@@ -70,10 +70,10 @@ def kind_of(request) -> str:
     if not request.features <= PLAIN:
         whole_rows = {"layer_norm", "projection"} & request.features
         return "extras over whole rows" if whole_rows else "extras"
-    # oneDNN runs all steps of an LSTM in one call, packed or not, if all sequences have one length.
-    at_once = request.packed == 1 and request.cell == "lstm" and not request.proj_size
-    packed = request.packed is not None and not at_once
-    return ("packed" if packed else "plain") + (", projected" if request.proj_size else "")
+    kind = "plain" if request.packed is None else "packed"
+    if request.packed == 1 and request.cell == "lstm":  # of which torch may run all steps in one call of oneDNN
+        kind = "packed, of one length"
+    return kind + (", projected" if request.proj_size else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,6 +129,7 @@ class Book:
         machine, shipped = _shipped(device, self.where)
         self.findings: dict[tuple[Key, str], Finding] = {}
         self.broken: dict[tuple[Key, str], dict[Key, Finding]] = {}  # by the bucket of all T, then by the bucket
+        self.wins: dict[tuple[tuple, str], dict[Key, Finding]] = {}  # by all but the sizes, then by the bucket
         self.candidates: set[str] = set()
         for entry in shipped:
             if entry.verdict == "measured":
@@ -141,6 +142,10 @@ class Book:
         self.candidates.add(entry.candidate)
         broken = self.broken.setdefault(_at_any_steps(entry.key, entry.candidate), {})
         broken.pop(entry.key, None)
+        wins = self.wins.setdefault((entry.key[:5], entry.candidate), {})
+        wins.pop(entry.key, None)
+        if finding.time < 1:
+            wins[entry.key] = finding
         if entry.verdict == "broken":
             broken[entry.key] = finding
             self.findings.pop((entry.key, entry.candidate), None)
@@ -165,14 +170,30 @@ class Book:
             if steps == key.steps or finding.time < 1:
                 if carried is None or (finding.shipped is None and carried.shipped is not None):
                     carried = finding
-        return carried
+        return carried or self._between(key, candidate)
+
+    def _between(self, key: Key, candidate: str) -> Finding | None:
+        """The weaker of two buckets in which a candidate wins, one with no larger B and H and one with no smaller ones: it
+        wins between them, too."""
+        below: list[Finding] = []
+        above: list[Finding] = []
+        for finding in self.wins.get((key[:5], candidate), {}).values():
+            other = finding.entry.key
+            if other.steps <= key.steps:
+                if other.batch <= key.batch and other.hidden <= key.hidden:
+                    below.append(finding)
+                if other.batch >= key.batch and other.hidden >= key.hidden:
+                    above.append(finding)
+        if not below or not above:
+            return None
+        return max((min(side, key=lambda one: one.time) for side in (below, above)), key=lambda one: one.time)
 
     def first_steps(self, cell: str, dtype: str, projected: bool, gradients: bool) -> float:
         """The least T from which another backend than torch's may run a plain call."""
         kind, first = "plain" + (", projected" if projected else ""), math.inf
-        for (key, candidate), finding in self.findings.items():
-            if key[1:5] == (cell, dtype, kind, gradients) and candidate != "aten" and finding.time < 1:
-                first = min(first, key.steps)
+        for (group, candidate), wins in self.wins.items():
+            if group[1:] == (cell, dtype, kind, gradients) and candidate != "aten":
+                first = min([first, *(key.steps for key in wins)])
         for (key, candidate), broken in self.broken.items():
             if broken and key[1:4] == (cell, dtype, kind) and candidate == "aten":
                 return 1

@@ -121,8 +121,8 @@ def _needs_check(request: Request) -> bool:
         return False
     if aten.why_not(request) is None or row("triton").reason(request) is not None:
         return False
-    if os.environ.get("FASTRNN_TRITON_MODE") == "grouped":
-        return False  # its programs wait for each other: only `tune`, in a child process, tries it
+    if os.environ.get("FASTRNN_TRITON_MODE") == "grouped" or not torch.get_device_module(request.device).is_available():
+        return False  # grouped: its programs wait for each other: only `tune`, in a child process, tries it
     book = evidence.book(request.device, torch.get_num_threads())
     return _finding(request, "triton", book) is None and bool(_checks(request))
 
@@ -141,13 +141,16 @@ def first_steps(cell: str, projected: bool, gradients: bool, dtype: torch.dtype,
 
     `gradients`: the mode. Where nothing requires a gradient, none follows.
     """
-    threads = torch.get_num_threads()
-    key = (cell, projected, gradients, dtype, device, threads)
+    key = (cell, projected, gradients, dtype, device, torch.get_num_threads())
     found = _first_steps.get(key)
-    if found is None:
-        book, name = evidence.book(device, threads), evidence.dtype_name(dtype)
-        modes = (False, True) if gradients else (False,)
-        found = _first_steps[key] = min(book.first_steps(cell, name, projected, mode) for mode in modes)
+    return _read_first_steps(*key) if found is None else found
+
+
+def _read_first_steps(cell, projected, gradients, dtype, device, threads) -> float:
+    book, name = evidence.book(device, threads), evidence.dtype_name(dtype)
+    modes = (False, True) if gradients else (False,)
+    found = min(book.first_steps(cell, name, projected, mode) for mode in modes)
+    _first_steps[cell, projected, gradients, dtype, device, threads] = found
     return found
 
 

@@ -256,6 +256,7 @@ def write(file: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
+        os.chmod(beside, 0o644)
         os.replace(beside, file)
     except BaseException:
         Path(beside).unlink(missing_ok=True)

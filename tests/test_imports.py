@@ -16,7 +16,7 @@ PACKAGE = Path(fastrnn.__file__).parent
 KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if p.is_dir()), None)
 
 # What each module may import of fastrnn.
-# modules -> functional -> checks -> stack -> scan -> ops -> dispatch -> aten and the backends.
+# modules -> functional -> checks -> stack -> scan -> ops -> dispatch -> ranking -> aten and the backends.
 BELOW = {
     "cells": set(),
     "directions": set(),
@@ -32,7 +32,14 @@ BELOW = {
         *("arguments", "cells", "directions", "equations", "tiles", "reference", "kernels", "_C", "backends"),
     },
     "recomputation": set(),
-    "dispatch": {"backends", "aten", "arguments", "recomputation"},
+    "agreement": set(),
+    "timing": set(),
+    "records": set(),
+    "evidence": {"records"},
+    "verification": {"agreement", "evidence", "records", "arguments", "backends", "cells", "equations"},
+    "backend_table": {"backends", "aten", "arguments", "tiles"},
+    "ranking": {"backend_table", "verification", "evidence", "records", "aten", "backends"},
+    "dispatch": {"backend_table", "ranking", "evidence", "backends", "aten", "recomputation"},
     "ops": {"dispatch", "arguments", "directions"},
     "vmapping": set(),
     "scan": {"ops", "vmapping", "linear", "arguments", "cells", "directions", "equations", "reference"},
@@ -46,6 +53,9 @@ BELOW = {
     "compat": {"modules", "torch_nn"},
     "convert": {"modules", "compat", "torch_nn", "functional", "checks", "dispatch"},
     "init": {"modules", "torch_nn", "cells"},
+    "trial": {"modules", "torch_nn", "backend_table", "verification", "agreement", "timing"},
+    "tuning": {"trial", "modules", "checks", "backend_table", "ranking", "evidence", "records"},
+    "tune_command": {"tuning", "evidence", "records"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "functional", "dispatch", "cells"},
     "monitoring.diagnosis": {"cells", "modules"},
@@ -72,6 +82,7 @@ BELOW = {
         "monitoring",
         "monitoring.flow",
         "monitoring.plots",
+        "tune_command",
     },
     "__init__": {
         "modules",
@@ -82,6 +93,7 @@ BELOW = {
         "init",
         "monitoring",
         "penalties",
+        "tuning",
         "weights",
     },
 }

@@ -19,7 +19,7 @@ def tiles_of(request, mode: str | None = None) -> dict[str, int]:
     if request.features & {"layer_norm", "projection"}:
         mode = mode or "gemm"
     device = {}
-    if request.device == "cuda":
+    if request.device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = dict(
             shared_memory=properties.shared_memory_per_block_optin, processors=properties.multi_processor_count
