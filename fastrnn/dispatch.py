@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import aten, evidence, ranking, recomputation
+from . import aten, ranking, recomputation
 from .backend_table import BACKENDS, FEATURES, MODES, Backend, Request, launcher, row, takes_directions
 from .backends import cpu
 

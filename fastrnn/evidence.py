@@ -51,7 +51,9 @@ class Finding(NamedTuple):
             return f"verified here {entry.date}, not timed"
         place = f"measured here {entry.date}"
         if self.shipped is not None:
-            threads = f", {self.shipped.threads} thread{'s'[: self.shipped.threads != 1]}" if self.shipped.threads else ""
+            threads = (
+                f", {self.shipped.threads} thread{'s'[: self.shipped.threads != 1]}" if self.shipped.threads else ""
+            )
             place = f"shipped ({self.shipped.device}{threads}, {entry.date})"
         other = "torch.nn's" if entry.against == "torch.nn" else "the loop's"
         return f"{place}: {entry.ratio[0]:.2f} of {other} time"

@@ -246,7 +246,7 @@ def text_of(place_of: Where, entries: Iterable[Entry]) -> str:
             row["ratio"] = [float(f"{x:.4g}") for x in entry.ratio]
         rows.append(json.dumps(row))
     head = json.dumps({"form": FORM, "where": place_of._asdict()})
-    return f"{head[:-1]}, \"entries\": [\n" + ",\n".join(rows) + "\n]}\n"
+    return f'{head[:-1]}, "entries": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
 def write(file: Path, text: str) -> None:

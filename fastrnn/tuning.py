@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import checks, evidence, modules, ranking, records
-from .backend_table import BACKENDS, MODES, row
+from .backend_table import BACKENDS, MODES
 from .records import Entry, Key
 from .trial import Job
 
@@ -357,9 +357,7 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
     """
     calls: list[tuple] = []
     networks = [one for one in module.modules() if isinstance(one, modules._Recurrent)]
-    hooks = [
-        one.register_forward_pre_hook(lambda *seen: calls.append(seen), with_kwargs=True) for one in networks
-    ]
+    hooks = [one.register_forward_pre_hook(lambda *seen: calls.append(seen), with_kwargs=True) for one in networks]
     try:
         with torch.no_grad():
             module(*example, **call)

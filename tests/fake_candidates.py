@@ -63,7 +63,19 @@ class Fake:
             torch._VF.gru = lambda *args: tuple(1.01 * x for x in real(*args))
 
 
-FAULTS = ("wrong", "wrong_once", "nan", "wrong_backward", "raises", "hangs", "crashes", "exits", "slow", "noisy", "poison")
+FAULTS = (
+    "wrong",
+    "wrong_once",
+    "nan",
+    "wrong_backward",
+    "raises",
+    "hangs",
+    "crashes",
+    "exits",
+    "slow",
+    "noisy",
+    "poison",
+)
 FAKES = {
     f"fake_{name}": Backend(f"fake_{name}", (), "a fake", lambda request: None, Fake(f"fake_{name}"))
     for name in (*FAULTS, "good")

@@ -9,10 +9,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from fastrnn import GradientMonitor
+from fastrnn import GradientMonitor, evidence, ranking
 from fastrnn.arguments import MASKS, IncomingGradients, Kept, ScanInputs, ScanOutputs
 from fastrnn.cells import CELLS, PAD, RESET, START
-from fastrnn import evidence, ranking
 from fastrnn.dispatch import BACKENDS, Request
 from fastrnn.equations import accumulate_dtype
 

@@ -227,7 +227,9 @@ def test_explain_ranks_as_choose_does(recorded):
     explained = dispatch.explanation(request)
     assert [row[0] for row in explained.rows][:3] == ["cpu", "aten", "reference"]
     assert sorted(row[0] for row in explained.rows) == sorted(BACKENDS)
-    assert explained.rows[0][2].startswith("1: measured here") and explained.rows[0][2].endswith("0.50 of torch.nn's time")
+    assert explained.rows[0][2].startswith("1: measured here") and explained.rows[0][2].endswith(
+        "0.50 of torch.nn's time"
+    )
 
 
 NOT_BUILT = replace(BACKENDS["cpu"], why_not=lambda request: "it was not built")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +288,32 @@ def test_the_shipped_records_are_whole():
         assert len({(entry.key, entry.candidate) for entry in entries}) == len(entries)
         assert {entry.verdict for entry in entries} == {"measured"}
         assert {len(Key(*entry.key)) for entry in entries} == {8} and where.device
+
+
+def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
+    """By the measurements that the shipped record was made of: beyond noise, which a busy machine widens."""
+    calls = json.loads((Path(__file__).parents[1] / "bench/results/auto-cpu.json").read_text())["calls"]
+    book, taken, slower = evidence.Book("cpu", 2), 0, []
+    for row in calls:
+        projection = row["H"] // 2 if row["projected"] else 0
+        features = frozenset({"layer_norm"} if row["layer_norm"] else ())
+        request = Request(
+            row["cell"], "cpu", torch.float32, row["H"], projection, features, row["T"], row["B"], row["packed"],
+            row["mode"] == "train",
+        )  # fmt: skip
+        finding = book.find(evidence.key_of(request), "cpu")
+        if finding is not None and finding.time < 1:
+            taken += 1
+            if row["ratio"]["interval"][1] >= 1:
+                slower.append(row)
+    assert taken > len(calls) / 4
+    assert not slower
+
+
+def test_a_single_wide_step_goes_to_the_reference():
+    """Where the products of one sequence share a row among the threads."""
+    book = evidence.Book("cpu", 2)
+    request = Request("gru", "cpu", torch.float32, 1024, features=frozenset({"layer_norm"}), steps=1, batch=1)
+    assert book.find(evidence.key_of(request), "cpu").time > 1
+    for other in (request._replace(hidden_size=100), request._replace(batch=30)):
+        assert book.find(evidence.key_of(other), "cpu").time < 1

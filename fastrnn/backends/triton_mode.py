@@ -1,6 +1,5 @@
 """The Triton scan in one of its modes, as a launcher of its own: `triton` itself chooses the mode by `tiles.py`."""
 
-
 import torch
 
 from .. import tiles
