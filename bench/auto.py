@@ -83,9 +83,9 @@ def main() -> None:
             rows.append(measure(job))
             row = rows[-1]
             low, high = row["ratio"]["interval"]
-            sizes = f"B {job.batch}, T {job.steps}, H {job.hidden_size}"
+            sizes = f"B {job.batch}, T {job.steps}, H {job.hidden_size}, {'train' if job.gradients else 'infer'}"
             print(
-                f"{threads} {job.dtype} {job.cell} {job.filled or ''} {sizes}, {'train' if job.gradients else 'infer'}: "
+                f"{threads} {job.dtype} {job.cell} {job.filled or ''} {sizes}: "
                 f"{row['takes']} {row['ratio']['median']:.2f} [{low:.2f}, {high:.2f}] {row.get('processor ratio', '')}",
                 flush=True,
             )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 FLOOR = 4.0
-"""In units of the dtype's eps: by so much the same sums differ in another order where the yardstick happens to be nearly
-exact. Measured in float32 on CPUs: at most 0.4 eps above twice torch.nn's error. The rest is room for the longer
+"""In units of the dtype's eps: by so much the same sums differ in another order where the yardstick is nearly exact.
+Measured in float32 on CPUs: at most 0.4 eps above twice torch.nn's error. The rest is room for the longer
 sequences on a GPU, where the floor has not been measured."""
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 TF32_EPS = 2.0**-10

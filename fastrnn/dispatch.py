@@ -1,7 +1,7 @@
 """The choice of a backend for a call: forced by the user, or `auto`, which goes by evidence (`ranking.py`).
 
-A backend forced by argument, by `with fastrnn.backend(name)` or by the environment variable `FASTRNN_BACKEND` raises its
-reason instead of giving way to another.
+A backend forced by argument, by `with fastrnn.backend(name)` or by the environment variable `FASTRNN_BACKEND` raises
+its reason instead of giving way to another.
 """
 
 import os
@@ -17,8 +17,8 @@ from .backend_table import BACKENDS, FEATURES, MODES, Backend, Request, launcher
 from .backends import cpu
 
 __all__ = [
-    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "explanation", "forced", "launcher",
-    "most_steps_of_torch", "row", "takes_directions",
+    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "explanation", "forced",
+    "launcher", "most_steps_of_torch", "row", "takes_directions",
 ]  # fmt: skip
 
 

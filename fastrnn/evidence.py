@@ -169,13 +169,13 @@ class Book:
             if steps == key.steps and finding.shipped is None:
                 return finding
             # What was measured here, at fewer steps, goes before what was measured elsewhere.
-            if steps == key.steps or finding.time < 1:
-                if carried is None or (finding.shipped is None and carried.shipped is not None):
-                    carried = finding
+            better = carried is None or (finding.shipped is None and carried.shipped is not None)
+            if better and (steps == key.steps or finding.time < 1):
+                carried = finding
         return carried or self._between(key, candidate)
 
     def _between(self, key: Key, candidate: str) -> Finding | None:
-        """The weaker of two buckets in which a candidate wins, one with no larger B and H and one with no smaller ones: it
+        """The weaker of two buckets in which a candidate wins, one with no larger B and H, one with no smaller ones: it
         wins between them, too."""
         below: list[Finding] = []
         above: list[Finding] = []

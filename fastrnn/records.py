@@ -1,7 +1,7 @@
 """Records: what is known of the backends on one machine, in files that a person can read.
 
-A record file is JSON: the form's number, the machine (`where`), and entries. `python -m fastrnn tune` and the check at a
-kernel's first use write one file per bucket of calls and candidate, in the user's cache folder; `fastrnn/shipped` holds
+A record file is JSON: the form's number, the machine (`where`), and entries. `python -m fastrnn tune` and the check before
+a kernel's first use write one file per bucket of calls and candidate, in the user's cache folder; `fastrnn/shipped` holds
 files of the same form that come with a release. A file is written beside its place and moved there, so processes need
 no lock and a full disk leaves the old one. Whatever is not as it should be is left out, entry by entry.
 """
@@ -132,7 +132,7 @@ def where(device: str, threads: int) -> Where:
 
 
 def folder() -> Path:
-    """Where records are kept: `FASTRNN_CACHE`, or where the platform keeps caches (as the package platformdirs says)."""
+    """Where records are kept: `FASTRNN_CACHE`, or where the platform keeps caches (as platformdirs says)."""
     given = os.environ.get("FASTRNN_CACHE")
     if given:
         return Path(given)

@@ -122,7 +122,7 @@ def interleave(
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
     The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out and leave their time to
-    the others. `sample`: the least seconds of a sample. `after` is told of each sample that was taken, and is not timed.
+    the others. `sample`: the least seconds of a sample. `after` is told of each sample, and is not timed.
     """
     watch = stopwatch(device)
     samples = {}

@@ -1,8 +1,8 @@
 """`tune`: asks this machine which backend is right and fast, and records the answers (`records.py`).
 
-Every candidate runs in a child process (`trial.py`), is compared with the reference there, and is timed beside torch.nn,
-or beside the loop where torch.nn cannot run the call. A child that dies, or shows no life for too long, marks the
-candidate that it was running as broken.
+Every candidate runs in a child process (`trial.py`), is compared with the reference there, and is timed beside
+torch.nn, or beside the loop where torch.nn cannot run the call. A child that dies, or shows no life for too long, marks
+the candidate that it was running as broken.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Child:
     """A process that tries candidates, one after the other, until one of them takes it down."""
 
     def __init__(self, command: tuple[str, ...]):
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         # A session of its own: Ctrl-C is for the parent, which closes it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
@@ -94,16 +95,18 @@ class Child:
         except subprocess.TimeoutExpired:
             self.close()
             return f"killed after {limit:.0f} s"
-        self.close()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"its process ended with {how}: {self.last_words()}".rstrip(": ")
+        said = self.last_words()
+        self.close()
+        return f"its process ended with {how}: {said}".rstrip(": ")
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            with suppress(OSError):  # what was not yet written
+                stream.close()
         self.selector.close()
 
 
@@ -121,8 +124,8 @@ class Bucket(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """Buckets that differ in T, the shorter ones first. A candidate that wins in one counts as faster in longer ones, so
-    the search begins at `start` and goes down while it wins, or else up until it does."""
+    """Buckets that differ in T, the shorter ones first. A candidate that wins in one counts as faster in longer ones,
+    so the search begins at `start` and goes down while it wins, or else up until it does."""
 
     rungs: tuple[Bucket, ...]
     start: int
@@ -206,8 +209,8 @@ def of_call(module: modules._Recurrent, args: tuple, kwargs: dict[str, Any]) -> 
         for job in [
             Job(
                 request.device, request.cell, evidence.dtype_name(request.dtype), request.hidden_size, request.steps,
-                request.batch, mode, torch.get_num_threads(), request.proj_size, tuple(sorted(request.features)), filled,
-                module.input_size, module.num_layers, module.bidirectional,
+                request.batch, mode, torch.get_num_threads(), request.proj_size, tuple(sorted(request.features)),
+                filled, module.input_size, module.num_layers, module.bidirectional,
             )
         ]
     ]  # fmt: skip
@@ -339,7 +342,7 @@ class Results(list):
 
 
 def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) -> Results:
-    """Measures the backends for the calls that `module(*example, **call)` makes, on this machine, and records the result.
+    """Measures the backends for the calls that `module(*example, **call)` makes, and records what came out.
 
     From then on, in this process and in later ones, `auto` takes what was right and fastest. Each candidate runs in a
     child process first, so that one which crashes or hangs does no harm. `explain` shows the evidence.

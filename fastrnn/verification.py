@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -80,8 +81,10 @@ def _in_dtype(named, dtype: torch.dtype):
 
 
 def results(launcher, inputs: ScanInputs, walk: Walk, norms: bool, dtype: torch.dtype) -> agreement.Tensors:
-    """All outputs of a forward and a backward by name, in the order in which they are computed. `dtype`: of the gradients
-    that arrive, to which they are rounded whatever the inputs' own."""
+    """All outputs of a forward and a backward by name, in the order in which they are computed.
+
+    dtype: that to which the arriving gradients are rounded, whatever the inputs' own.
+    """
     generator = torch.Generator().manual_seed(2014)
 
     def incoming(like: Tensor | None) -> Tensor | None:
@@ -206,10 +209,8 @@ def _is_claimed(claim: Path) -> bool:
 
 
 def _release(claim: Path) -> None:
-    try:
+    with suppress(OSError):
         claim.unlink()
-    except OSError:
-        pass
 
 
 def _from_another_process(file: Path, claim: Path, key: Key, name: str) -> Entry | None:

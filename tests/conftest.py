@@ -111,7 +111,7 @@ def evidence_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recorded(evidence_in):
-    """`recorded(request, candidate, time)` records that a candidate takes so much of torch.nn's time on this machine."""
+    """`recorded(request, candidate, time)` records how much of torch.nn's time a candidate takes here."""
     from fastrnn import evidence, ranking, records
 
     def record(request, candidate, time, verdict="measured", **fields):

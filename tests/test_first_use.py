@@ -247,13 +247,12 @@ def test_the_triton_scan_is_tried_and_recorded_end_to_end(name, monkeypatch):
     """In this process, since the child's part is the same whatever the device; the interpreter is slow, and loses."""
     from fastrnn import trial
 
-    class Here(tuning.Search):
-        trials = {}
+    trials = {}
 
+    class Here(tuning.Search):
         def _ask(self, job, candidate):
-            return trial.answer(
-                {"job": job._asdict(), "candidate": candidate, "seconds": 0.0}, self.trials, lambda n: 0
-            )
+            request = {"job": job._asdict(), "candidate": candidate, "seconds": 0.0}
+            return trial.answer(request, trials, lambda name: None)
 
     monkeypatch.setattr(trial, "ROUNDS", 1)
     monkeypatch.setattr(trial, "SAMPLE_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""Records: what is written is read back, whatever else lies in the folder; disks that are full, processes side by side."""
+"""Records: what is written is read back, whatever else lies there; full disks; processes side by side."""
 
 import json
 import os
