@@ -1,9 +1,9 @@
 """Records: what is known of the backends on one machine, in files that a person can read.
 
-A record file is JSON: the form's number, the machine (`where`), and entries. `python -m fastrnn tune` and the check before
-a kernel's first use write one file per bucket of calls and candidate, in the user's cache folder; `fastrnn/shipped` holds
-files of the same form that come with a release. A file is written beside its place and moved there, so processes need
-no lock and a full disk leaves the old one. Whatever is not as it should be is left out, entry by entry.
+A record file is JSON: the form's number, the machine (`where`), and entries. `python -m fastrnn tune` and the check
+before a kernel's first use write one file per bucket of calls and candidate, in the user's cache folder;
+`fastrnn/shipped` holds files of the same form that come with a release. A file is written beside its place and moved
+there, so processes need no lock and a full disk leaves the old one. An entry that is not as it should be is left out.
 """
 
 import json
