@@ -26,7 +26,7 @@ from . import files
 SIZES = ((1, 12, 48), (1, 60, 20), (1, 200, 90), (4, 10, 100), (12, 24, 48), (12, 70, 160), (24, 40, 24), (30, 20, 200),
          (48, 90, 64), (100, 14, 40), (120, 50, 100), (3, 5, 64), (8, 1, 80))  # fmt: skip
 KINDS = ({"cell": "gru"}, {"cell": "rnn_tanh"}, {"cell": "lstm"}, {"cell": "lstm", "filled": 0.6})
-ROUNDS = 12
+ROUNDS = 8
 
 
 def jobs(threads: int, dtype: str, everything: bool) -> list[Job]:
@@ -56,7 +56,7 @@ def measure(job: Job) -> dict:
         "torch.nn": lambda _: call(trial.rival, job.gradients),
         "auto": lambda _: call(auto, job.gradients),
     }
-    samples = timing.interleave(calls, "cpu", 0.0, set(), warmup=0.0, rounds=ROUNDS, sample=3e-3)
+    samples = timing.interleave(calls, "cpu", 0.0, set(), warmup=0.0, rounds=ROUNDS, sample=2e-3)
     ratio = timing.ratio(samples["auto"], samples["torch.nn"])
     backend = fastrnn.dispatch.choose(job.request())
     row = {**job._asdict(), "takes": backend, "ratio": ratio.record(), "rounds": ROUNDS}

@@ -35,12 +35,17 @@ def error(value: Tensor, truth: Tensor) -> tuple[float, float]:
     return tuple(math.inf if math.isnan(e) else e for e in map(float, errors))
 
 
-def disagreement(values: Tensors, yardstick: Tensors, truth: Tensors, eps: float) -> str | None:
-    """The first tensor that breaks the rule, in words; None where all keep it."""
+def disagreement(
+    values: Tensors, yardsticks: list[Tensors], truth: Tensors, eps: float, rounding: float = 1.0
+) -> str | None:
+    """The first tensor that breaks the rule, in words; None where all keep it.
+
+    yardsticks: the largest of their errors counts. rounding: a factor on the floor.
+    """
     for name, exact in truth.items():
-        found, usual = error(values[name], exact), error(yardstick[name], exact)
-        for measure, e, u in zip(MEASURES, found, usual, strict=True):
-            allowed = 2 * u + FLOOR * eps
+        found, usual = error(values[name], exact), [error(one[name], exact) for one in yardsticks]
+        for k, (measure, e) in enumerate(zip(MEASURES, found, strict=True)):
+            allowed = 2 * max(pair[k] for pair in usual) + rounding * FLOOR * eps
             if not e <= allowed:
                 return f"{name} is wrong: error {e:.1e} by {measure}, allowed {allowed:.1e}"
     return None

@@ -59,11 +59,16 @@ def figure(values: list[float]) -> Figure:
     return Figure(statistics.median(values), ordered[k - 1], ordered[n - k])
 
 
-def ratio(samples: Samples, other: Samples) -> Figure:
-    """The first's time over the second's, from the ratios within each round that both were timed in."""
+def shares(samples: Samples, other: Samples) -> list[float]:
+    """The first's time over the second's, within each round that both were timed in."""
     seconds = dict(zip(other.rounds, other.seconds, strict=True))
     pairs = zip(samples.rounds, samples.seconds, strict=True)
-    return figure([s / seconds[k] for k, s in pairs if k in seconds])
+    return [s / seconds[k] for k, s in pairs if k in seconds]
+
+
+def ratio(samples: Samples, other: Samples) -> Figure:
+    """The first's time over the second's, from the ratios within the rounds."""
+    return figure(shares(samples, other))
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:

@@ -122,7 +122,7 @@ def check(launcher, request, batch: int, device: torch.device, steps: int = STEP
         missing = exact.keys() - found.keys()
         if missing:
             return f"{', '.join(sorted(missing))} is missing"
-        wrong = agreement.disagreement(found, usual, exact, eps_of(request.dtype, device.type))
+        wrong = agreement.disagreement(found, [usual], exact, eps_of(request.dtype, device.type))
         if wrong is not None:
             return wrong
     return None

@@ -53,7 +53,7 @@ BELOW = {
     "compat": {"modules", "torch_nn"},
     "convert": {"modules", "compat", "torch_nn", "functional", "checks", "dispatch"},
     "init": {"modules", "torch_nn", "cells"},
-    "trial": {"modules", "torch_nn", "backend_table", "verification", "agreement", "timing"},
+    "trial": {"evidence", "modules", "torch_nn", "backend_table", "verification", "agreement", "timing"},
     "tuning": {"trial", "modules", "checks", "backend_table", "ranking", "evidence", "records"},
     "tune_command": {"tuning", "evidence", "records"},
     # on top of everything: they may see all below, and nothing below sees them

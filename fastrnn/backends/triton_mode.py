@@ -29,7 +29,8 @@ def tiles_of(request, mode: str | None = None) -> dict[str, int]:
             request.cell, request.dtype, int(request.hidden_size), batch, sequence.precision(), mode, **device
         )
         numbers = "x".join(str(n) for n in tile if isinstance(n, int))
-        found.setdefault(f"{tile.mode} {numbers}", batch)
+        precision = f" {sequence.precision()}" if request.dtype == torch.float32 else ""
+        found.setdefault(f"{tile.mode} {numbers}{precision}", batch)
     return found
 
 
