@@ -19,7 +19,7 @@ JOBS   ?= 2
 PYTEST_ARGS ?=
 # For `make gpu`: the folder of its logs and JSON, its stages, and the seconds after which a stage is interrupted
 OUT    ?= bench/results
-STAGES ?= build kernels latency bench features rivals sanitize test
+STAGES ?= build kernels tune latency bench features rivals sanitize test
 LIMIT  ?= 560
 CORES  ?= $(shell nproc)
 
@@ -27,7 +27,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
 .PHONY: demo quick test lint format bench gpu wheels clean \
-    gpu-build gpu-kernels gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
+    gpu-build gpu-kernels gpu-tune gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
 RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
@@ -114,6 +114,10 @@ gpu-build:
 gpu-kernels:
 	$(GPU_TESTS) -m gpu -n $(CORES) --dist worksteal || { echo '== once more, alone, what failed side by side'; \
 	    $(GPU_TESTS) -m gpu -n 1 --lf --lfnf=none; }
+# Which kernels are right and faster than torch.nn here; the record says why not of the others.
+gpu-tune:
+	$(PYTHON) -m fastrnn tune --device cuda --minutes 6 --dtype bfloat16 --dtype float32 --out '$(OUT)/tune-gpu.json'
+	$(PYTHON) -m fastrnn info
 gpu-latency:
 	$(PYTHON) -m bench.latency '$(OUT)'
 gpu-bench:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-from . import agreement, contestants, machine, timing
+from fastrnn import timing
+
+from . import agreement, contestants, machine
 from .cases import DEVICE
 from .contestants import CannotRun, Contestant
 from .limit import device_model, floor

@@ -13,6 +13,7 @@ from .user_cells import cell
 if TYPE_CHECKING:
     from . import cells, compat, penalties, weights
     from .monitoring import GradientMonitor
+    from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "functional",
     "init",
     "penalties",
+    "tune",
     "weights",
 ]
 
@@ -45,6 +47,8 @@ _MODULES = {"cells", "compat", "penalties", "weights"}
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name == "tune":
+        return importlib.import_module(".tuning", __name__).tune
     if name == "GradientMonitor":
         return importlib.import_module(".monitoring", __name__).GradientMonitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 - `python -m fastrnn train` trains a network on handwritten digits, read pixel by pixel, and draws its gradients.
 - `python -m fastrnn flow` compares how far back the gradient comes, by cell and remedy.
+- `python -m fastrnn tune` measures the backends on this machine.
 - `python -m fastrnn info` prints versions, and which backends can run here.
 
 Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from . import dispatch, init
+from . import dispatch, init, tune_command
 from .cell_table import NONLINEARITIES
 from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
@@ -47,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fastrnn", description="Recurrent networks that show what their gradient does.")
     top.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,tune,info}")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser(
         "train", formatter_class=formatter, help="train on sequential digits (T = 64), with pictures of the gradient"
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, default=1, help="CPU threads; the tensors are too small to share")
     add("--out", type=Path, default=Path("flow.png"), metavar="PNG", help="the picture")
     side_by_side.set_defaults(run=_flow)
+    tune_command.add_to(commands, formatter)
     info = commands.add_parser("info", help="versions, GPU, and which backends can run here, or why not")
     info.set_defaults(run=_info)
     return top

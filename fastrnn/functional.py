@@ -97,15 +97,25 @@ def recurrent(
         call = with_tap(call)  # as in the forward, where a monitor was active
     name = dispatch.choose(call.request, backend)
     params = stack.drop_weights(params, call.options)
-    if name == "aten":
-        batch_sizes = None if call.packed is None else call.packed.batch_sizes
-        y, states = aten.network(call.options, call.x, call.states, params, batch_sizes)
-        c = layers = None
+    if name in dispatch.TRUSTED or torch.compiler.is_compiling():
+        y, states, c, layers = _run(call, params, name, return_cells, return_layers)
     else:
-        y, states, c, layers = _scanned(call, params, name, return_cells, return_layers)
+        try:
+            y, states, c, layers = _run(call, params, name, return_cells, return_layers)
+        except Exception as error:
+            name = dispatch.after_failure(call.request, backend, name, error)
+            y, states, c, layers = _run(call, params, name, return_cells, return_layers)
     if watch is not None:
         watch.end(note, call, y, states)
     return _present(call, input, y, states, c, layers, batch_first)
+
+
+def _run(call: Call, params, name: str, return_cells: bool, return_layers: bool):
+    """A call on a backend: the output, the final states, c of every step and the outputs of the layers below."""
+    if name != "aten":
+        return _scanned(call, params, name, return_cells, return_layers)
+    batch_sizes = None if call.packed is None else call.packed.batch_sizes
+    return *aten.network(call.options, call.x, call.states, params, batch_sizes), None, None
 
 
 def _with_own_bound(call: Call) -> Call:

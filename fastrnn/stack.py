@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import ScanInputs, ScanOutputs, Walk
 from .cell_table import PAD, RESET, START, spec_of, suffixes
-from .dispatch import BACKENDS
+from .dispatch import row
 from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
 from .packing import pack, packed_positions, pad
@@ -241,7 +241,7 @@ def run(
         clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
     # With these, a scan takes one direction at a time.
     whole_rows = "weight_hr_l0" in params or "ln_ih_l0" in params
-    side_by_side = options.bidirectional and BACKENDS[backend].directions and not whole_rows
+    side_by_side = options.bidirectional and row(backend).directions and not whole_rows
     walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
     final, outputs, before, below = [], [], None, []
     apart = states[0].device.type == "cpu" and torch.is_grad_enabled()

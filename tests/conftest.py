@@ -5,6 +5,7 @@ FASTRNN_TEST_DEVICE chooses the device; unset, it is a GPU where there is one. A
 """
 
 import os
+import tempfile
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +15,10 @@ from packaging.version import Version
 if not torch.cuda.is_available():
     # Before the first kernel is decorated: it decides once whether it will be compiled or interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The records of the user who runs the tests must not decide, nor be written.
+CACHE = tempfile.TemporaryDirectory(prefix="fastrnn-tests-")
+os.environ["FASTRNN_CACHE"] = CACHE.name
 
 DEVICE = torch.device(os.environ.get("FASTRNN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -89,3 +94,33 @@ def pytest_runtest_teardown(item):
         except RuntimeError:
             os._exit(1)
     return result
+
+
+@pytest.fixture
+def evidence_in(tmp_path, monkeypatch):
+    """An empty cache folder for the test, and nothing known but what is shipped."""
+    from fastrnn import evidence, ranking
+
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
+    evidence.clear()
+    ranking.renew()
+    yield tmp_path / "cache"
+    evidence.clear()
+    ranking.renew()
+
+
+@pytest.fixture
+def recorded(evidence_in):
+    """`recorded(request, candidate, time)` records how much of torch.nn's time a candidate takes here."""
+    from fastrnn import evidence, ranking, records
+
+    def record(request, candidate, time, verdict="measured", **fields):
+        ratio = (time, 0.99 * time, 1.01 * time) if verdict == "measured" else None
+        entry = records.Entry(
+            evidence.key_of(request), candidate, verdict, "2026-12-01", "torch.nn", ratio, fields.get("reason", "")
+        )
+        assert evidence.keep(entry, torch.get_num_threads()) is None
+        ranking.renew()
+        return entry
+
+    return record

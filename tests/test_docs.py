@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn import dispatch
-
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")])
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -79,15 +77,3 @@ def test_the_readme_is_short_and_lists_every_page_of_docs():
     assert len(readme.read_text().splitlines()) <= 90
     listed = {path for path, _ in links(readme)}
     assert {name(page) for page in PAGES if page.is_relative_to(ROOT / "docs")} <= listed
-
-
-def test_the_thresholds_in_the_page_on_backends_are_those_of_dispatch():
-    page = (ROOT / "docs/backends.md").read_text()
-    kinds = {"without gradients": (False, False), "training": (False, True)}
-    kinds |= {"packed, without gradients": (True, False), "packed, training": (True, True)}
-    for title, kind in kinds.items():
-        row = re.search(rf"^\| {title} \| T = (\d+).* T = (\d+) \| T = (\d+) \| ([\d,]+) \|", page, re.MULTILINE)
-        first = dispatch.CPU_FIRST[kind]
-        assert first["rnn_tanh"] == first["rnn_relu"]
-        assert [int(n) for n in row.groups()[:3]] == [first[cell] for cell in ("lstm", "gru", "rnn_tanh")]
-        assert int(row[4].replace(",", "")) == dispatch.MOST_ELEMENTS[kind]

@@ -16,7 +16,7 @@ PACKAGE = Path(fastrnn.__file__).parent
 KERNELS = next((p for p in (PACKAGE.parent / "kernels", PACKAGE / "kernels") if p.is_dir()), None)
 
 # What each module may import of fastrnn.
-# modules -> functional -> checks -> stack -> scan -> ops -> dispatch -> aten and the backends.
+# modules -> functional -> checks -> stack -> scan -> ops -> dispatch -> ranking -> aten and the backends.
 BELOW = {
     "program": set(),
     "building": {"program"},
@@ -41,7 +41,14 @@ BELOW = {
         "program",
     },
     "recomputation": set(),
-    "dispatch": {"cell_table", "backends", "aten", "arguments", "recomputation"},
+    "agreement": set(),
+    "timing": set(),
+    "records": set(),
+    "evidence": {"cell_table", "records"},
+    "verification": {"agreement", "evidence", "records", "arguments", "backends", "cell_table", "equations"},
+    "backend_table": {"backends", "aten", "arguments", "tiles"},
+    "ranking": {"backend_table", "verification", "evidence", "records", "aten", "backends"},
+    "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation"},
     "ops": {"dispatch", "arguments", "directions"},
     "vmapping": set(),
     "scan": {"ops", "vmapping", "linear", "arguments", "cell_table", "directions", "equations", "reference"},
@@ -56,6 +63,9 @@ BELOW = {
     "compat": {"modules", "torch_nn"},
     "convert": {"modules", "compat", "torch_nn", "functional", "checks", "dispatch"},
     "init": {"modules", "torch_nn", "cell_table"},
+    "trial": {"evidence", "modules", "torch_nn", "backend_table", "verification", "agreement", "timing"},
+    "tuning": {"trial", "modules", "checks", "backend_table", "ranking", "evidence", "records"},
+    "tune_command": {"tuning", "evidence", "records"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "functional", "dispatch", "cell_table"},
     "monitoring.diagnosis": {"cell_table", "modules"},
@@ -83,6 +93,7 @@ BELOW = {
         "monitoring",
         "monitoring.flow",
         "monitoring.plots",
+        "tune_command",
     },
     "__init__": {
         "modules",
@@ -96,6 +107,7 @@ BELOW = {
         "init",
         "monitoring",
         "penalties",
+        "tuning",
         "weights",
     },
 }

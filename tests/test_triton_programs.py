@@ -9,10 +9,10 @@ import tempfile
 
 import pytest
 import torch
-from triton_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, WIDTH, cell, program
 from setups import mostly_slow
 from test_compile_only import check as check_compiled
 from test_compile_only import compiled, make_case, make_gemm_case, read_compiled
+from triton_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, WIDTH, cell, program
 from user_cells import BUILT_IN
 
 import fastrnn

@@ -19,6 +19,7 @@ from ..cell_table import spec_of
 from . import gemm_step, sequence
 from .launch import interpreted
 
+GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda", too
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
@@ -28,7 +29,7 @@ def why_not(request) -> str | None:
         return "triton is not installed"
     if not KERNELS:
         return f"fastrnn.kernels is not installed with {Path(__file__).parents[1]} (see README)"
-    if request.device != "cuda" and not interpreted():
+    if request.device not in GPUS and not interpreted():
         return (
             f"Triton needs a GPU and the tensors are on {request.device} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
         )
@@ -80,7 +81,7 @@ def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.Ge
 
 
 def _device(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.get_device_module(x.device).device(x.device) if x.device.type in GPUS else nullcontext()
 
 
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:

@@ -59,11 +59,16 @@ def figure(values: list[float]) -> Figure:
     return Figure(statistics.median(values), ordered[k - 1], ordered[n - k])
 
 
-def ratio(samples: Samples, other: Samples) -> Figure:
-    """The first's time over the second's, from the ratios within each round that both were timed in."""
+def shares(samples: Samples, other: Samples) -> list[float]:
+    """The first's time over the second's, within each round that both were timed in."""
     seconds = dict(zip(other.rounds, other.seconds, strict=True))
     pairs = zip(samples.rounds, samples.seconds, strict=True)
-    return figure([s / seconds[k] for k, s in pairs if k in seconds])
+    return [s / seconds[k] for k, s in pairs if k in seconds]
+
+
+def ratio(samples: Samples, other: Samples) -> Figure:
+    """The first's time over the second's, from the ratios within the rounds."""
+    return figure(shares(samples, other))
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
@@ -77,10 +82,11 @@ def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
 
         return watch
 
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    gpu = torch.get_device_module(device)
+    begin, end = (gpu.Event(enable_timing=True) for _ in range(2))
 
     def watch_events(run):
-        torch.cuda.synchronize()
+        gpu.synchronize()
         begin.record()
         run()
         end.record()
@@ -115,17 +121,20 @@ def interleave(
     brief: set[str],
     warmup: float = WARMUP_SECONDS,
     rounds: int = MIN_ROUNDS,
+    sample: float | None = None,
+    after: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
     The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out and leave their time to
-    the others.
+    the others. `sample`: the least seconds of a sample. `after` is told of each sample, and is not timed.
     """
     watch = stopwatch(device)
     samples = {}
     for name, call in calls.items():
         least = _warm(call, watch, warmup)
-        samples[name] = Samples(inner=min(MAX_INNER, max(1, math.ceil(SAMPLE_SECONDS[device] / least))))
+        wanted = sample or SAMPLE_SECONDS["cpu" if device == "cpu" else "cuda"]
+        samples[name] = Samples(inner=min(MAX_INNER, max(1, math.ceil(wanted / least))))
     names, spent, number = list(calls), 0.0, 0
     for turn in range(MAX_ROUNDS):
         if turn >= rounds and spent > seconds:
@@ -144,4 +153,5 @@ def interleave(
             spent += took
             samples[name].seconds.append(took / inner)
             samples[name].rounds.append(turn)
+            after(name)
     return samples

@@ -1,0 +1,85 @@
+"""`python -m fastrnn tune`: measures, shows and forgets what is known of this machine."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from . import evidence, records, tuning
+from .records import Entry
+
+
+def add_to(commands, formatter) -> None:
+    """Adds the command to the command line's."""
+    command = commands.add_parser(
+        "tune", formatter_class=formatter, help="measure the backends on this machine, so that auto takes the fastest"
+    )
+    add = command.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--minutes", type=float, default=2.0, metavar="M", help="the most time to spend")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads to measure with")
+    add("--cell", choices=tuning.CELLS, action="append", help="only this cell; can be repeated")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="only this dtype; can be repeated")
+    add("--out", type=Path, metavar="FILE", help="write one record file there, instead of the cache folder")
+    add("--show", action="store_true", help="print what is known of this machine, and measure nothing")
+    add("--forget", action="store_true", help="remove all records from the cache folder, and measure nothing")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.forget:
+        print(f"{records.forget()} records removed from {records.folder()}")
+    elif options.show:
+        _show(options)
+    else:
+        _tune(options)
+
+
+def _show(options: argparse.Namespace) -> None:
+    place = records.where(options.device, options.threads)
+    found = [tuning.Result(entry, ()) for entry in sorted(records.load(place))]
+    print(f"{place.device} {place.architecture}, {_threads(place)}torch {place.torch}, in {records.place(place)}")
+    print(tuning.Results(found) if found else "nothing was measured here; `python -m fastrnn tune` does it")
+
+
+def _threads(place: records.Where) -> str:
+    return f"{place.threads} thread{'s'[: place.threads != 1]}, " if place.threads else ""
+
+
+def _bar(total: int):
+    """tqdm's progress bar; without tqdm, or where nobody looks, None."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext()
+    return tqdm(total=total, unit="bucket", dynamic_ncols=True, disable=None, file=sys.stderr)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    ladders = tuning.standard_set(
+        options.device, options.threads, tuple(options.cell or tuning.CELLS),
+        tuple(options.dtype or ("float32", "bfloat16")),
+    )  # fmt: skip
+    kept: dict[tuple, Entry] = {}
+
+    def collect(entry: Entry, threads: int) -> None:
+        kept[entry.key, entry.candidate] = entry
+
+    search = tuning.Search(60 * options.minutes, evidence.keep if options.out is None else collect)
+    with _bar(len(ladders)) as bar:
+
+        def progress(text: str) -> None:
+            if bar is not None:
+                bar.update()
+                bar.set_postfix_str(text)
+
+        found = tuning.Results(search.run(ladders, progress))
+    print(found)
+    faster = sum(evidence.Finding(result.entry, None).time < 1 for result in found)
+    print(f"\n{len(found)} results, {faster} of them faster; {'the time is up' if search.is_over else 'all was asked'}")
+    place = records.where(options.device, options.threads)
+    if options.out is not None:
+        records.write(options.out, records.text_of(place, sorted(kept.values())))
+    print(f"kept in {options.out or records.place(place)}")

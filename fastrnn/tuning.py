@@ -1,0 +1,374 @@
+"""`tune`: asks this machine which backend is right and fast, and records the answers (`records.py`).
+
+Every candidate runs in a child process (`trial.py`), is compared with the reference there, and is timed beside
+torch.nn, or beside the loop where torch.nn cannot run the call. A child that dies, or shows no life for too long, marks
+the candidate that it was running as broken.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import checks, evidence, modules, ranking, records
+from .backend_table import BACKENDS, MODES
+from .records import Entry, Key
+from .trial import Job
+
+COMMAND = (sys.executable, "-m", "fastrnn.trial")
+START_SECONDS = 180.0  # for a child to import torch
+SECONDS = 0.03  # the least that a candidate and its rival are timed together
+LIMITS = {"cpu": 30.0}
+LIMIT = 90.0
+"""Seconds without a sign of life after which a child is killed, by device type; on a GPU kernels compile meanwhile."""
+
+
+class Child:
+    """A process that tries candidates, one after the other, until one of them takes it down."""
+
+    def __init__(self, command: tuple[str, ...]):
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        # A session of its own: Ctrl-C is for the parent, which closes it.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
+        )
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.process.stdout, selectors.EVENT_READ)
+        self.buffer = b""
+        if self.receive(START_SECONDS) is None:
+            said = self.last_words()
+            self.close()
+            raise RuntimeError(f"the process that tries candidates does not start: {said}")
+
+    def last_words(self) -> str:
+        self.errors.seek(0)
+        lines = self.errors.read()[-2000:].decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def receive(self, limit: float) -> dict[str, Any] | None:
+        """The next message; None where the process ended, or said nothing for so many seconds."""
+        deadline = time.monotonic() + limit
+        while b"\n" not in self.buffer:
+            if not self.selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            found = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not found:
+                return None
+            self.buffer += found
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        try:
+            return json.loads(line)
+        except ValueError:
+            return None
+
+    def ask(self, job: Job, candidate: str, limit: float) -> dict[str, Any]:
+        """The answer of `trial.py`; or what happened to the process, blamed on what it was running."""
+        request = {"job": job._asdict(), "candidate": candidate, "seconds": SECONDS}
+        blame = candidate
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return {"broken": self.end(limit), "blame": blame}
+        while True:
+            message = self.receive(limit)
+            if message is None:
+                return {"broken": self.end(limit), "blame": blame}
+            if "running" not in message:
+                return message
+            blame = message["running"]
+
+    def end(self, limit: float) -> str:
+        """How the process ended; it is killed where it still runs."""
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return f"killed after {limit:.0f} s"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        said = self.last_words()
+        self.close()
+        return f"its process ended with {how}: {said}".rstrip(": ")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            with suppress(OSError):  # what was not yet written
+                stream.close()
+        self.selector.close()
+
+
+# -------------------------------------------------------------------------------------------------- what is asked for
+
+
+class Bucket(NamedTuple):
+    """Calls of one bucket; the slowest of them, relative to the rival, decides."""
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def key(self) -> Key:
+        return evidence.key_of(self.jobs[0].request())
+
+
+class Ladder(NamedTuple):
+    """Buckets that differ in T, the shorter ones first. A candidate that wins in one counts as faster in longer ones,
+    so the search begins at `start` and goes down while it wins, or else up until it does."""
+
+    rungs: tuple[Bucket, ...]
+    start: int
+
+
+# Two corners of each bucket: least B and H, largest B and H.
+CORNERS_B = {1: (1, 1), 16: (2, 16), 64: (17, 64), 256: (65, 256)}
+CORNERS_H = {32: (8, 32), 128: (33, 128), 512: (129, 512), evidence.LARGER: (513, 1024)}
+MOST_WORK = 1e10  # floating-point operations of a call; larger ones are left to what is shipped, or to torch.nn
+CELLS = ("gru", "lstm", "rnn_tanh", "rnn_relu")
+
+
+def _work(job: Job) -> float:
+    gates = {"lstm": 4, "gru": 3}.get(job.cell, 1)
+    products = job.steps * job.batch * gates * job.hidden_size * 2 * job.hidden_size
+    return 2 * products * (3 if job.gradients else 1)
+
+
+def _kinds(cell: str) -> list[dict[str, Any]]:
+    """The kinds of call of a cell in the standard set, the more usual ones first."""
+    kinds: list[dict[str, Any]] = [{}, {"filled": 0.5}, {"features": ("tap",)}, {"features": ("layer_norm",)}]
+    return [*kinds, {"proj": True}, {"proj": True, "filled": 0.5}] if cell == "lstm" else kinds
+
+
+def _ladder(
+    device: str, dtype: str, threads: int, cell: str, kind: dict[str, Any], gradients: bool, batch: int, hidden: int
+) -> Ladder | None:
+    extras = bool(kind.get("features"))
+    rungs = []
+    for steps in evidence.STEPS if extras else [steps for steps in evidence.STEPS if steps >= 8]:
+        corners = zip(CORNERS_B[batch], CORNERS_H[hidden], strict=True)
+        jobs = tuple(
+            Job(
+                device, cell, dtype, H, steps, B, gradients, threads,
+                proj_size=H // 2 if kind.get("proj") else 0,
+                features=kind.get("features", ()),
+                filled=kind.get("filled"),
+            )
+            for B, H in dict.fromkeys(corners)
+        )  # fmt: skip
+        if all(_work(job) <= MOST_WORK for job in jobs):
+            rungs.append(Bucket(jobs))
+    if not rungs:
+        return None
+    return Ladder(tuple(rungs), 0 if extras else min(1, len(rungs) - 1))
+
+
+def standard_set(
+    device: str, threads: int, cells: tuple[str, ...] = CELLS, dtypes: tuple[str, ...] = ("float32", "bfloat16")
+) -> list[Ladder]:
+    """The calls that `python -m fastrnn tune` asks for: the most usual ones first, because time may run out."""
+    found = []
+    for dtype in dtypes:
+        for place in range(max(len(_kinds(cell)) for cell in cells)):
+            for hidden in (128, 512, 32, evidence.LARGER):
+                for batch in (16, 1, 64, 256):
+                    for cell in cells:
+                        kind = _kinds(cell)[place : place + 1]
+                        found += [
+                            (device, dtype, threads, cell, kind[0], mode, batch, hidden)
+                            for mode in (True, False)
+                            if kind
+                        ]
+    ladders = [_ladder(*asked) for asked in found]
+    return [ladder for ladder in ladders if ladder is not None]
+
+
+def of_call(module: modules._Recurrent, args: tuple, kwargs: dict[str, Any]) -> list[Ladder]:
+    """The calls to try for a call of a module, with and without gradients."""
+    given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+    request = checks.check(
+        module._cell, given.pop("input"), given.pop("hx", None), module._parameters_by_name(), **given,
+        **module._arguments(),
+    ).request  # fmt: skip
+    filled = None
+    if request.packed is not None:
+        filled = 1.0 if request.batch == 1 else (request.packed * request.batch - 1) / (request.batch - 1)
+    return [
+        Ladder((Bucket((job,)),), 0)
+        for mode in (True, False)
+        for job in [
+            Job(
+                request.device, request.cell, evidence.dtype_name(request.dtype), request.hidden_size, request.steps,
+                request.batch, mode, torch.get_num_threads(), request.proj_size, tuple(sorted(request.features)),
+                filled, module.input_size, module.num_layers, module.bidirectional,
+            )
+        ]
+    ]  # fmt: skip
+
+
+def candidates(job: Job) -> list[str]:
+    """The backends that can run a job, beside its rival; on a GPU also the modes of the Triton scan."""
+    request = job.request()
+    rows = [*BACKENDS.values(), *(MODES.values() if job.device != "cpu" else ())]
+    return [one.name for one in rows if one.launcher and one.name != "reference" and one.reason(request) is None]
+
+
+# ---------------------------------------------------------------------------------------------------------- the search
+
+
+class Result(NamedTuple):
+    """What came out for a bucket and a candidate, and the calls that were tried."""
+
+    entry: Entry
+    jobs: tuple[Job, ...]
+    unkept: str | None = None  # why it could not be written
+
+
+class Search:
+    """Tries candidates in a child process until the time is up; `keep` is given each entry as soon as it is known."""
+
+    def __init__(self, seconds: float, keep: Callable[[Entry, int], str | None], command: tuple[str, ...] = COMMAND):
+        self.deadline, self.keep, self.command = time.monotonic() + seconds, keep, command
+        self.child: Child | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def _ask(self, job: Job, candidate: str) -> dict[str, Any]:
+        if self.child is None:
+            self.child = Child(self.command)
+        found = self.child.ask(job, candidate, LIMITS.get(job.device, LIMIT))
+        if "broken" in found:  # whatever it left behind must not reach the next candidate
+            self.close()
+        return found
+
+    def close(self) -> None:
+        if self.child is not None:
+            self.child.close()
+            self.child = None
+
+    def bucket(self, bucket: Bucket, candidate: str) -> Result | None:
+        """Tries a candidate in a bucket; None where it cannot run these calls."""
+        worst: tuple[float, float, float] | None = None
+        key, threads = bucket.key, bucket.jobs[0].threads
+        tried: list[Job] = []
+        for job in bucket.jobs:
+            found = self._ask(job, candidate)
+            if "cannot" in found:
+                return None
+            tried.append(job)
+            if "broken" in found:
+                reason = records.printable(found["broken"])
+                # torch's own kernels and the reference are slow where the machine is; they do not hang.
+                if found["blame"] == "reference" or (found["blame"] == "aten" and reason.startswith("killed")):
+                    return None
+                entry = Entry(key, found["blame"], "broken", records.today(), reason=reason)
+                return Result(entry, tuple(tried), self.keep(entry, threads))
+            median, low, high = found["ratio"]
+            worst = max(worst or (median, low, high), (median, low, high), key=lambda ratio: ratio[2])
+            if low > 1:
+                break
+        against = "torch.nn" if bucket.jobs[0].rival == "aten" else "reference"
+        entry = Entry(key, candidate, "measured", records.today(), against, worst)
+        return Result(entry, tuple(tried), self.keep(entry, threads))
+
+    def ladder(self, ladder: Ladder, candidate: str) -> Iterator[Result]:
+        """Searches a ladder for the shortest calls in which a candidate wins."""
+        k, up = ladder.start, None
+        while 0 <= k < len(ladder.rungs) and not self.is_over:
+            result = self.bucket(ladder.rungs[k], candidate)
+            if result is None:
+                return
+            yield result
+            if result.entry.verdict == "broken":
+                return
+            won = evidence.Finding(result.entry, None).time < 1
+            if up is None:
+                up = not won
+            elif won == up:
+                return
+            k += 1 if up else -1
+
+    def run(self, ladders: list[Ladder], progress: Callable[[str], None] = lambda text: None) -> list[Result]:
+        """All of it, as far as the time allows. Ctrl-C ends it early; what is known by then is kept and returned."""
+        found: list[Result] = []
+        try:
+            for ladder in ladders:
+                job = ladder.rungs[ladder.start].jobs[0]
+                for candidate in candidates(job):
+                    if self.is_over:
+                        return found
+                    for result in self.ladder(ladder, candidate):
+                        found.append(result)
+                progress(in_words(evidence.key_of(job.request())))
+        except KeyboardInterrupt:
+            progress("interrupted")
+        finally:
+            self.close()
+            ranking.renew()
+        return found
+
+
+def in_words(key: Key) -> str:
+    mode = "training" if key.gradients else "inference"
+    larger = evidence.LARGER
+    sizes = ", ".join(
+        f"{name} > {bounds[-1]}" if bound == larger else f"{name} <= {bound}"
+        for name, bound, bounds in (("B", key.batch, evidence.BATCH), ("H", key.hidden, evidence.HIDDEN))
+    )
+    return f"{key.cell} {key.dtype} {key.kind} {mode}, T >= {key.steps}, {sizes}"
+
+
+class Results(list):
+    """What `tune` found out; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("call", "candidate", "what came out")]
+        rows += [(in_words(r.entry.key), r.entry.candidate, evidence.Finding(r.entry, None).words) for r in self]
+        widths = [max(len(line[k]) for line in rows) for k in range(3)]
+        text = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows]
+        unkept = {result.unkept for result in self} - {None}
+        return "\n".join([*text, *(f"not kept for the next process: {reason}" for reason in sorted(unkept))])
+
+
+def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) -> Results:
+    """Measures the backends for the calls that `module(*example, **call)` makes, and records what came out.
+
+    From then on, in this process and in later ones, `auto` takes what was right and fastest. Each candidate runs in a
+    child process first, so that one which crashes or hangs does no harm. `explain` shows the evidence.
+
+    Args:
+        module: a `fastrnn.LSTM`, `GRU` or `RNN`, or any module that has some inside.
+        example, call: the arguments of its call; their values do not matter, but sizes, dtypes and options do.
+        minutes: the most time to spend.
+
+    Returns:
+        The results, a list that prints as a table.
+
+    Raises:
+        ValueError: no fastrnn network is called.
+    """
+    calls: list[tuple] = []
+    networks = [one for one in module.modules() if isinstance(one, modules._Recurrent)]
+    hooks = [one.register_forward_pre_hook(lambda *seen: calls.append(seen), with_kwargs=True) for one in networks]
+    try:
+        with torch.no_grad():
+            module(*example, **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ladders = [ladder for seen in calls for ladder in of_call(*seen)]
+    if not ladders:
+        raise ValueError("tune: the module calls no fastrnn.LSTM, GRU or RNN")
+    return Results(Search(60 * minutes, evidence.keep).run(list(dict.fromkeys(ladders))))

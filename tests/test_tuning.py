@@ -1,0 +1,194 @@
+"""`tune`: what a candidate in a child process may do wrong, none of which is ever chosen; what is recorded and used."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_candidates import FAKES, FAULTS
+from setups import needs_cpu_library
+
+import fastrnn
+from fastrnn import backend_table, dispatch, evidence, ranking, records, tuning
+from fastrnn.trial import Job
+
+CHILD = (sys.executable, str(Path(__file__).parent / "fake_candidates.py"))
+JOB = Job("cpu", "gru", "float32", 8, 8, 2, True, torch.get_num_threads())
+pytestmark = needs_cpu_library
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """One search over all fakes, in one cache folder: each one's result, and the folder."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache")
+    patch.setenv("FASTRNN_CACHE", str(folder))
+    patch.setattr(backend_table, "BACKENDS", backend_table.BACKENDS | FAKES)
+    for module in (dispatch, ranking, tuning):
+        patch.setattr(module, "BACKENDS", backend_table.BACKENDS)
+    patch.setattr(tuning, "LIMITS", {"cpu": 5.0})
+    patch.setattr(tuning, "SECONDS", 0.0)
+    evidence.clear()
+    ranking.renew()
+    search = tuning.Search(300.0, evidence.keep, CHILD)
+    bucket = tuning.Bucket((JOB,))
+    found = {name: search.bucket(bucket, name) for name in FAKES}
+    search.close()
+    ranking.renew()
+    yield found, folder
+    patch.undo()
+    evidence.clear()
+    ranking.renew()
+
+
+REASONS = {
+    "wrong": "y is wrong: error", "wrong_once": "after some calls, y is wrong: error", "nan": "y is wrong: error inf",
+    "wrong_backward": "d x is wrong", "raises": "RuntimeError: out of", "hangs": "killed after 5 s",
+    "crashes": "signal SIGSEGV", "exits": "exit code 7", "poison": "after it, aten is wrong",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_candidate_that_misbehaves_is_never_chosen_and_the_record_says_why(tried, fault):
+    found, _ = tried
+    entry, name = found[f"fake_{fault}"].entry, f"fake_{fault}"
+    assert entry.candidate == name
+    if fault in REASONS:
+        assert entry.verdict == "broken" and REASONS[fault] in entry.reason
+        assert entry.reason.isprintable() and len(entry.reason) <= records.LONGEST
+        assert f"broken here: {entry.reason}" == evidence.Finding(entry, None).words
+    else:
+        assert entry.verdict == "measured" and evidence.Finding(entry, None).time >= 1
+    for steps in (8, 100):
+        for gradients in (False, True):
+            request = JOB._replace(steps=steps, gradients=gradients).request()
+            assert dispatch.choose(request) not in set(FAKES) - {"fake_good"}
+
+
+def test_the_rest_is_unaffected(tried):
+    """The good candidate came last, after all the others; each fault has a file, which reads back as it was written."""
+    found, folder = tried
+    entry = found["fake_good"].entry
+    assert entry.verdict == "measured" and entry.against == "torch.nn"
+    files = list(folder.rglob("*.json"))
+    assert len(files) == len(FAKES)
+    read = {one.candidate: one for file in files for one in records.read(file)[1]}
+    for name, result in found.items():
+        assert read[name][:4] == result.entry[:4] and read[name].reason == result.entry.reason
+    assert not [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".json"]
+
+
+def test_a_child_that_does_not_start_is_an_error_and_no_candidates_fault(evidence_in):
+    search = tuning.Search(60.0, evidence.keep, (sys.executable, "-c", "import sys; sys.exit('no torch here')"))
+    with pytest.raises(RuntimeError, match="does not start: no torch here"):
+        search.bucket(tuning.Bucket((JOB,)), "cpu")
+    assert not list(evidence_in.rglob("*.json"))
+
+
+def ratios(*values):
+    """A search whose candidates take these shares of the rival's time, one after the other, as the jobs come."""
+
+    class Scripted(tuning.Search):
+        asked = ()
+
+        def _ask(self, job, candidate):
+            self.asked = (*self.asked, (job.steps, job.batch))
+            median = values[min(len(self.asked), len(values)) - 1]
+            return {"ratio": [median, median - 0.01, median + 0.01]}
+
+    return Scripted(60.0, lambda entry, threads: None)
+
+
+def rungs(start, *steps):
+    return tuning.Ladder(tuple(tuning.Bucket((JOB._replace(steps=T),)) for T in steps), start)
+
+
+@pytest.mark.parametrize(("values", "asked"), [
+    ((0.5, 0.5), [16, 8]),  # wins, so shorter calls are tried
+    ((0.5, 1.5), [16, 8]),
+    ((1.5, 1.5, 0.5), [16, 32, 128]),  # loses, so longer ones are
+    ((1.5, 0.5), [16, 32]),
+])  # fmt: skip
+def test_a_ladder_looks_for_the_shortest_call_that_gains(values, asked):
+    search = ratios(*values)
+    results = list(search.ladder(rungs(1, 8, 16, 32, 128), "cpu"))
+    assert [steps for steps, _ in search.asked] == asked == [r.entry.key.steps for r in results]
+
+
+def test_the_slowest_corner_of_a_bucket_counts_and_a_loss_ends_it():
+    corners = tuning.Bucket(tuple(JOB._replace(batch=B) for B in (2, 9, 16)))
+    assert ratios(0.3, 0.9, 0.5).bucket(corners, "cpu").entry.ratio[0] == 0.9
+    search = ratios(1.5, 0.1)
+    assert search.bucket(corners, "cpu").entry.ratio[0] == 1.5 and len(search.asked) == 1
+
+
+def test_the_standard_set_has_jobs_of_one_bucket_in_each_bucket():
+    ladders = tuning.standard_set("cpu", 2)
+    assert len(ladders) > 200
+    for ladder in ladders:
+        for bucket in ladder.rungs:
+            assert {evidence.key_of(job.request()) for job in bucket.jobs} == {bucket.key}
+        assert [b.key.steps for b in ladder.rungs] == sorted({b.key.steps for b in ladder.rungs})
+
+
+@pytest.mark.slow
+def test_tune_measures_the_calls_of_a_model_and_auto_follows(evidence_in, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = fastrnn.GRU(3, 8, num_layers=2), fastrnn.LSTM(8, 4, bidirectional=True)
+
+        def forward(self, x, lengths):
+            return self.second(self.first(x)[0], lengths=lengths)[0]
+
+    model, x, lengths = Model(), torch.randn(20, 4, 3), torch.tensor([20, 3, 4, 5])
+    results = fastrnn.tune(model, x, lengths=lengths, minutes=5)
+    assert {(r.entry.key.cell, r.entry.key.kind, r.entry.key.gradients) for r in results} == {
+        (cell, kind, mode) for cell, kind in (("gru", "plain"), ("lstm", "extras")) for mode in (False, True)
+    }
+    assert {r.entry.verdict for r in results} == {"measured"} and "not kept" not in str(results)
+    evidence.clear()
+    explained = str(fastrnn.explain(model.second, torch.randn(20, 4, 8), lengths=lengths))
+    assert "measured here" in explained and "of the loop's time" in explained
+    with pytest.raises(ValueError, match="calls no fastrnn"):
+        fastrnn.tune(torch.nn.Linear(2, 3), torch.randn(2))
+
+
+def command(*arguments, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastrnn", "tune", *arguments], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_measures_shows_and_forgets(tmp_path):
+    cache = {"FASTRNN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    tune = command("--minutes", "0.05", "--cell", "gru", **cache)
+    out, err = tune.communicate(timeout=120)
+    assert tune.returncode == 0, err
+    assert "the time is up" in out and "gru float32 plain training" in out
+    count = len(list(tmp_path.rglob("*.json")))
+    out, _ = command("--show", **cache).communicate(timeout=60)
+    assert "1 thread, torch" in out and out.count("measured here") >= 1 and count >= 1
+    out, _ = command("--forget", **cache).communicate(timeout=60)
+    assert f"{count} records removed" in out and not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    tune = command("--minutes", "5", "--cell", "gru", FASTRNN_CACHE=str(tmp_path), OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.rglob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tune.send_signal(signal.SIGINT)
+    out, err = tune.communicate(timeout=60)
+    assert tune.returncode == 0, err
+    assert "results" in out and "broken" not in out and list(tmp_path.rglob("*.json"))
