@@ -90,7 +90,7 @@ def parse(text: str) -> Program:
 
 
 def run(program: Program, planes: Sequence[Tensor]) -> list[Tensor]:
-    """The results for inputs of one dtype and of shapes that broadcast; each of the full shape, in memory of its own."""
+    """The results for inputs of one dtype and of shapes that broadcast; each of the full shape, in its own memory."""
     if len(planes) != program.inputs:
         raise ValueError(f"a program of {program.inputs} planes got {len(planes)}")
     like = planes[0] if all(p.shape == planes[0].shape for p in planes) else torch.broadcast_tensors(*planes)[0]
