@@ -68,7 +68,10 @@ _read: dict[str, CellSpec] = {}
 
 
 def spec_of(cell: str) -> CellSpec:
-    """What is known of a cell: by its name in `CELLS`, or from the text of a user's cell."""
+    """What is known of a cell: by its name in `CELLS`, or from the text of a user's cell.
+
+    Where every call comes by, `CELLS[cell] if cell in CELLS else spec_of(cell)` saves a built-in cell the call of this.
+    """
     found = CELLS.get(cell)
     if found is None:
         found = _read.get(cell)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .activations import cell_of
 from .aten import refused_by_cudnn, refused_by_onednn
-from .cell_table import NONLINEARITIES, network_shapes, spec_of
+from .cell_table import CELLS, NONLINEARITIES, network_shapes, spec_of
 from .dispatch import Request
 from .equations import accumulate_dtype
 from .linear import in_forward_mode, recorded, tracing
@@ -107,7 +107,7 @@ def check_probability(name: str, p) -> float:
 
 def check_zoneout(cell: str, zoneout) -> tuple[float, ...]:
     """The probability for each state of the cell, h first. The LSTM's pair is given as (p_c, p_h)."""
-    spec = spec_of(cell)
+    spec = CELLS[cell] if cell in CELLS else spec_of(cell)
     states = len(spec.states)
     if not isinstance(zoneout, (tuple, list)):
         return (check_probability("zoneout", zoneout),) * states
@@ -200,7 +200,7 @@ def check(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
         weight_dropout, clip_state_grad_norm, clip_state_grad_value,
     )  # fmt: skip
-    spec = spec_of(cell)
+    spec = CELLS[cell] if cell in CELLS else spec_of(cell)
     if return_cells and len(spec.states) == 1:
         raise ValueError(f"return_cells needs a cell with a cell state; {spec.name} has none")
     weight_ih = params["weight_ih_l0"]

@@ -38,7 +38,7 @@ from .arguments import (
     has_directions,
     split,
 )
-from .cell_table import PAD, spec_of
+from .cell_table import CELLS, PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_cell_state, lstm_output
 from .linear import linear, tracing, transformed
@@ -147,7 +147,8 @@ def _gradients(
     # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
     backend = walk.backend if incoming.dsaved is None else "reference"
     found = ScanGradients._make(run(*incoming, *kept, *inputs, *walk._replace(backend=backend), tapped))
-    dgh = found.dgh if spec_of(walk.cell).distinct_dgh or inputs.ln_hh is not None else found.dgx
+    spec = CELLS[walk.cell] if walk.cell in CELLS else spec_of(walk.cell)
+    dgh = found.dgh if spec.distinct_dgh or inputs.ln_hh is not None else found.dgx
     dw_hh = db_hh = None
     if inputs.w_hh is not None:
         h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import ScanInputs, ScanOutputs, Walk
-from .cell_table import PAD, RESET, START, spec_of, suffixes
+from .cell_table import CELLS, PAD, RESET, START, spec_of, suffixes
 from .dispatch import BACKENDS
 from .equations import LN_EPS, accumulate_dtype
 from .linear import linear
@@ -91,12 +91,10 @@ class Direction(NamedTuple):
     tap: Tensor | None  # [2, S, T, B]
 
 
-def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor | None, T: int) -> Tensor | None:
+def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor, T: int) -> Tensor | None:
     """`_zoneout` for the states beyond h."""
     others = options.zoneout[1:]
-    if c0 is None or not any(others):
-        return None
-    if len(set(others)) == 1:
+    if len(others) == 1 or len(set(others)) == 1:
         return _zoneout(others[0], options.training, h0, (T, *c0.shape))
     shape = (T, len(c0), c0.shape[-1] // len(others))
     each = (_zoneout(p, options.training, h0, shape) for p in others)
@@ -107,7 +105,7 @@ def _direction(
     T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap, step_inputs
 ) -> Direction:
     """The parameters of one direction, and its masks, drawn."""
-    spec = spec_of(options.cell)
+    spec = CELLS[options.cell] if options.cell in CELLS else spec_of(options.cell)
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     if b_hh is not None and not spec.distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
