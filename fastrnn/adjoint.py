@@ -33,13 +33,13 @@ def _gradients(b: Builder, op: str, values: list[int], y: int, g: int) -> tuple[
         )
 
     def power():
+        number = b.number(other)
+        if number is not None:
+            return (emit("mul", g, emit("mul", other, emit("pow", x, number - 1))) if number else None), None
         lower = emit("mul", other, emit("pow", x, emit("sub", other, 1.0)))
         of_x = emit("mul", g, emit("where", emit("eq", other, ZERO), ZERO, lower))
         zero = emit("and", emit("eq", x, ZERO), emit("ge", other, ZERO))
-        of_y = None
-        if b.number(other) is None:
-            of_y = emit("mul", g, emit("where", zero, ZERO, emit("mul", y, emit("log", x))))
-        return of_x, of_y
+        return of_x, emit("mul", g, emit("where", zero, ZERO, emit("mul", y, emit("log", x))))
 
     def quotient():
         of_x = emit("div", g, other)

@@ -164,8 +164,10 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     return tuple(s[0] for s in states)
 
 
-def explain(cell: str, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:
+def explain(cell, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:
     """The backend table for a call: each backend, whether it can run it or why not, and what its rank rests on."""
+    if not isinstance(cell, str):
+        cell = cell.text
     return dispatch.explanation(check(cell, input, hx, params, **options).request, backend)
 
 

@@ -146,13 +146,14 @@ def omega(module: _Recurrent, input: Tensor, loss: Callable[[Tensor], Tensor], h
 
 def _check_omega(module: _Recurrent, input: Tensor) -> None:
     if not isinstance(module, _Recurrent):
-        raise ValueError(f"omega takes a fastrnn LSTM, GRU or RNN, got {type(module).__name__}")
+        raise ValueError(f"omega takes a fastrnn LSTM, GRU, RNN or Recurrent, got {type(module).__name__}")
     wrong = [
         name
         for name, on in {
             "num_layers": module.num_layers > 1,
             "bidirectional": module.bidirectional,
             "proj_size": module.proj_size > 0,
+            "the inputs of its cell": bool(spec_of(module._cell).inputs),
             "batch_first": module.batch_first,
             "clip_state_grad_norm": module.clip_state_grad_norm is not None,
             "clip_state_grad_value": module.clip_state_grad_value is not None,

@@ -90,7 +90,7 @@ def parse(text: str) -> Program:
 
 
 def run(program: Program, planes: Sequence[Tensor]) -> list[Tensor]:
-    """The results for these inputs, of one dtype and of shapes that broadcast; all results have the full shape."""
+    """The results for inputs of one dtype and of shapes that broadcast; each of the full shape, in its own memory."""
     if len(planes) != program.inputs:
         raise ValueError(f"a program of {program.inputs} planes got {len(planes)}")
     like = planes[0] if all(p.shape == planes[0].shape for p in planes) else torch.broadcast_tensors(*planes)[0]
@@ -100,7 +100,13 @@ def run(program: Program, planes: Sequence[Tensor]) -> list[Tensor]:
         for k in () if op == "const" else operands:
             if last_use[k] == number:
                 values[k] = None  # frees its memory
-    return [values[k].expand(like.shape) for k in program.results]
+    # An op may return no input's memory, no result twice, and no memory that elements share.
+    taken, found = set(range(program.inputs)), []
+    for k in program.results:
+        copies = k in taken or values[k].shape != like.shape
+        found.append(values[k].expand(like.shape).clone(memory_format=torch.contiguous_format) if copies else values[k])
+        taken.add(k)
+    return found
 
 
 def _last_uses(program: Program) -> list[float]:

@@ -91,12 +91,10 @@ class Direction(NamedTuple):
     tap: Tensor | None  # [2, S, T, B]
 
 
-def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor | None, T: int) -> Tensor | None:
+def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor, T: int) -> Tensor | None:
     """`_zoneout` for the states beyond h."""
     others = options.zoneout[1:]
-    if c0 is None or not any(others):
-        return None
-    if len(set(others)) == 1:
+    if len(others) == 1 or len(set(others)) == 1:
         return _zoneout(others[0], options.training, h0, (T, *c0.shape))
     shape = (T, len(c0), c0.shape[-1] // len(others))
     each = (_zoneout(p, options.training, h0, shape) for p in others)

@@ -16,7 +16,8 @@ from .building import Builder
 from .lowering import FILLED, LOWERINGS, UNCHANGED
 from .program import Program
 
-NOT_USER_CODE = (str(Path(torch.__file__).parent), *(str(Path(__file__).with_name(n)) for n in ("tracing.py",)))
+OWN_FILES = (Path(__file__).with_name(f"{name}.py") for name in ("tracing", "lowering", "building"))
+NOT_USER_CODE = (str(Path(torch.__file__).parent), *map(str, OWN_FILES))
 PROPERTIES = {
     "shape": (Tensor.shape, Tensor.size, Tensor.dim, Tensor.ndim, Tensor.numel, Tensor.__len__, Tensor.ndimension),
     "the values": (
@@ -26,7 +27,7 @@ PROPERTIES = {
     "the gradient": (Tensor.data, Tensor.grad, Tensor.backward, Tensor.requires_grad_, Tensor.register_hook),
 }  # fmt: skip
 REFUSED = {
-    getattr(one, "__get__", one) if not callable(one) else one: what
+    one if callable(one) else one.__get__: what  # the latter of an attribute
     for what, some in PROPERTIES.items()
     for one in some
 }
@@ -35,6 +36,10 @@ WHY = {
     "the values": "a cell cannot branch on values, which do not exist when it is traced; torch.where chooses",
     "the gradient": "the gradient of a cell is derived",
 }
+
+
+KEYWORDS = ("alpha", "value", "approximate")
+"""The keyword arguments that functions of `lowering.py` take."""
 
 
 class Plane(Tensor):
@@ -127,7 +132,9 @@ class _Recorder(TorchDispatchMode):
         lowering = LOWERINGS.get(name)
         if lowering is None:
             raise Refused(_why_unknown(name))
-        kwargs = {k: v for k, v in kwargs.items() if k in ("alpha", "value", "min", "max", "approximate")}
+        unknown = [k for k, v in kwargs.items() if k not in KEYWORDS and v is not None]
+        if unknown:
+            raise Refused(f"{name} with {unknown[0]}={kwargs[unknown[0]]!r} is not among the operations of a cell")
         found = lowering(b, *map(self._operand, args), **{k: self._operand(v) for k, v in kwargs.items()})
         return b.const(found) if isinstance(found, float) else found
 
@@ -183,7 +190,7 @@ def _line(function: Callable, traceback) -> str:
     found = "in C" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if not file.startswith(NOT_USER_CODE) and Path(file).name not in ("lowering.py", "building.py"):
+        if not file.startswith(NOT_USER_CODE):
             found = f"{file}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return found
@@ -202,7 +209,7 @@ def trace(name: str, function: Callable, arguments: Callable[[Callable], tuple],
         TypeError: it does not return a tuple of `states` planes.
     """
     first, second = (_traced(name, function, arguments, inputs, states) for _ in range(2))
-    if first != second:
+    if first.text() != second.text():  # not the programs: a NaN is not equal to itself
         raise ValueError(f"cell {name}: its function is not the same when it runs twice; a cell is deterministic")
     return first
 

@@ -222,6 +222,14 @@ def test_the_saved_planes_pass_a_gradient_on(name):
     assert K == len(saved)
 
 
+def test_constants_may_be_infinite_or_no_number():
+    def limited(x, u, state):
+        missing = torch.full_like(x.n, float("nan"))
+        return (torch.where(state.h < float("inf"), x.n + u.n, missing),)
+
+    agree(fastrnn.cell(gates="n")(limited))
+
+
 def test_a_text_says_everything():
     for cell in (fastrnn.cells.peephole_lstm, fastrnn.cells.leaky_rnn, fastrnn.cells.min_gru):
         assert text_of(cell.spec) == cell.text and text_of(spec_of(text_of(cell.spec))) == cell.text
@@ -291,6 +299,7 @@ REFUSED = {
     "python's random": (lambda x: x + random.random(), "not the same when it runs twice"),
     "floor": (lambda x: x.floor(), "floor is not among"),
     "remainder": (lambda x: x % 2, "remainder is not among"),
+    "rounding": (lambda x: torch.div(x, 2, rounding_mode="floor"), "div with rounding_mode='floor'"),
     "detach": (lambda x: x.detach(), "cuts the gradient"),
     "no_grad": (_no_grad, "without gradients"),
     "double": (lambda x: x.double(), "torch.float64"),

@@ -5,8 +5,9 @@ import torch
 from setups import MASKS, kept_of, random_incoming, random_inputs
 from user_cells import BUILT_IN, OWN, hand_scan
 
+import fastrnn
 from fastrnn import reference
-from fastrnn.arguments import ScanInputs, Walk
+from fastrnn.arguments import ScanInputs, ScanOutputs, Walk
 from fastrnn.scan import scan
 
 SIZES = (5, 3, 4)
@@ -102,9 +103,33 @@ def test_a_gradient_can_be_differentiated(name):
     assert torch.autograd.gradgradcheck(outputs, tuple(leaves.values()), fast_mode=True)
 
 
+@fastrnn.cell(gates="n", states="h c d", recurrent=False)
+def passing(x, state):
+    """States and gradients that are passed on as they are, and a state that nothing reads."""
+    return x.n, state.h, state.c
+
+
+@fastrnn.cell(gates="n", states="h c", recurrent=False)
+def sharing(x, state):
+    """Both states have the same gradient, and are the same."""
+    v = torch.tanh(x.n + (state.h + state.c))
+    return v, v
+
+
+@pytest.mark.parametrize("cell, features", [("three", MASKS), ("unconnected", ()), ("passing", ()), ("sharing", ())])
+def test_opcheck_of_the_raw_ops(cell, features):
+    """torch.library's own examination, also of results that would be inputs or constants."""
+    text = {**OWN, "passing": passing, "sharing": sharing}[cell].text
+    inputs = random_inputs(text, features, sizes=(1, 3, 2), dtype=torch.float32)
+    walk, tests = Walk(text, False, "reference"), ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fastrnn.scan_forward.default, (*inputs, *walk, True), test_utils=tests)
+    kept = kept_of(ScanOutputs(*torch.ops.fastrnn.scan_forward(*inputs, *walk, True)))
+    arguments = (*random_incoming(inputs), *kept, *inputs._replace(gx=None), *walk, True)
+    torch.library.opcheck(torch.ops.fastrnn.scan_backward.default, arguments, test_utils=tests)
+
+
 def test_padding_and_resets_keep_what_is_not_finite_out():
     """A cell that divides by zero at padding, where the saved planes are zero, and NaN in the padding's inputs."""
-    import fastrnn
 
     @fastrnn.cell(gates="n", parameters="a", inputs="k")
     def divides(x, u, state, p, inputs):
