@@ -13,12 +13,13 @@ using Optional = std::optional<Tensor>;
 // The named tuples of fastrnn/arguments.py, field by field, except that gx goes by itself: only the forward
 // has it.
 struct ScanInputs {
-  const Tensor &w_hh, &h0;
+  const Optional& w_hh;
+  const Tensor& h0;
   const Optional &c0, &b_hh, &w_hr, &ln_hh, &ln_c_weight, &ln_c_bias, &flags, &recurrent_mask, &zone_h,
-      &zone_c, &clip_norm;
+      &zone_c, &parameters, &step_inputs, &clip_norm;
 };
 struct IncomingGradients {
-  const Optional &dy, &dc, &dh_n, &dc_n, &dsaved;
+  const Optional &dy, &dc, &dh_n, &dc_n;
 };
 struct Kept {
   const Tensor& y;
@@ -34,15 +35,16 @@ inline void make_last_dim_contiguous(Tensor& t) {
 
 template <class Storage, class A>
 struct Call {
-  int64_t T, B, H, P;
+  int64_t T, B, H, P, C;
   Frame frame;
 
   // like: gx [T, B, gates * H], or saved [T, B, planes * H].
-  Call(const char* name, const Tensor& like, int64_t planes, const Tensor& h0)
+  Call(const char* name, const Tensor& like, int64_t planes, const Tensor& h0, int64_t states)
       : T(like.size(0)),
         B(like.size(1)),
         H(like.size(2) / planes),
         P(h0.dim() == 2 ? h0.size(1) : 0),
+        C((states - 1) * H),
         frame(like, B, H) {
     check(H * planes == like.size(2), name, " must have shape [T, B, ", planes, " * H], got ",
           shape_of(like));
@@ -106,8 +108,25 @@ struct Call {
     return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data());
   }
 
+  // Whether the tensors that depend on the cell are there.
+  template <class Cell>
+  void check_cell(const Cell& cell, const ScanInputs& inputs) const {
+    check((cell.states > 1) == inputs.c0.has_value(), "c0 is for the cells with a c, and needed there");
+    check(cell.recurrent == inputs.w_hh.has_value(), "w_hh is for the recurrent cells, and needed there");
+    check(cell.recurrent || !(inputs.b_hh.has_value() || inputs.ln_hh.has_value()),
+          "b_hh and ln_hh are for the recurrent cells");
+    check((cell.parameters > 0) == inputs.parameters.has_value(),
+          "parameters is for the cells with parameters, and needed there");
+    check((cell.inputs > 0) == inputs.step_inputs.has_value(),
+          "step_inputs is for the cells with inputs, and needed there");
+    check(Cell::built_in || !inputs.w_hr.has_value(), "w_hr is for the built-in cells");
+    check(Cell::built_in || P == H, "h0 must have shape [", B, ", ", H, "], got ", shape_of(inputs.h0));
+    check(Cell::built_in || !inputs.ln_c_weight.has_value(), "ln_c_weight is for the built-in cells");
+  }
+
   // The forward multiplies with the transposes of w_hh [width, P] and w_hr [P, H].
-  Weights<Storage> weights(const ScanInputs& inputs, int64_t width, bool forward, bool once) const {
+  Weights<Storage> weights(const ScanInputs& inputs, int64_t width, int64_t parameters, bool forward,
+                           bool once) const {
     check(inputs.ln_c_weight.has_value() == inputs.ln_c_bias.has_value(),
           "ln_c_weight and ln_c_bias must be given together");
     const bool normalised = inputs.ln_hh.has_value();
@@ -116,26 +135,31 @@ struct Call {
     found.ln_hh = vector("ln_hh", inputs.ln_hh, width);
     found.ln_c_weight = vector("ln_c_weight", inputs.ln_c_weight, H);
     found.ln_c_bias = vector("ln_c_bias", inputs.ln_c_bias, H);
+    found.of_cell = vector("parameters", inputs.parameters, parameters * H);
     // With a layer norm, the bias is added after it.
-    found.w_hh =
-        packed("w_hh", inputs.w_hh, width, P, forward, once, normalised ? std::vector<A>{} : found.b_hh);
-    if (!forward && normalised) found.forward_w_hh = packed("w_hh", inputs.w_hh, width, P, true, once, {});
+    const std::vector<A> no_bias;
+    if (inputs.w_hh.has_value())
+      found.w_hh = packed("w_hh", *inputs.w_hh, width, P, forward, once, normalised ? no_bias : found.b_hh);
+    if (!forward && normalised) found.forward_w_hh = packed("w_hh", *inputs.w_hh, width, P, true, once, {});
     if (inputs.w_hr.has_value()) found.w_hr = packed("w_hr", *inputs.w_hr, P, H, forward, once, {});
     return found;
   }
 
   // The fields that the forward and the backward scan share.
   template <class ScanOfCell>
-  void fill(ScanOfCell& scan, const ScanInputs& inputs, int64_t width, bool forward, bool reverse) const {
-    scan.T = T, scan.B = B, scan.H = H, scan.P = P;
+  void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse) const {
+    scan.T = T, scan.B = B, scan.H = H, scan.P = P, scan.C = C;
     scan.reverse = reverse;
     scan.flags = flags(inputs.flags);
-    scan.weights = weights(inputs, width, forward, reads_once(scan.flags));
+    scan.weights =
+        weights(inputs, scan.cell.gates * H, scan.cell.parameters, forward, reads_once(scan.flags));
     scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
-    scan.c0 = view<A>("c0", inputs.c0, {B, H});
+    scan.c0 = view<A>("c0", inputs.c0, {B, C});
     scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});
     scan.zone_h = view<Storage>("zone_h", inputs.zone_h, {T, B, P});
-    scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, H});
+    scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, C});
+    // Its rows are contiguous: `scan_forward` and `scan_backward` see to it.
+    scan.step_inputs = view<Storage>("step_inputs", inputs.step_inputs, {T, B, scan.cell.inputs * H});
   }
 
   // A new tensor of these sizes, or an empty one of the storage type, as in fastrnn/arguments.py, if `exists`

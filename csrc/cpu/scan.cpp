@@ -6,6 +6,7 @@
 
 #include "../common/switches.h"
 #include "arguments.h"
+#include "program_cell.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
 
@@ -16,98 +17,99 @@ using ScanOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ScanGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// f(cell) with the cell of this name or text, for tensors of the dtype of `t`.
 template <class F>
-auto with_cell_and_dtype(const std::string& cell, const char* name, const Tensor& t, const F& f) {
+auto with_cell_of(const std::string& cell, const char* name, const Tensor& t, const F& f) {
   check(t.dim() == 3, name, " must have shape [T, B, planes * H], got ", shape_of(t));
-  return with_cell(cell,
-                   [&](auto tag) { return with_dtype(name, t, [&](auto dtype) { return f(tag, dtype); }); });
-}
-
-ScanOutputs forward(Tensor& gx, const ScanInputs& inputs, const std::string& cell, bool reverse, bool save) {
-  return with_cell_and_dtype(cell, "gx", gx, [&](auto tag, auto dtype) {
-    using Cell = decltype(tag);
+  return with_dtype(name, t, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
-    using A = typename decltype(dtype)::Acc;
-    constexpr bool has_c = Cell::states == 2;
-    check(has_c == inputs.c0.has_value(), "c0 is for the cells with a c, and needed there");
-    Call<Storage, A> call("gx", gx, Cell::gates, inputs.h0);
-    auto [T, B, H, P] = std::tuple(call.T, call.B, call.H, call.P);
-    const int64_t width = Cell::gates * H;
-    make_last_dim_contiguous(gx);
-    Tensor y = call.template output<Storage>(true, {T, B, P}),
-           c = call.template output<A>(has_c && save, {T, B, H});
-    Tensor h_n = call.template output<Storage>(true, {B, P}), c_n = call.template output<A>(has_c, {B, H});
-    Tensor saved = call.template output<Storage>(save, {T, B, Cell::saved * H});
-
-    ForwardScan<Cell, Storage> scan;
-    call.fill(scan, inputs, width, true, reverse);
-    scan.gx = call.template view<Storage>("gx", gx, {T, B, width});
-    scan.y = output_view<Storage>(y);
-    scan.c = output_view<A>(c);
-    scan.h_n = output_view<Storage>(h_n);
-    scan.c_n = output_view<A>(c_n);
-    scan.saved = output_view<Storage>(saved);
-    call.run(scan, Cell::gates);
-    return ScanOutputs(y, c, h_n, c_n, saved);
+    if (cell.rfind("cell ", 0) == 0) return f(*ProgramCell<Storage>::of(cell));
+    return with_cell(cell, [&](auto tag) { return f(BuiltInCell<decltype(tag), Storage>()); });
   });
 }
 
-ScanGradients backward(const IncomingGradients& incoming, const Kept& kept, const ScanInputs& inputs,
-                       const std::string& cell, bool reverse, std::optional<double> clip_value,
+template <class Cell>
+ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool reverse, bool save) {
+  using Storage = typename Cell::Storage;
+  using A = typename Cell::A;
+  Call<Storage, A> call("gx", gx, cell.gates, inputs.h0, cell.states);
+  call.check_cell(cell, inputs);
+  auto [T, B, H, P, C] = std::tuple(call.T, call.B, call.H, call.P, call.C);
+  const bool has_c = cell.states > 1;
+  make_last_dim_contiguous(gx);
+  Tensor y = call.template output<Storage>(true, {T, B, P}),
+         c = call.template output<A>(has_c && save, {T, B, C});
+  Tensor h_n = call.template output<Storage>(true, {B, P}), c_n = call.template output<A>(has_c, {B, C});
+  Tensor saved = call.template output<Storage>(save, {T, B, cell.saved * H});
+
+  ForwardScan<Cell> scan(cell);
+  call.fill(scan, inputs, true, reverse);
+  scan.gx = call.template view<Storage>("gx", gx, {T, B, cell.gates * H});
+  scan.y = output_view<Storage>(y);
+  scan.c = output_view<A>(c);
+  scan.h_n = output_view<Storage>(h_n);
+  scan.c_n = output_view<A>(c_n);
+  scan.saved = output_view<Storage>(saved);
+  call.run(scan, cell.gates);
+  return ScanOutputs(y, c, h_n, c_n, saved);
+}
+
+template <class Cell>
+ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, const Kept& kept,
+                       const ScanInputs& inputs, bool reverse, std::optional<double> clip_value,
                        bool with_norms) {
-  check(!incoming.dsaved.has_value(), "the cpu backend does not take dsaved; the reference does");
-  return with_cell_and_dtype(cell, "saved", kept.saved, [&](auto tag, auto dtype) {
-    using Cell = decltype(tag);
-    using Storage = typename decltype(dtype)::Storage;
-    using A = typename decltype(dtype)::Acc;
-    constexpr bool has_c = Cell::states == 2;
-    check(has_c == inputs.c0.has_value() && has_c == kept.c.has_value(),
-          "c and c0 are for the cells with a c, and needed there");
-    Call<Storage, A> call("saved", kept.saved, Cell::saved, inputs.h0);
-    auto [T, B, H, P] = std::tuple(call.T, call.B, call.H, call.P);
-    const int64_t width = Cell::gates * H;
-    const bool ln_hh = inputs.ln_hh.has_value(), ln_c = inputs.ln_c_weight.has_value();
-    make_last_dim_contiguous(kept.saved);
-    Tensor dgx = call.template output<Storage>(true, {T, B, width}),
-           dgh = call.template output<Storage>(Cell::distinct_dgh || ln_hh, {T, B, width});
-    Tensor dh0 = call.template output<Storage>(true, {B, P}), dc0 = call.template output<A>(has_c, {B, H});
-    Tensor dh_new = call.template output<Storage>(inputs.w_hr.has_value(), {T, B, P});
-    Tensor db_hh = call.template output<A>(ln_hh, {B, width}),
-           dln_hh = call.template output<A>(ln_hh, {B, width});
-    Tensor dln_c_weight = call.template output<A>(ln_c, {B, H}),
-           dln_c_bias = call.template output<A>(ln_c, {B, H});
-    Tensor dcell = call.template output<Storage>(false, {0});
-    Tensor norms = call.template output<A>(with_norms, {2, Cell::states, T, B});
+  using Storage = typename Cell::Storage;
+  using A = typename Cell::A;
+  Call<Storage, A> call("saved", kept.saved, cell.saved, inputs.h0, cell.states);
+  call.check_cell(cell, inputs);
+  const bool has_c = cell.states > 1, ln_hh = inputs.ln_hh.has_value(), ln_c = inputs.ln_c_weight.has_value();
+  check(has_c == kept.c.has_value(), "c is for the cells with a c, and needed there");
+  auto [T, B, H, P, C] = std::tuple(call.T, call.B, call.H, call.P, call.C);
+  const int64_t width = cell.gates * H, of_cell = (cell.parameters + cell.inputs) * H;
+  make_last_dim_contiguous(kept.saved);
+  Tensor dgx = call.template output<Storage>(true, {T, B, width}),
+         dgh = call.template output<Storage>(cell.distinct_dgh || ln_hh, {T, B, width});
+  Tensor dh0 = call.template output<Storage>(true, {B, P}), dc0 = call.template output<A>(has_c, {B, C});
+  Tensor dh_new = call.template output<Storage>(inputs.w_hr.has_value(), {T, B, P});
+  Tensor db_hh = call.template output<A>(ln_hh, {B, width}),
+         dln_hh = call.template output<A>(ln_hh, {B, width});
+  Tensor dln_c_weight = call.template output<A>(ln_c, {B, H}),
+         dln_c_bias = call.template output<A>(ln_c, {B, H});
+  Tensor dcell = call.template output<Storage>(of_cell > 0, {T, B, of_cell});
+  Tensor norms = call.template output<A>(with_norms, {2, cell.states, T, B});
 
-    BackwardScan<Cell, Storage> scan;
-    call.fill(scan, inputs, width, false, reverse);
-    scan.clip_norm = call.number("clip_norm", inputs.clip_norm);
-    if (clip_value.has_value()) scan.clip_value = static_cast<A>(*clip_value);
-    scan.dy = call.template view<Storage>("dy", incoming.dy, {T, B, P});
-    scan.dc = call.template view<A>("dc", incoming.dc, {T, B, H});
-    scan.dh_n = call.template view<Storage>("dh_n", incoming.dh_n, {B, P});
-    scan.dc_n = call.template view<A>("dc_n", incoming.dc_n, {B, H});
-    scan.saved = call.template view<Storage>("saved", kept.saved, {T, B, Cell::saved * H});
-    scan.y = call.template view<Storage>("y", kept.y, {T, B, P});
-    scan.c = call.template view<A>("c", kept.c, {T, B, H});
-    scan.dgx = output_view<Storage>(dgx);
-    scan.dgh = output_view<Storage>(dgh);
-    scan.dh0 = output_view<Storage>(dh0);
-    scan.dc0 = output_view<A>(dc0);
-    scan.dh_new = output_view<Storage>(dh_new);
-    scan.db_hh = output_view<A>(db_hh);
-    scan.dln_hh = output_view<A>(dln_hh);
-    scan.dln_c_weight = output_view<A>(dln_c_weight);
-    scan.dln_c_bias = output_view<A>(dln_c_bias);
-    scan.norms = with_norms ? static_cast<A*>(norms.mutable_data_ptr()) : nullptr;
-    call.run(scan, Cell::gates);
-    return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, norms);
-  });
+  BackwardScan<Cell> scan(cell);
+  call.fill(scan, inputs, false, reverse);
+  scan.clip_norm = call.number("clip_norm", inputs.clip_norm);
+  if (clip_value.has_value()) scan.clip_value = static_cast<A>(*clip_value);
+  scan.dy = call.template view<Storage>("dy", incoming.dy, {T, B, P});
+  scan.dc = call.template view<A>("dc", incoming.dc, {T, B, C});
+  scan.dh_n = call.template view<Storage>("dh_n", incoming.dh_n, {B, P});
+  scan.dc_n = call.template view<A>("dc_n", incoming.dc_n, {B, C});
+  scan.saved = call.template view<Storage>("saved", kept.saved, {T, B, cell.saved * H});
+  scan.y = call.template view<Storage>("y", kept.y, {T, B, P});
+  scan.c = call.template view<A>("c", kept.c, {T, B, C});
+  scan.dgx = output_view<Storage>(dgx);
+  scan.dgh = output_view<Storage>(dgh);
+  scan.dh0 = output_view<Storage>(dh0);
+  scan.dc0 = output_view<A>(dc0);
+  scan.dh_new = output_view<Storage>(dh_new);
+  scan.db_hh = output_view<A>(db_hh);
+  scan.dln_hh = output_view<A>(dln_hh);
+  scan.dln_c_weight = output_view<A>(dln_c_weight);
+  scan.dln_c_bias = output_view<A>(dln_c_bias);
+  scan.dcell = output_view<Storage>(dcell);
+  scan.norms = with_norms ? static_cast<A*>(norms.mutable_data_ptr()) : nullptr;
+  call.run(scan, cell.gates);
+  return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, norms);
 }
 
-void check_built_in(const Optional& w_hh, const Optional& parameters, const Optional& step_inputs) {
-  check(w_hh.has_value() && !parameters.has_value() && !step_inputs.has_value(),
-        "a built-in cell needs w_hh, and takes no parameters and no step_inputs");
+// The rows of the step inputs are read as they are.
+void make_rows_contiguous(Optional& step_inputs) {
+  if (!step_inputs.has_value()) return;
+  check(step_inputs->dim() == 3, "step_inputs must have shape [T, B, inputs * H], got ",
+        shape_of(*step_inputs));
+  make_last_dim_contiguous(*step_inputs);
 }
 
 // Python passes the tuples of fastrnn/arguments.py as they are: that is why some arguments are not used.
@@ -116,11 +118,11 @@ ScanOutputs scan_forward(Tensor gx, Optional w_hh, Tensor h0, Optional c0, Optio
                          Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional parameters,
                          Optional step_inputs, Optional clip_norm, std::string cell, bool reverse,
                          std::string /*backend*/, std::optional<double> /*clip_value*/, bool save) {
-  check_built_in(w_hh, parameters, step_inputs);
-  return forward(gx,
-                 {*w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
-                  zone_c, clip_norm},
-                 cell, reverse, save);
+  make_rows_contiguous(step_inputs);
+  ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
+                    ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
+                    zone_h, zone_c,      parameters, step_inputs, clip_norm};
+  return with_cell_of(cell, "gx", gx, [&](const auto& of) { return forward(of, gx, inputs, reverse, save); });
 }
 
 ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc_n, Optional dsaved, Tensor y,
@@ -130,11 +132,14 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
                             Optional zone_c, Optional parameters, Optional step_inputs, Optional clip_norm,
                             std::string cell, bool reverse, std::string /*backend*/,
                             std::optional<double> clip_value, bool norms) {
-  check_built_in(w_hh, parameters, step_inputs);
-  return backward({dy, dc, dh_n, dc_n, dsaved}, {y, c, saved},
-                  {*w_hh, h0, c0, b_hh, w_hr, ln_hh, ln_c_weight, ln_c_bias, flags, recurrent_mask, zone_h,
-                   zone_c, clip_norm},
-                  cell, reverse, clip_value, norms);
+  check(!dsaved.has_value(), "the cpu backend does not take dsaved; the reference does");
+  make_rows_contiguous(step_inputs);
+  ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
+                    ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
+                    zone_h, zone_c,      parameters, step_inputs, clip_norm};
+  return with_cell_of(cell, "saved", saved, [&](const auto& of) {
+    return backward(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, inputs, reverse, clip_value, norms);
+  });
 }
 
 }  // namespace

@@ -6,10 +6,9 @@
 
 #include <algorithm>
 #include <memory>
-#include <utility>
 #include <vector>
 
-#include "cell_rows.h"
+#include "cell.h"
 #include "product.h"
 
 namespace fastrnn {
@@ -47,35 +46,22 @@ template <class Storage>
 struct Weights {
   using A = typename Arithmetic<Storage>::type;
 
-  // Each as its direction of the scan multiplies with it. The start of the forward's w_hh is b_hh, unless a
-  // layer norm comes between them.
+  // Each as its direction of the scan multiplies with it; w_hh is null where the cell is not recurrent. The
+  // start of the forward's w_hh is b_hh, unless a layer norm comes between them.
   std::unique_ptr<Packed<Storage>> w_hh, w_hr;
   // The backward computes W_hh h again where a layer norm follows it.
   std::unique_ptr<Packed<Storage>> forward_w_hh;
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
+  std::vector<A> of_cell;                 // [parameters * H]
 
   Affine<A> ln_c() const {
     if (ln_c_weight.empty()) return {nullptr, nullptr};
     return {ln_c_weight.data(), ln_c_bias.data()};
   }
+
+  RowView<const A> parameters() const { return {of_cell.data(), 0}; }
 };
-
-using Runs = std::vector<std::pair<int64_t, int64_t>>;  // rows of a block, each run [begin, end)
-
-template <class Row>
-void walk_runs(const Runs& runs, const Row& row) {
-  for (auto [begin, end] : runs) walk_rows(row, begin, end);
-}
-
-// Row<Cell, Storage, A, whether c has a layer norm>{H, fields...} over the runs.
-template <template <class, class, class, bool> class Row, class Cell, class Storage, class A, class... Fields>
-void walk_cell(const Runs& runs, int64_t H, const Affine<A>& ln_c, const Fields&... fields) {
-  if constexpr (Cell::states == 2) {
-    if (ln_c.weight != nullptr) return walk_runs(runs, Row<Cell, Storage, A, true>{H, fields...});
-  }
-  walk_runs(runs, Row<Cell, Storage, A, false>{H, fields...});
-}
 
 template <class Op, class A, class... In>
 void elementwise(const Runs& runs, int64_t width, const Op& op, const Buffer<A>& out, const In&... in) {
@@ -91,8 +77,8 @@ void multiply(const Runs& runs, const Packed<Storage>& matrix, RowView<const typ
 struct Scan {
   static constexpr int64_t block = 64;  // rows
 
-  int64_t T, B, H, P;
-  bool reverse;  // whether the forward walks back in time
+  int64_t T, B, H, P, C;  // C: the width of the states beyond h
+  bool reverse;           // whether the forward walks back in time
   Steps<const uint8_t> flags;
 
   // The time of the forward's i-th step.

@@ -1,6 +1,7 @@
 // The reverse scan of one layer in one direction: `scan_backward` of fastrnn/reference.py.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <type_traits>
 
@@ -8,29 +9,34 @@
 
 namespace fastrnn {
 
-template <class Cell, class Storage>
+template <class Cell>
 struct BackwardScan : Scan {
-  using A = typename Arithmetic<Storage>::type;
-  static constexpr bool has_c = Cell::states == 2;
+  using Storage = typename Cell::Storage;
+  using A = typename Cell::A;
 
+  const Cell& cell;
   Steps<const Storage> dy;        // [T, B, P]; none of the incoming gradients need exist
-  Steps<const A> dc;              // [T, B, H]
+  Steps<const A> dc;              // [T, B, C]
   Steps<const Storage> dh_n;      // [1, B, P]
-  Steps<const A> dc_n;            // [1, B, H]
+  Steps<const A> dc_n;            // [1, B, C]
   Steps<const Storage> saved, y;  // [T, B, saved * H], [T, B, P]
-  Steps<const A> c;               // [T, B, H]
+  Steps<const A> c;               // [T, B, C]
   Steps<const Storage> h0;        // [1, B, P]
-  Steps<const A> c0;              // [1, B, H]
+  Steps<const A> c0;              // [1, B, C]
   Weights<Storage> weights;
-  Steps<const Storage> recurrent_mask, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, H]
+  Steps<const Storage> recurrent_mask, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, C]
+  Steps<const Storage> step_inputs;                     // [T, B, inputs * H]
   std::optional<A> clip_norm, clip_value;
   Steps<Storage> dgx, dgh;            // [T, B, gates * H]; dgh only where it differs
   Steps<Storage> dh_new;              // [T, B, P], may not exist
   Steps<Storage> dh0;                 // [1, B, P]
-  Steps<A> dc0;                       // [1, B, H]
+  Steps<A> dc0;                       // [1, B, C]
   Steps<A> db_hh, dln_hh;             // [1, B, gates * H], may not exist
   Steps<A> dln_c_weight, dln_c_bias;  // [1, B, H], may not exist
+  Steps<Storage> dcell;               // [T, B, (parameters + inputs) * H], may not exist
   A* norms;                           // [2, states, T, B] or null
+
+  explicit BackwardScan(const Cell& cell) : cell(cell) {}
 
   // Sequences from begin to end.
   void operator()(int64_t begin, int64_t end) const {
@@ -39,13 +45,18 @@ struct BackwardScan : Scan {
   }
 
  private:
+  bool has_c() const { return cell.states > 1; }
+
+  // Whether `cell.backward` does the work of `cell.total`: where nothing between them reads the totals.
+  bool joined() const { return Cell::joins && norms == nullptr && !clip_value && !clip_norm; }
+
   // One thread's rows.
   struct Work {
     Buffer<A> carried_h, carried_c;  // what the next step sent back
     Buffer<A> dh, dc;                // plus the incoming gradients of this step's outputs
     Buffer<A> dh_new, dc_new;        // the part that zoneout passes to the new state
     Buffer<A> dh_cell;               // of the h before the projection
-    Buffer<A> total_c;               // dc_new plus the gradient that reaches c through this step's h
+    Buffer<A> total_h, total_c;      // the same, with the gradients between the states of this step
     Buffer<A> c_hat;                 // c, normalised
     Buffer<A> h_prev, c_prev;        // the state before the step
     Buffer<A> dgx, dgh;              // after the layer norm of W_hh h, where there is one
@@ -54,35 +65,37 @@ struct BackwardScan : Scan {
     Buffer<A> recurrent_mask, zone_h, zone_c;
     // Sums over the steps, of which there may be many.
     Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
-    Buffer<A> norm_of_state, norm_pair, factor;  // of clipping by norm
+    Buffer<A> norm_of_state, norms_of_row, factor;  // of clipping by norm
+    typename Cell::Memory of_cell;
     Runs all, running, ended;
 
     Work(const BackwardScan& scan, int64_t rows)
         : carried_h(rows, scan.P),
-          carried_c(rows, has_c ? scan.H : 0),
+          carried_c(rows, scan.C),
           dh(rows, scan.P),
-          dc(rows, has_c ? scan.H : 0),
+          dc(rows, scan.C),
           dh_new(rows, scan.zone_h ? scan.P : 0),
-          dc_new(rows, scan.zone_c ? scan.H : 0),
+          dc_new(rows, scan.zone_c ? scan.C : 0),
           dh_cell(rows, scan.weights.w_hr ? scan.H : 0),
-          total_c(rows, has_c ? scan.H : 0),
+          total_h(rows, scan.cell.adds_to_dh && !scan.joined() ? scan.H : 0),
+          total_c(rows, scan.joined() ? 0 : scan.C),
           c_hat(rows, scan.dln_c_weight ? scan.H : 0),
-          h_prev(rows, scan.dln_hh || Cell::distinct_dgh ? scan.P : 0),
-          c_prev(rows, has_c ? scan.H : 0),
-          dgx(rows, std::is_same_v<Storage, A> ? 0 : Cell::gates * scan.H),
-          dgh(rows, Cell::distinct_dgh ? Cell::gates * scan.H : 0),
-          gates(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
-          dgh_raw(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
-          dh_past_w(rows, Cell::distinct_dgh ? scan.H : 0),
+          h_prev(rows, scan.dln_hh || scan.cell.reads_h_prev ? scan.P : 0),
+          c_prev(rows, scan.C),
+          dgx(rows, std::is_same_v<Storage, A> ? 0 : scan.cell.gates * scan.H),
+          dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
+          gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
-          zone_c(rows, scan.zone_c ? scan.H : 0),
-          db_hh(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
-          dln_hh(rows, scan.dln_hh ? Cell::gates * scan.H : 0),
+          zone_c(rows, scan.zone_c ? scan.C : 0),
+          db_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          dln_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dln_c_weight(rows, scan.dln_c_weight ? scan.H : 0),
           dln_c_bias(rows, scan.dln_c_weight ? scan.H : 0),
-          norm_of_state(Cell::states, rows),
-          norm_pair(rows, Cell::states),
+          norm_of_state(scan.cell.states, rows),
+          norms_of_row(rows, scan.cell.states),
           factor(1, rows) {}
   };
 
@@ -90,7 +103,7 @@ struct BackwardScan : Scan {
   void walk(int64_t b, int64_t rows, Work& work) const {
     work.all = {{0, rows}};
     read_or_zero<Storage>(dh_n, P, b, work.all, work.carried_h);
-    if (has_c) read_or_zero<A>(dc_n, H, b, work.all, work.carried_c);
+    if (has_c()) read_or_zero<A>(dc_n, C, b, work.all, work.carried_c);
     if (recurrent_mask) read(work.all, P, recurrent_mask, 0, b, work.recurrent_mask);
     each_parameter(
         b, work, [&](int64_t width, RowView<double> sums, RowView<A>) { fill_zero(work.all, width, sums); });
@@ -111,7 +124,7 @@ struct BackwardScan : Scan {
       write_padding(t, b, work.ended);
     }
     walk_runs(work.all, Write<Storage, A>{P, work.carried_h, dh0.at(0, b)});
-    if (has_c) walk_runs(work.all, Write<A, A>{H, work.carried_c, dc0.at(0, b)});
+    if (has_c()) walk_runs(work.all, Write<A, A>{C, work.carried_c, dc0.at(0, b)});
     each_parameter(b, work, [&](int64_t width, RowView<double> sums, RowView<A> out) {
       walk_runs(work.all, Write<A, double>{width, {sums.data, sums.stride}, out});
     });
@@ -120,8 +133,8 @@ struct BackwardScan : Scan {
   // f(width, sums, output) for the parameters whose gradient is summed here, from sequence b on.
   template <class F>
   void each_parameter(int64_t b, const Work& work, const F& f) const {
-    if (db_hh) f(Cell::gates * H, work.db_hh, db_hh.at(0, b));
-    if (dln_hh) f(Cell::gates * H, work.dln_hh, dln_hh.at(0, b));
+    if (db_hh) f(cell.gates * H, work.db_hh, db_hh.at(0, b));
+    if (dln_hh) f(cell.gates * H, work.dln_hh, dln_hh.at(0, b));
     if (dln_c_weight) f(H, work.dln_c_weight, dln_c_weight.at(0, b));
     if (dln_c_bias) f(H, work.dln_c_bias, dln_c_bias.at(0, b));
   }
@@ -155,8 +168,8 @@ struct BackwardScan : Scan {
   void load_incoming(int64_t i, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t t = step(i);
-    if (Cell::distinct_dgh || dln_hh) previous(y, h0, P, i, b, work, work.h_prev);
-    if constexpr (has_c) previous(c, c0, H, i, b, work, work.c_prev);
+    if (cell.reads_h_prev || dln_hh) previous(y, h0, P, i, b, work, work.h_prev);
+    if (has_c()) previous(c, c0, C, i, b, work, work.c_prev);
     if (dy) {
       read(runs, P, dy, t, b, work.dh);
       elementwise(runs, P, Sum{}, work.dh, work.carried_h, work.dh);
@@ -164,57 +177,82 @@ struct BackwardScan : Scan {
       elementwise(runs, P, Copy{}, work.dh, work.carried_h);
     }
     if (dc) {
-      read(runs, H, dc, t, b, work.dc);
-      elementwise(runs, H, Sum{}, work.dc, work.carried_c, work.dc);
-    } else if (has_c) {
-      elementwise(runs, H, Copy{}, work.dc, work.carried_c);
+      read(runs, C, dc, t, b, work.dc);
+      elementwise(runs, C, Sum{}, work.dc, work.carried_c, work.dc);
+    } else if (has_c()) {
+      elementwise(runs, C, Copy{}, work.dc, work.carried_c);
     }
     if (zone_h) read(runs, P, zone_h, t, b, work.zone_h);
-    if (zone_c) read(runs, H, zone_c, t, b, work.zone_c);
+    if (zone_c) read(runs, C, zone_c, t, b, work.zone_c);
   }
 
-  // Through zoneout and projection: from dh and dc to dh_cell and total_c.
+  // Through zoneout and projection: from dh and dc to dh_cell, and to total_h and total_c.
   void backward_of_outputs(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (zone_h) elementwise(runs, P, ToNewState{}, work.dh_new, work.dh, work.zone_h);
     if (weights.w_hr) multiply(runs, *weights.w_hr, dh_new_of(work), work.dh_cell);
-    if (zone_c) elementwise(runs, H, ToNewState{}, work.dc_new, work.dc, work.zone_c);
-    if constexpr (has_c) {
-      Affine<A> ln_c = weights.ln_c();
-      walk_cell<TotalRow, Cell, Storage>(runs, H, ln_c, saved.at(t, b), work.c_prev, dh_cell_of(work),
-                                         dc_new_of(work), ln_c, work.c_hat, work.total_c);
-    }
+    if (zone_c) elementwise(runs, C, ToNewState{}, work.dc_new, work.dc, work.zone_c);
+    if (!joined()) cell.total(runs, step_of(t, b, work), work.of_cell);
+  }
+
+  BackwardStep<Storage> step_of(int64_t t, int64_t b, Work& work) const {
+    return {H,
+            saved.at(t, b),
+            work.h_prev,
+            work.c_prev,
+            weights.parameters(),
+            step_inputs.at(t, b),
+            weights.ln_c(),
+            dh_cell_of(work),
+            dc_new_of(work),
+            work.total_h,
+            work.total_c,
+            work.c_hat,
+            dgx_rows(t, b, work),
+            work.dgh,
+            work.dh_past_w,
+            work.carried_c,
+            dcell.at(t, b),
+            work.dln_c_weight,
+            work.dln_c_bias};
   }
 
   // The norms of step t from sequence b on; `part`: 0 total, 1 carried.
   A* norms_at(int64_t part, int64_t state, int64_t t, int64_t b) const {
-    return norms + ((part * Cell::states + state) * T + t) * B + b;
+    return norms + ((part * cell.states + state) * T + t) * B + b;
+  }
+
+  // The plane of state k > 0.
+  RowView<const A> state_beyond_h(const Buffer<A>& planes, int64_t k) const {
+    RowView<A> rows = planes;
+    return {rows.data + (k - 1) * H, rows.stride};
   }
 
   void write_norms(int64_t t, int64_t b, Work& work) const {
     walk_runs(work.running, NormRow<A>{P, work.dh, norms_at(0, 0, t, b)});
     walk_runs(work.running, NormRow<A>{P, work.carried_h, norms_at(1, 0, t, b)});
-    if constexpr (has_c) {
-      walk_runs(work.running, NormRow<A>{H, work.total_c, norms_at(0, 1, t, b)});
-      walk_runs(work.running, NormRow<A>{H, work.carried_c, norms_at(1, 1, t, b)});
+    for (int64_t k = 1; k < cell.states; ++k) {
+      walk_runs(work.running, NormRow<A>{H, state_beyond_h(work.total_c, k), norms_at(0, k, t, b)});
+      walk_runs(work.running, NormRow<A>{H, state_beyond_h(work.carried_c, k), norms_at(1, k, t, b)});
     }
   }
 
   void clip_by_value(Work& work) const {
     elementwise(work.running, P, Clamp<A>{*clip_value}, work.dh, work.dh);
-    if (has_c) elementwise(work.running, H, Clamp<A>{*clip_value}, work.dc, work.dc);
+    if (has_c()) elementwise(work.running, C, Clamp<A>{*clip_value}, work.dc, work.dc);
   }
 
   // Scales each row so that the joint norm of its dh and total_c is at most clip_norm; a NaN stays visible.
   void clip_by_norm(Work& work) const {
     const Runs& runs = work.running;
-    const Buffer<A>&parts = work.norm_of_state, &pair = work.norm_pair, &factor = work.factor;
+    const Buffer<A>&parts = work.norm_of_state, &row = work.norms_of_row, &factor = work.factor;
     walk_runs(runs, NormRow<A>{P, work.dh, parts[0]});
-    if (has_c) walk_runs(runs, NormRow<A>{H, work.total_c, parts[1]});
+    for (int64_t k = 1; k < cell.states; ++k)
+      walk_runs(runs, NormRow<A>{H, state_beyond_h(work.total_c, k), parts[k]});
     for (auto [begin, end] : runs)
       for (int64_t r = begin; r < end; ++r)
-        for (int64_t k = 0; k < Cell::states; ++k) pair[r][k] = parts[k][r];
-    walk_runs(runs, NormRow<A>{Cell::states, pair, factor[0]});
+        for (int64_t k = 0; k < cell.states; ++k) row[r][k] = parts[k][r];
+    walk_runs(runs, NormRow<A>{cell.states, row, factor[0]});
     for (auto [begin, end] : runs)
       for (int64_t r = begin; r < end; ++r) {
         A joint = factor[0][r];
@@ -224,24 +262,14 @@ struct BackwardScan : Scan {
     elementwise(runs, P, scale, work.dh, work.dh);
     if (zone_h) elementwise(runs, P, scale, work.dh_new, work.dh_new);
     if (weights.w_hr) elementwise(runs, H, scale, work.dh_cell, work.dh_cell);
-    if (has_c) elementwise(runs, H, scale, work.total_c, work.total_c);
-    if (zone_c) elementwise(runs, H, scale, work.dc, work.dc);
+    if (cell.adds_to_dh) elementwise(runs, H, scale, work.total_h, work.total_h);
+    if (has_c()) elementwise(runs, C, scale, work.total_c, work.total_c);
+    if (zone_c) elementwise(runs, C, scale, work.dc, work.dc);
   }
 
-  // dgx, dgh, dh_past_w; carried_c becomes the gradient of c_prev.
+  // dgx, dgh, dh_past_w, dcell; carried_c becomes the gradient of c_prev.
   void backward_of_cell(int64_t t, int64_t b, Work& work) const {
-    // Only the GRU's backward reads h_prev.
-    const Buffer<A>& h_prev = Cell::distinct_dgh ? work.h_prev : dh_cell_of(work);
-    Affine<A> ln_c = weights.ln_c();
-    walk_cell<BackwardRow, Cell, Storage>(work.running, H, ln_c, saved.at(t, b), h_prev, work.c_prev,
-                                          dh_cell_of(work), work.total_c, ln_c, dgx_rows(t, b, work),
-                                          work.dgh, work.dh_past_w, work.carried_c);
-    if constexpr (has_c) {
-      if (dln_c_weight)
-        walk_runs(work.running,
-                  CellNormGradients<Cell, Storage, A>{H, saved.at(t, b), work.c_hat, dh_cell_of(work), ln_c,
-                                                      work.dln_c_weight, work.dln_c_bias});
-    }
+    cell.backward(work.running, step_of(t, b, work), joined(), work.of_cell);
   }
 
   // In float32 and float64 dgx is computed in the output itself.
@@ -253,16 +281,16 @@ struct BackwardScan : Scan {
   // The gradient of W_hh h_prev at step t, before its layer norm where there is one.
   RowView<const A> dgh_rows(int64_t t, int64_t b, const Work& work) const {
     if (dln_hh) return work.dgh_raw;
-    RowView<A> rows = Cell::distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
+    RowView<A> rows = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
     return {rows.data, rows.stride};
   }
 
   void backward_of_gate_norm(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
-    RowView<A> dgh = Cell::distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
+    RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
     if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
     multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
-    walk_runs(runs, NormalizeGatesBackward<A>{Cell::gates * H,
+    walk_runs(runs, NormalizeGatesBackward<A>{cell.gates * H,
                                               weights.ln_hh.data(),
                                               {dgh.data, dgh.stride},
                                               work.gates,
@@ -273,7 +301,7 @@ struct BackwardScan : Scan {
 
   void write_step(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
-    int64_t width = Cell::gates * H;
+    int64_t width = cell.gates * H;
     if constexpr (!std::is_same_v<Storage, A>)
       walk_runs(runs, Write<Storage, A>{width, work.dgx, dgx.at(t, b)});
     if (dh_new) walk_runs(runs, Write<Storage, A>{P, dh_new_of(work), dh_new.at(t, b)});
@@ -284,26 +312,33 @@ struct BackwardScan : Scan {
   // carried_h and carried_c become the gradients that the step before receives.
   void carry(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
-    multiply(runs, *weights.w_hh, dgh_rows(t, b, work), work.carried_h);
-    if (recurrent_mask) elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
-    if constexpr (Cell::distinct_dgh)
-      elementwise(runs, P, Sum{}, work.carried_h, work.carried_h, work.dh_past_w);
+    if (cell.recurrent) {
+      multiply(runs, *weights.w_hh, dgh_rows(t, b, work), work.carried_h);
+      if (recurrent_mask)
+        elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
+      if (cell.gives_h_prev) elementwise(runs, P, Sum{}, work.carried_h, work.carried_h, work.dh_past_w);
+    } else if (cell.gives_h_prev) {
+      elementwise(runs, P, Copy{}, work.carried_h, work.dh_past_w);
+    } else {
+      fill_zero<A>(runs, P, work.carried_h);
+    }
     if (zone_h) elementwise(runs, P, AddProduct{}, work.carried_h, work.carried_h, work.dh, work.zone_h);
-    if (zone_c) elementwise(runs, H, AddProduct{}, work.carried_c, work.carried_c, work.dc, work.zone_c);
+    if (zone_c) elementwise(runs, C, AddProduct{}, work.carried_c, work.carried_c, work.dc, work.zone_c);
     each_flagged(runs, t, b, reset, [&](int64_t r) {
       std::fill_n(work.carried_h[r], P, A(0));
-      if (has_c) std::fill_n(work.carried_c[r], H, A(0));
+      if (has_c()) std::fill_n(work.carried_c[r], C, A(0));
     });
   }
 
   // After the end of a sequence the gradients of its inputs are zero; those of its state stay.
   void write_padding(int64_t t, int64_t b, const Runs& ended) const {
-    fill_zero(ended, Cell::gates * H, dgx.at(t, b));
-    if (dgh) fill_zero(ended, Cell::gates * H, dgh.at(t, b));
+    fill_zero(ended, cell.gates * H, dgx.at(t, b));
+    if (dgh) fill_zero(ended, cell.gates * H, dgh.at(t, b));
+    if (dcell) fill_zero(ended, (cell.parameters + cell.inputs) * H, dcell.at(t, b));
     if (dh_new) fill_zero(ended, P, dh_new.at(t, b));
     if (norms == nullptr) return;
     for (int64_t part = 0; part < 2; ++part)
-      for (int64_t state = 0; state < Cell::states; ++state)
+      for (int64_t state = 0; state < cell.states; ++state)
         for (auto [begin, end] : ended)
           std::fill(norms_at(part, state, t, b + begin), norms_at(part, state, t, b + end), A(0));
   }
