@@ -157,7 +157,7 @@ def _gru():
 
 
 def _leaky():
-    """A rate network: two states, a parameter and a noise. The rate is W_hh's operand; nothing but `total` links them."""
+    """A rate network: two states, a parameter and a noise. W_hh multiplies the rate, which `total` links to v."""
 
     def forward(x, u, state, p, inputs):
         v = state[1] + p[0] * (x[0] + u[0] + inputs[0] - state[1])
@@ -181,7 +181,7 @@ def _leaky():
 
 
 def _three():
-    """Three states in a chain, of which one stays as it is and two change places: h = a' b'."""
+    """Three states, of which two change places: h = p a', a' = b, b' = a + x u."""
 
     def forward(x, u, state, p, _n):
         _, a, b = state
@@ -190,9 +190,8 @@ def _three():
     def total(_saved, _state, d, p, _n):
         return [d[0], d[1] + d[0] * p[0], d[2]]
 
-    def backward(saved, _state, d, p, _n):
-        # h = a' p, so dp is dh a'; a' = b, b' = a + x u
-        return [d[2] * saved[1], d[2] * saved[0], 0.0, d[2], d[1], d[0] * _state[2]]
+    def backward(saved, state, d, p, _n):
+        return [d[2] * saved[1], d[2] * saved[0], 0.0, d[2], d[1], d[0] * state[2]]
 
     def step(x, u, state, p, _n):
         _, a, b = state

@@ -27,15 +27,19 @@ void check(bool good, const Parts&... parts) {
 
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
-inline std::string text_of(const int64_t* sizes, int64_t dim) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t k = 0; k < dim; ++k) text << (k ? ", " : "") << sizes[k];
-  text << ']';
-  return text.str();
+// A shape as a part of a message. It becomes text only where the message is written.
+struct Shape {
+  const int64_t* sizes;
+  int64_t dim;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (int64_t k = 0; k < shape.dim; ++k) out << (k ? ", " : "") << shape.sizes[k];
+  return out << ']';
 }
 
-inline std::string shape_of(const Tensor& t) { return text_of(t.sizes().data(), t.dim()); }
+inline Shape shape_of(const Tensor& t) { return {t.sizes().data(), t.dim()}; }
 
 template <class T>
 constexpr ScalarType dtype_of();
@@ -76,7 +80,8 @@ struct Frame {
           dtype_name(t.scalar_type()));
     bool same = t.dim() == static_cast<int64_t>(shape.size());
     for (int64_t k = 0; same && k < t.dim(); ++k) same = t.size(k) == shape.begin()[k];
-    check(same, name, " must have shape ", text_of(shape.begin(), shape.size()), ", got ", shape_of(t));
+    check(same, name, " must have shape ", Shape{shape.begin(), static_cast<int64_t>(shape.size())}, ", got ",
+          shape_of(t));
     check_device(name, t);
   }
 

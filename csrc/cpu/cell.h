@@ -52,8 +52,9 @@ struct BuiltInCell {
   static constexpr bool recurrent = true, distinct_dgh = Cell::distinct_dgh;
   // Whether the backward reads h_prev, and gives it a gradient that does not pass through W_hh: only the GRU.
   static constexpr bool reads_h_prev = distinct_dgh, gives_h_prev = distinct_dgh;
-  static constexpr bool adds_to_dh = false;   // whether `total` changes dh
-  static constexpr bool joins = false;        // whether `backward` can do the work of `total`, too
+  static constexpr bool adds_to_dh = false;  // whether `total` changes dh
+  // Whether `backward` can do the work of `total`, too, unless c has a layer norm.
+  static constexpr bool joins = states == 2;
   static constexpr bool always_saves = true;  // whether `saved` has to exist
   static constexpr bool built_in = true;      // which has projections, and a layer norm of c
 
@@ -72,10 +73,17 @@ struct BuiltInCell {
                      step.c_hat, step.total_c);
   }
 
-  void backward(const Runs& runs, const BackwardStep<S>& step, bool /*joined*/, Memory&) const {
+  void backward(const Runs& runs, const BackwardStep<S>& step, bool joined, Memory&) const {
     const RowView<const A>& h_prev = reads_h_prev ? step.h_prev : step.dh;
-    walk<BackwardRow>(runs, step.H, step.ln_c, step.saved, h_prev, step.c_prev, step.dh,
-                      read_only(step.total_c), step.ln_c, step.dgx, step.dgh, step.dh_past_w, step.dc_prev);
+    if constexpr (joins) {
+      if (joined)
+        return walk_runs(runs, BackwardRow<Cell, S, A, false, true>{step.H, step.saved, h_prev, step.c_prev,
+                                                                    step.dh, step.dc, step.ln_c, step.dgx,
+                                                                    step.dgh, step.dh_past_w, step.dc_prev});
+    }
+    walk<BackwardOfTotal>(runs, step.H, step.ln_c, step.saved, h_prev, step.c_prev, step.dh,
+                          read_only(step.total_c), step.ln_c, step.dgx, step.dgh, step.dh_past_w,
+                          step.dc_prev);
     if constexpr (states == 2) {
       if (step.ln_c.weight != nullptr)
         walk_runs(runs, CellNormGradients<Cell, S, A>{step.H, step.saved, read_only(step.c_hat), step.dh,
@@ -84,6 +92,9 @@ struct BuiltInCell {
   }
 
  private:
+  template <class C, class Memory, class Number, bool layer_norm>
+  using BackwardOfTotal = BackwardRow<C, Memory, Number, layer_norm, false>;
+
   static RowView<const A> read_only(const RowView<A>& rows) { return {rows.data, rows.stride}; }
 
   // Row<Cell, Storage, A, whether c has a layer norm>{H, fields...} over the runs.

@@ -133,8 +133,8 @@ struct TotalRow {
   }
 };
 
-// saved, state_prev, dstate (total) -> dgx, dgh, dstate_prev
-template <class Cell, class Storage, class A, bool layer_norm>
+// saved, state_prev, dstate (total, unless `joined`) -> dgx, dgh, dstate_prev
+template <class Cell, class Storage, class A, bool layer_norm, bool joined = false>
 struct BackwardRow {
   int64_t H;
   RowView<const Storage> saved;             // [B, saved * H]
@@ -161,6 +161,7 @@ struct BackwardRow {
         prev[1] = c_prev_row[j];
         dstate[1] = dc_row[j];
       }
+      if constexpr (joined) dstate[1] = Cell::total(saved_j, prev, dstate);
       if constexpr (layer_norm) {
         Cell::backward(saved_j, prev, ln_c.tanh(stats.xhat(dc_prev_row[j]), j), dstate, dgx_j, dprev);
       } else if constexpr (Cell::distinct_dgh) {

@@ -35,6 +35,11 @@ std::vector<std::string_view> words_of(std::string_view text) {
   return words;
 }
 
+std::string_view trimmed(std::string_view text) {
+  size_t begin = text.find_first_not_of(' ');
+  return begin == std::string_view::npos ? "" : text.substr(begin, text.find_last_not_of(' ') + 1 - begin);
+}
+
 // A whole number below a million, or -1.
 int natural(std::string_view word) {
   if (word.empty() || word.size() > 6) return -1;
@@ -96,7 +101,8 @@ class ProgramReader {
       : name_(name), parts_(split(line, '|')) {
     std::vector<std::string_view> first = words_of(parts_[0]);
     int found = first.size() == 1 ? natural(first[0]) : -1;
-    if (found != inputs) fail(name, " must begin with its ", inputs, " inputs, got '", parts_[0], "'");
+    if (found != inputs)
+      fail(name, " must begin with its ", inputs, " inputs, got '", trimmed(parts_[0]), "'");
     program_.inputs = found;
     for (int k = 0; k < found; ++k) add(k, Operation::Kind::number);
     for (size_t k = 1; k + 1 < parts_.size(); ++k) read_instruction(k);
@@ -108,7 +114,7 @@ class ProgramReader {
  private:
   template <class... Parts>
   [[noreturn]] void wrong(size_t k, const Parts&... parts) const {
-    fail(name_, ", part ", k, " ('", parts_[k], "'): ", parts...);
+    fail(name_, ", part ", k, " ('", trimmed(parts_[k]), "'): ", parts...);
   }
 
   void add(int value, Operation::Kind kind) {
@@ -187,12 +193,12 @@ class LineReader {
     return count;
   }
 
-  int64_t number(std::string_view key, int64_t most) {
+  int64_t number(std::string_view key, int64_t least, int64_t most) {
     std::string_view rest = line(key);
     std::vector<std::string_view> words = words_of(rest);
     int found = words.size() == 1 ? natural(words[0]) : -1;
-    if (found < 0 || found > most)
-      fail("'", key, "' must be a number from 0 to ", most, ", got '", rest, "'");
+    if (found < least || found > most)
+      fail("'", key, "' must be a number from ", least, " to ", most, ", got '", trimmed(rest), "'");
     return found;
   }
 
@@ -259,9 +265,9 @@ UserCell parse_cell(const std::string& text) {
   cell.states = lines.names("states", 1);
   cell.parameters = lines.names("parameters", 0);
   cell.inputs = lines.names("inputs", 0);
-  cell.recurrent = lines.number("recurrent", 1) == 1;
-  cell.saved = lines.number("saved", most_planes);
-  cell.distinct_dgh = lines.number("distinct_dgh", 1) == 1;
+  cell.recurrent = lines.number("recurrent", 0, 1) == 1;
+  cell.saved = lines.number("saved", 1, most_planes);
+  cell.distinct_dgh = lines.number("distinct_dgh", 0, 1) == 1;
   if (cell.distinct_dgh && !cell.recurrent) fail("'distinct_dgh 1' needs 'recurrent 1'");
   const int64_t given = cell.parameters + cell.inputs, into = cell.gates * (cell.recurrent ? 2 : 1);
   auto program = [&](const char* name, int64_t inputs, int64_t results) {

@@ -48,7 +48,9 @@ struct BackwardScan : Scan {
   bool has_c() const { return cell.states > 1; }
 
   // Whether `cell.backward` does the work of `cell.total`: where nothing between them reads the totals.
-  bool joined() const { return Cell::joins && norms == nullptr && !clip_value && !clip_norm; }
+  bool joined() const {
+    return Cell::joins && norms == nullptr && !clip_value && !clip_norm && weights.ln_c_weight.empty();
+  }
 
   // One thread's rows.
   struct Work {
