@@ -22,7 +22,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Bound:
-    """A requirement: `contestant` takes at most `ratio` times as long as torch.nn's plain call, beyond noise."""
+    """A requirement: `contestant` takes at most `ratio` times as long as what its suite compares with, beyond noise."""
 
     contestant: str
     ratio: float

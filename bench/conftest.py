@@ -64,6 +64,22 @@ def bench(case, session: Session, benchmark, must: set[str] | None = None) -> No
     assert not failed, "\n".join(f"{case.name}: {name}: {why}" for name, why in failed.items())
 
 
+def accept(case, bound, session: Session) -> None:
+    """Fails where even the lower end of the 95 % interval of the median ratio lies above the bound, so that noise alone
+    does not fail it."""
+    entries = session.record(case)["contestants"]
+    entry = entries[bound.contestant]
+    entry = entries[entry.get("same_as") or bound.contestant]
+    if "cannot" in entry:
+        pytest.skip(f"{bound.contestant} cannot run {case.name}: {entry['cannot']}")
+    assert "failed" not in entry, entry["failed"]
+    median, (low, high) = entry["ratio"].values()
+    assert low <= bound.ratio, (
+        f"{case.name}: {bound.contestant} takes {median:.3f} ({low:.3f} to {high:.3f}) of the time of "
+        f"{' or '.join(SUITES[case.suite].against)}, allowed {bound.ratio}"
+    )
+
+
 SESSION = pytest.StashKey[Session]()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cases, contestants, feature_cases, rivals
+from . import cases, contestants, feature_cases, own_cells, rivals
 from .contestants import LOOPS, Contestant
 from .problem import Model, Problem
 
@@ -52,6 +52,10 @@ SUITES = {
         feature_cases.CASES, contestants.features, contestants.loop("ops"), LOOPS, "speed_up",
         session_seconds=240.0 if _gpu else 70.0, case_seconds=2.0 if _gpu else 1.0, warmup=0.1 if _gpu else 0.0,
         rounding={torch.float32: 4.0},
+    ),
+    "cells": Suite(
+        own_cells.CASES, lambda case: own_cells.CONTESTANTS, contestants.reference, (own_cells.BUILT_IN,), "ratio",
+        session_seconds=60.0, case_seconds=5.0,
     ),
     # FlashRNN runs nvcc several times per shape where `warm.py` has not done it: hence the long limit.
     "rivals": Suite(

@@ -47,17 +47,17 @@ def measured(records: list[dict], figure: str) -> list[str]:
     return [n for n in names if any(figure in record["contestants"].get(n, {}) for record in records)]
 
 
-def throughput(records: list[dict]) -> str:
-    """torch.nn's time, then the time of the others relative to it."""
-    names = [name for name in measured(records, "ratio") if name != YARDSTICK]
+def throughput(records: list[dict], yardstick: str = YARDSTICK) -> str:
+    """The time of torch.nn, or of another yardstick, then the time of the others relative to it."""
+    names = [name for name in measured(records, "ratio") if name != yardstick]
     limited = any(record["limit"] for record in records)
-    rows = [["case", "torch.nn, ms", *names] + ["limit"] * limited]
+    rows = [["case", f"{yardstick}, ms", *names] + ["limit"] * limited]
     for record in records:
         entries = record["contestants"]
-        row = [title(record), milliseconds(entries[YARDSTICK])]
+        row = [title(record), milliseconds(entries[yardstick])]
         row += [figure(entries.get(name, {}), "ratio", 2) for name in names]
         if limited:
-            least, own = record["limit"], entries[YARDSTICK].get("seconds")
+            least, own = record["limit"], entries[yardstick].get("seconds")
             row.append(f"{least['seconds'] / own['median']:.2f}" if least and own else "–")
         rows.append(row)
     return markdown(rows)
@@ -103,6 +103,11 @@ TABLES = {
         "Peak memory relative to torch.nn's (below 1 is less)": memory,
     },
     "features": {"Speed relative to the faster of two Python loops (above 1 is faster)": features},
+    "cells": {
+        "Time of a user's cell relative to the built-in one on the same backend (below 1 is faster)": (
+            lambda records: throughput(records, "fastrnn:cpu")
+        ),
+    },
     "rivals": {
         "Time relative to torch.nn (below 1 is faster), beside other projects' kernels": throughput,
         "Peak memory relative to torch.nn's (below 1 is less), beside other projects' kernels": memory,

@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
+import user_cells
 from cell_texts import HAND_WRITTEN, Value, loop, pointwise
 from setups import MASKS, random_incoming, random_inputs
 from test_csrc_scan import of_batch, padding, run, same
 
+import fastrnn
 from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.backends import cpu, reference
 from fastrnn.cell_table import spec_of
@@ -17,7 +19,10 @@ if cpu.MISSING is not None:
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 every_cell = pytest.mark.parametrize("name", HAND_WRITTEN)
-TEXT = {name: cell.text for name, cell in HAND_WRITTEN.items()}
+SHIPPED = {name: getattr(fastrnn.cells, name) for name in fastrnn.cells.__all__ if name != "leaky"}  # a factory
+TRACED = {f"traced {name}": cell for name, cell in (user_cells.BUILT_IN | user_cells.OWN | SHIPPED).items()}
+TEXT = {name: cell.text for name, cell in (HAND_WRITTEN | TRACED).items()}
+every_text = pytest.mark.parametrize("name", TEXT)
 FEATURES = {
     "plain": (),
     "flags": ("flags",),
@@ -38,18 +43,28 @@ def problem(name, T, B, H, dtype=torch.float32, features=(), reverse=False):
     return {key: x for key, x in found.items() if x is not None}
 
 
+def check_scan(name, sizes, features, reverse=False):
+    given = problem(name, *sizes, torch.float64, FEATURES[features], reverse)
+    for norms in (True, False):  # without norms and clipping, total and backward run as one program
+        found, expected = (run(b, TEXT[name], given, reverse, norms=norms) for b in (cpu, reference))
+        for key, value in expected.items():
+            # float64: 1e-16 per rounding, over a few steps of sums of 300, and layer norms of one element.
+            want = padding(given, key, value)
+            torch.testing.assert_close(found[key], want, rtol=1e-10, atol=1e-10, msg=lambda m, n=key: f"{n}: {m}")
+
+
 @every_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("features", FEATURES)
 def test_the_scan_is_the_references(name, features, reverse):
-    for T, B, H in SIZES:
-        given = problem(name, T, B, H, torch.float64, FEATURES[features], reverse)
-        for norms in (True, False):  # without norms and clipping, total and backward run as one program
-            found, expected = (run(b, TEXT[name], given, reverse, norms=norms) for b in (cpu, reference))
-            for key, value in expected.items():
-                # float64: 1e-16 per rounding, over a few steps of sums of 300, and layer norms of one element.
-                want = padding(given, key, value)
-                torch.testing.assert_close(found[key], want, rtol=1e-10, atol=1e-10, msg=lambda m, n=key: f"{n}: {m}")
+    for sizes in SIZES:
+        check_scan(name, sizes, features, reverse)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_traced_cell_is_the_references(name):
+    for features in FEATURES:
+        check_scan(name, (3, 4, 18), features)
 
 
 @every_cell
@@ -85,11 +100,13 @@ def test_gradients_are_autograds(name, reverse):
         torch.testing.assert_close(found["dcell"][..., Q:], want["step_inputs"])
 
 
-@every_cell
+@every_text
 @pytest.mark.parametrize("features", ["plain", "all"])
 def test_errors_are_at_most_twice_the_references(name, features):
     """Float32 against float64: products of 300 terms and 12 steps, in the largest error of each result."""
     given = problem(name, 12, 5, 300, torch.float32, FEATURES[features])
+    if name == "leaky":  # a leak beyond 1 makes the errors grow from step to step
+        given["parameters"].sigmoid_()
     wide = {key: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in given.items()}
     truth, found, yardstick = (run(b, TEXT[name], x) for b, x in ((reference, wide), (cpu, given), (reference, given)))
     for key, exact in truth.items():
@@ -101,7 +118,7 @@ def test_errors_are_at_most_twice_the_references(name, features):
         assert error <= 2 * own + floor, f"{key}: {error:.2e}, the reference's {own:.2e}"
 
 
-@every_cell
+@every_text
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_round_where_the_reference_rounds(name, dtype):
     for features in ("plain", "all"):
@@ -404,3 +421,38 @@ def test_threads_may_meet_a_new_text_at_once():
     for each in found:
         same(each, found[0])
     assert len(found) == len(workers)
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [user_cells.three, user_cells.unconnected], ids=lambda cell: cell.name)
+def test_a_module_is_the_references(cell):
+    """Layers, directions, lengths, resets, zoneout, clipping, layer norm and the tap together."""
+    T, B, H, layers = 6, 3, 9, 2
+    rng = torch.Generator().manual_seed(3)
+    options = {"num_layers": layers, "bidirectional": True, "residual": True, "layer_norm": True, "zoneout": 0.2}
+    options |= {"clip_state_grad_norm": 2.0, "clip_state_grad_value": 1.5}
+    module = fastrnn.Recurrent(cell, 2 * H, H, dtype=torch.float64, **options)
+    x = torch.randn(T, B, 2 * H, generator=rng, dtype=torch.float64)
+    given = {name: torch.randn(T, B, H, generator=rng, dtype=torch.float64) for name in cell.inputs}
+    masks = {"lengths": torch.tensor([6, 2, 4]), "reset_mask": torch.rand(T, B, generator=rng) < 0.2}
+    found = []
+    for backend in ("cpu", "reference"):
+        module.backend = backend
+        torch.manual_seed(5)  # of zoneout
+        tap = torch.zeros(2 * layers, 2, len(cell.states), T, B, dtype=torch.float64, requires_grad=True)
+        leaves = [x.clone().requires_grad_(), *(g.clone().requires_grad_() for g in given.values())]
+        y, states = module(leaves[0], **dict(zip(given, leaves[1:], strict=True)), **masks, tap=tap)
+        states = states if isinstance(states, tuple) else (states,)
+        loss = (y * y).sum() + sum(s.sin().sum() for s in states)
+        grads = torch.autograd.grad(loss, [*leaves, tap, *module.parameters()])
+        found.append([y, *states, *grads])
+    for mine, want in zip(*found, strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-9)
+
+
+def test_double_backward_ends_at_the_reference():
+    module = fastrnn.Recurrent(user_cells.lstm, 3, 4, dtype=torch.float64, backend="cpu")
+    x = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
