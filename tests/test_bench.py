@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from setups import needs_cpu_library
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +157,16 @@ for case in cases:
     assert {"loop", "fastrnn", "fastrnn:reference"} <= right.keys() | {n for n, e in entries.items() if "same_as" in e}
     compared = [entries[name]["errors"] for name in right if not name.startswith("plain ")]
     assert all(error < 1e-4 for errors in compared for error in errors.values())
+"""
+    run(SMALL + code)
+
+
+@needs_cpu_library
+def test_a_users_cell_agrees_with_the_built_in_one():
+    code = """
+case = Case("lstm", 3, 5, 4, 6, suite="cells", without={"compiled loop": "compiling takes long"})
+right, entries = agreeing(case, {})
+assert right.keys() == {"fastrnn:cpu", "own cell", "loop"}, entries
 """
     run(SMALL + code)
 

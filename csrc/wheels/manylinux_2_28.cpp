@@ -9,15 +9,22 @@
 #define HIDDEN_AS(name) __asm__(name) __attribute__((visibility("hidden")))
 
 extern "C" {
-// glibc 2.29 has another version of exp, which leaves errno alone.
-double exp_before_2_29(double x);
+// glibc 2.29 has other versions of these, which leave errno alone.
 #if defined(__x86_64__)
-__asm__(".symver exp_before_2_29, exp@GLIBC_2.2.5");
+#define BEFORE_2_29(name) __asm__(".symver " #name "_before_2_29, " #name "@GLIBC_2.2.5")
 #elif defined(__aarch64__)
-__asm__(".symver exp_before_2_29, exp@GLIBC_2.17");
+#define BEFORE_2_29(name) __asm__(".symver " #name "_before_2_29, " #name "@GLIBC_2.17")
 #endif
+double exp_before_2_29(double x), log_before_2_29(double x), pow_before_2_29(double x, double y);
+BEFORE_2_29(exp);
+BEFORE_2_29(log);
+BEFORE_2_29(pow);
 double own_exp(double x) HIDDEN_AS("exp");
 double own_exp(double x) { return exp_before_2_29(x); }
+double own_log(double x) HIDDEN_AS("log");
+double own_log(double x) { return log_before_2_29(x); }
+double own_pow(double x, double y) HIDDEN_AS("pow");
+double own_pow(double x, double y) { return pow_before_2_29(x, y); }
 
 // glibc 2.32: reference counts of libstdc++ may skip atomics where this is not 0.
 extern char own_single_threaded HIDDEN_AS("__libc_single_threaded");
