@@ -1,41 +1,19 @@
 """Forward, total and backward of each cell on tiles: the equations of `fastrnn/reference.py`, same names, same order.
 
-    forward (gx, gh, state_prev)         -> state, saved        gx = W_ih x + b_ih     gh = W_hh h_prev + b_hh
-    total   (saved, state_prev, dstate)  -> dstate, with the path from c to h inside the step added
-    backward(saved, state_prev, dstate)  -> dgx, dgh, dstate_prev   (the W_hh path is the scan's)
+    forward (gx, gh, state_prev, beside)         -> state, saved     gx = W_ih x + b_ih     gh = W_hh h_prev + b_hh
+    total   (saved, state_prev, dstate, beside)  -> dstate, with the path from c to h inside the step added
+    backward(saved, state_prev, dstate, beside)  -> dgx, dgh, dstate_prev, dbeside   (the W_hh path is the scan's)
 
 Every argument and every result is a tuple of float32 tiles: one per gate, saved plane or state. `dstate_prev` is zero
-where there is no path besides W_hh. No function turns a NaN or an infinity of its input into a finite number, and none
-makes a NaN of a finite one.
+where there is no path besides W_hh. `beside` has the parameters and inputs of a user's cell, whose functions
+`fastrnn/backends/programs.py` writes; the cells of this file have none. No function turns a NaN or an infinity of its
+input into a finite number, and none makes a NaN of a finite one.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def sigmoid(x):
-    # exp(-x) may be infinite; then 1 / inf = 0 is the right answer.
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
-def tanh(x):
-    """tanh to about 2 units in the last place: an odd polynomial near zero, where the quotient of exponentials cancels.
-
-    The coefficients are those of Cephes' tanhf (Moshier), for |x| < 0.625.
-    """
-    z = x * x
-    p = -5.70498872745e-3
-    p = p * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    near = p * z * x + x
-    size = tl.abs(x)
-    far = 1 - 2 / (tl.exp(2 * size) + 1)
-    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
-
+from .functions import sigmoid, tanh
 
 # ----------------------------------------------------------------------------------------------------------- LSTM
 
@@ -66,7 +44,7 @@ def lstm_output_backward(saved, u, dh):
 
 
 @triton.jit
-def lstm_forward(gx, gh, state_prev):
+def lstm_forward(gx, gh, state_prev, beside):
     """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(c)."""
     saved = lstm_pre_activations(gx, gh)
     c = lstm_cell_state(saved, state_prev[1])
@@ -74,7 +52,7 @@ def lstm_forward(gx, gh, state_prev):
 
 
 @triton.jit
-def lstm_total(saved, state_prev, dstate):
+def lstm_total(saved, state_prev, dstate, beside):
     """dc + dh o (1 - tanh²(c)): all of the step's dL/dc."""
     dh, dc = dstate
     u = tanh(lstm_cell_state(saved, state_prev[1]))
@@ -91,11 +69,11 @@ def lstm_gates_backward(saved, c_prev, u, dstate):
     dg = dc * i * (1 - g * g)
     do = dh * u * o * (1 - o)
     dgates = (di, df, dg, do)
-    return dgates, dgates, (tl.zeros_like(dh), dc * f)
+    return dgates, dgates, (tl.zeros_like(dh), dc * f), ()
 
 
 @triton.jit
-def lstm_backward(saved, state_prev, dstate):
+def lstm_backward(saved, state_prev, dstate, beside):
     c_prev = state_prev[1]
     return lstm_gates_backward(saved, c_prev, tanh(lstm_cell_state(saved, c_prev)), dstate)
 
@@ -104,7 +82,7 @@ def lstm_backward(saved, state_prev, dstate):
 
 
 @triton.jit
-def gru_forward(gx, gh, state_prev):
+def gru_forward(gx, gh, state_prev, beside):
     """r, z = sigmoid; n = tanh(gx_n + r gh_n); h = n + z (h_prev - n)."""
     r, z = gx[0] + gh[0], gx[1] + gh[1]
     n = gx[2] + sigmoid(r) * gh[2]
@@ -114,65 +92,65 @@ def gru_forward(gx, gh, state_prev):
 
 
 @triton.jit
-def gru_backward(saved, state_prev, dstate):
+def gru_backward(saved, state_prev, dstate, beside):
     dh, h_prev = dstate[0], state_prev[0]
     r, z, n, gh_n = sigmoid(saved[0]), sigmoid(saved[1]), tanh(saved[2]), saved[3]
     dn = dh * (1 - z) * (1 - n * n)
     dz = dh * (h_prev - n) * z * (1 - z)
     dr = dn * gh_n * r * (1 - r)
-    return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
+    return (dr, dz, dn), (dr, dz, dn * r), (dh * z,), ()
 
 
 # ------------------------------------------------------------------------------------------------------------ RNN
 
 
 @triton.jit
-def identity_total(saved, state_prev, dstate):
+def identity_total(saved, state_prev, dstate, beside):
     return dstate
 
 
 @triton.jit
-def rnn_tanh_forward(gx, gh, state_prev):
+def rnn_tanh_forward(gx, gh, state_prev, beside):
     """h = tanh(gx + gh)."""
     pre = gx[0] + gh[0]
     return (tanh(pre),), (pre,)
 
 
 @triton.jit
-def rnn_tanh_backward(saved, state_prev, dstate):
+def rnn_tanh_backward(saved, state_prev, dstate, beside):
     u = tanh(saved[0])
     dpre = dstate[0] * (1 - u * u)
-    return (dpre,), (dpre,), (tl.zeros_like(dpre),)
+    return (dpre,), (dpre,), (tl.zeros_like(dpre),), ()
 
 
 @triton.jit
-def rnn_relu_forward(gx, gh, state_prev):
+def rnn_relu_forward(gx, gh, state_prev, beside):
     """h = max(gx + gh, 0), in a form that keeps NaN."""
     pre = gx[0] + gh[0]
     return (tl.where(pre < 0, 0.0, pre),), (pre,)
 
 
 @triton.jit
-def rnn_relu_backward(saved, state_prev, dstate):
+def rnn_relu_backward(saved, state_prev, dstate, beside):
     dpre = dstate[0] * tl.where(saved[0] > 0, 1.0, 0.0)
-    return (dpre,), (dpre,), (tl.zeros_like(dpre),)
+    return (dpre,), (dpre,), (tl.zeros_like(dpre),), ()
 
 
 @triton.jit
-def rnn_leaky_relu_forward(gx, gh, state_prev):
+def rnn_leaky_relu_forward(gx, gh, state_prev, beside):
     """h = pre where pre = gx + gh is positive, else 0.01 pre."""
     pre = gx[0] + gh[0]
     return (tl.where(pre > 0, pre, 0.01 * pre),), (pre,)
 
 
 @triton.jit
-def rnn_leaky_relu_backward(saved, state_prev, dstate):
+def rnn_leaky_relu_backward(saved, state_prev, dstate, beside):
     dpre = dstate[0] * tl.where(saved[0] > 0, 1.0, 0.01)
-    return (dpre,), (dpre,), (tl.zeros_like(dpre),)
+    return (dpre,), (dpre,), (tl.zeros_like(dpre),), ()
 
 
 @triton.jit
-def rnn_elu_forward(gx, gh, state_prev):
+def rnn_elu_forward(gx, gh, state_prev, beside):
     """h = pre where pre = gx + gh is positive, else exp(pre) - 1, as 2 u / (1 - u) with u = tanh(pre / 2)."""
     pre = gx[0] + gh[0]
     u = tanh(0.5 * pre)
@@ -180,9 +158,9 @@ def rnn_elu_forward(gx, gh, state_prev):
 
 
 @triton.jit
-def rnn_elu_backward(saved, state_prev, dstate):
+def rnn_elu_backward(saved, state_prev, dstate, beside):
     dpre = dstate[0] * tl.where(saved[0] > 0, 1.0, tl.exp(saved[0]))
-    return (dpre,), (dpre,), (tl.zeros_like(dpre),)
+    return (dpre,), (dpre,), (tl.zeros_like(dpre),), ()
 
 
 # The three functions of each cell, under the names of `fastrnn.cell_table.CELLS`.

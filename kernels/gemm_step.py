@@ -9,21 +9,24 @@ is a second GEMM in the middle of a step; it splits the kernel in two.
 
 Steps are counted in scan order: t is T - 1 - i where the scan walks back. BLOCK_H is H rounded up to a power of two.
 
-Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes. `[B, ...]` tensors hold
-one step. Row indices are 64 bits wide.
+A cell without W_hh needs no GEMM; `gh_ptr`, or `product_ptr`, is None.
+
+Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes, Q parameters and N inputs
+of the cell. `[B, ...]` tensors hold one step. Row indices are 64 bits wide.
 """
 
 import triton
 import triton.language as tl
 
-from .cells import lstm_cell_state, lstm_gates_backward, lstm_output, lstm_pre_activations, tanh
+from .cells import lstm_cell_state, lstm_gates_backward, lstm_output, lstm_pre_activations
+from .functions import tanh
 from .gradients import (
     carried_gradient,
     clamp,
     clip_scales,
     drop_padded,
     gradient_past_weights,
-    load_states,
+    planes_or_zeros,
     previous_states,
     state_gradient,
     store_norm,
@@ -37,9 +40,12 @@ from .memory import (
     BatchTile,
     choose,
     hidden_tile,
+    load_beside,
     load_flags,
     load_planes,
+    load_state,
     load_tile,
+    load_vectors,
     offset,
     store_planes,
     store_tile,
@@ -47,7 +53,7 @@ from .memory import (
 )  # fmt: skip
 from .norms import into_column
 from .products import recurrent_operand, scaled
-from .scan import next_states
+from .scan import next_state
 
 
 @triton.jit
@@ -56,16 +62,6 @@ def program_tile(B, t, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.const
     batch, rows = B.to(tl.int64), tl.arange(0, BLOCK_B)
     origin = tl.program_id(0).to(tl.int64) * BLOCK_B
     return hidden_tile(BatchTile(t * batch + origin, origin, rows, origin + rows < batch), 0, BLOCK_H, H)
-
-
-@triton.jit
-def load_vectors(ptr, tile, COUNT: tl.constexpr, H: tl.constexpr):
-    """A parameter `[COUNT * H]` as COUNT tiles `[1, BLOCK_H]`, float32."""
-    vectors = ()
-    for k in tl.static_range(COUNT):
-        vector = tl.load(ptr + k * H + tile.cols, mask=tile.cols < H, other=0.0).to(tl.float32)
-        vectors = vectors + (vector[None, :],)
-    return vectors
 
 
 @triton.jit
@@ -105,7 +101,7 @@ def store_h(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     carried = load_tile(h_in_ptr, tile.origin, tile, P)
     before = choose(flags, RESET, 0.0, carried)
-    state = next_states((h,), (before,), (carried.to(dtype),), flags, (zone_h_ptr,), tile, dtype, 1, P)[0]
+    state = next_state(h, before, carried.to(dtype), flags, zone_h_ptr, tile, dtype, 0, 1, P)
     store_tile(h_out_ptr, tile.origin, tile, state, P)
     store_tile(y_ptr, tile.row, tile, choose(flags, PAD, 0.0, state), P)
     if operand_ptr is not None:
@@ -115,23 +111,25 @@ def store_h(
 @triton.jit(do_not_specialize=["B", "t"])
 def forward_kernel(
     gx_ptr,  # [T, B, G*H]
-    gh_ptr,  # [B, G*H] float32: W_hh h, not yet zero after a reset
+    gh_ptr,  # [B, G*H] float32: W_hh h, not yet zero after a reset; None for a cell without W_hh
     b_ptr,  # [G*H] or None
     ln_hh_ptr,  # [G*H] or None
     ln_c_weight_ptr,  # [H] or None
     ln_c_bias_ptr,  # [H] or None
+    parameters_ptr,  # [Q*H] or None
+    step_inputs_ptr,  # [T, B, N*H] or None
     flags_ptr,  # [T, B] uint8 or None
     recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
-    zone_c_ptr,  # [T, B, H] or None
+    zone_c_ptr,  # [T, B, (S-1)*H] or None
     h_in_ptr,  # [B, H]: the h before the step; with projection, h is left to forward_projected_kernel
-    c_in_ptr,  # [B, H] float32, or None for a cell without c
+    c_in_ptr,  # [B, (S-1)*H] float32, or None for a cell whose only state is h
     h_out_ptr,  # [B, H]: the h after the step, other memory
-    c_out_ptr,  # [B, H] float32 or None
+    c_out_ptr,  # [B, (S-1)*H] float32 or None
     operand_ptr,  # [B, H]: h_out times the mask of recurrent dropout; None without one
     out_ptr,  # [B, H]: with projection, the h to project; else None
     y_ptr,  # [T, B, H]
-    c_ptr,  # [T, B, H] float32 or None
+    c_ptr,  # [T, B, (S-1)*H] float32 or None
     saved_ptr,  # [T, B, K*H] or None
     B,
     t,
@@ -139,6 +137,8 @@ def forward_kernel(
     G: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -147,14 +147,17 @@ def forward_kernel(
     flags = load_flags(flags_ptr, tile)
 
     gx = load_planes(gx_ptr, tile.row, tile, G, H)
-    gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H)
+    gh = ()
+    if gh_ptr is not None:
+        gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H)
+    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H)
     # With projection h has fewer columns. The LSTM does not read it, so c is loaded in its place.
     in_ptrs = (h_in_ptr if out_ptr is None else c_in_ptr, c_in_ptr)
     before = ()
     for s in tl.static_range(S):
-        before = before + (choose(flags, RESET, 0.0, load_tile(in_ptrs[s], tile.origin, tile, H)),)
+        before = before + (choose(flags, RESET, 0.0, load_state(in_ptrs, tile.origin, tile, s, S, H)),)
     if ln_c_weight_ptr is None:
-        cell_states, saved = CELL_FORWARD(gx, gh, before)
+        cell_states, saved = CELL_FORWARD(gx, gh, before, beside)
     else:
         saved = lstm_pre_activations(gx, gh)
         c = lstm_cell_state(saved, before[1])
@@ -162,12 +165,16 @@ def forward_kernel(
         cell_states = (lstm_output(saved, u), c)
     if saved_ptr is not None:
         store_planes(saved_ptr, tile.row, tile, drop_padded(saved, flags, K), K, H)
-    if S == 2:
-        carried = load_tile(c_in_ptr, tile.origin, tile, H)
-        c = next_states(cell_states[1:], before[1:], (carried,), flags, (zone_c_ptr,), tile, tl.float32, 1, H)[0]
-        store_tile(c_out_ptr, tile.origin, tile, c, H)
+    if S > 1:
+        carried, others = load_planes(c_in_ptr, tile.origin, tile, S - 1, H), ()
+        for s in tl.static_range(1, S):
+            other = next_state(
+                cell_states[s], before[s], carried[s - 1], flags, zone_c_ptr, tile, tl.float32, s - 1, S - 1, H
+            )
+            others = others + (other,)
+        store_planes(c_out_ptr, tile.origin, tile, others, S - 1, H)
         if c_ptr is not None:
-            store_tile(c_ptr, tile.row, tile, choose(flags, PAD, 0.0, c), H)
+            store_planes(c_ptr, tile.row, tile, drop_padded(others, flags, S - 1), S - 1, H)
     if out_ptr is None:
         store_h(cell_states[0], flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, H)
     else:
@@ -209,7 +216,7 @@ def carried_dh(
     The next step left the part that passed through W_hh in `product`, the rest in `past_weights`, and with a projection
     the factors of its clipping in `scales`.
     """
-    carry = load_states((past_weights_ptr,), tile.origin, tile, 1, P)
+    carry = planes_or_zeros(past_weights_ptr, tile.origin, tile, 1, P)
     if product_ptr is not None:
         row = tile.row + next_step
         flags = load_flags(offset(flags_ptr, next_step), tile)
@@ -235,34 +242,37 @@ def through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, tile, G: tl.cons
 @triton.jit(do_not_specialize=["T", "B", "i"])
 def backward_kernel(
     dy_ptr,  # [T, B, H] or None
-    dc_ptr,  # [T, B, H] float32 or None
+    dc_ptr,  # [T, B, (S-1)*H] float32 or None
     saved_ptr,  # [T, B, K*H]
     y_ptr,  # [T, B, H]
-    c_ptr,  # [T, B, H] float32, or None for a cell without c
+    c_ptr,  # [T, B, (S-1)*H] float32, or None for a cell whose only state is h
     h0_ptr,  # [B, H]
-    c0_ptr,  # [B, H] float32 or None
+    c0_ptr,  # [B, (S-1)*H] float32 or None
     ln_hh_ptr,  # [G*H] or None
     gh_hat_ptr,  # [T, B, G*H] float32, with ln_hh
     gh_rstd_ptr,  # [T, B] float32, with ln_hh
     ln_c_weight_ptr,  # [H] or None
     ln_c_bias_ptr,  # [H] or None
+    parameters_ptr,  # [Q*H] or None
+    step_inputs_ptr,  # [T, B, N*H] or None
     flags_ptr,  # [T, B] uint8 or None
     recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
-    zone_c_ptr,  # [T, B, H] or None
+    zone_c_ptr,  # [T, B, (S-1)*H] or None
     clip_norm_ptr,  # [] or None
     clip_value,  # float or None
     product_ptr,  # [B, H] float32: the gradient that passed through W_hh of the next step; None at the last step
     dh_in_ptr,  # [B, H] or None: the rest of the gradients of the states after the step
-    dc_in_ptr,  # [B, H] float32 or None
+    dc_in_ptr,  # [B, (S-1)*H] float32 or None
     dh_out_ptr,  # [B, H] float32: the same of the states before the step, other memory
-    dc_out_ptr,  # [B, H] float32 or None
+    dc_out_ptr,  # [B, (S-1)*H] float32 or None
     dh_cell_ptr,  # [B, H] float32: with projection, the gradient of the cell's own h; else None
     dh_cell_unclamped_ptr,  # [B, H] float32: the same before clipping by value, if its norm is wanted; else None
     norm_h_ptr,  # [B] float32: with projection and clipping by norm, the norm of dL/dh; else None
     scales_ptr,  # [T, B] float32: the factors of clipping, written where norm_h is given; else None
     dgx_ptr,  # [T, B, G*H]
     dgh_ptr,  # [T, B, G*H], or None where it equals dgx
+    dcell_ptr,  # [T, B, (Q+N)*H]: of the parameters, at each step, and of the inputs; None where there are neither
     dgh_raw_ptr,  # [T, B, G*H]: with ln_hh, the gradient of W_hh h before its layer norm; else None
     dh_new_ptr,  # [T, B, H] or None
     norms_ptr,  # [2, S, T, B] float32 or None: total and carried
@@ -274,6 +284,8 @@ def backward_kernel(
     G: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -287,28 +299,28 @@ def backward_kernel(
     next_step = -batch if REVERSE else batch
 
     saved = load_planes(saved_ptr, tile.row, tile, K, H)
+    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H)
     if dh_cell_ptr is None:
         ptrs, initial_ptrs = (y_ptr, c_ptr), (h0_ptr, c0_ptr)
         carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, tile, next_step, H)
-        dh = carry_h + load_states((dy_ptr,), tile.row, tile, 1, H)[0]
+        dh = carry_h + planes_or_zeros(dy_ptr, tile.row, tile, 1, H)[0]
     else:  # an LSTM, which does not read h: c is loaded in its place
         ptrs, initial_ptrs = (c_ptr, c_ptr), (c0_ptr, c0_ptr)
         carry_h = zero_tile(tile)
         unclamped_ptr = dh_cell_ptr if dh_cell_unclamped_ptr is None else dh_cell_unclamped_ptr
         dh = load_tile(unclamped_ptr, tile.origin, tile, H)
     before = previous_states(ptrs, initial_ptrs, i, tile.row - next_step, flags, tile, S, H)
-    carry, dstate = (carry_h,), (dh,)
-    if S == 2:
-        carry_c = load_states((dc_in_ptr,), tile.origin, tile, 1, H)[0]
-        carry = (carry_h, carry_c)
-        dstate = (dh, carry_c + load_states((dc_ptr,), tile.row, tile, 1, H)[0])
+    carry = (carry_h,) + planes_or_zeros(dc_in_ptr, tile.origin, tile, S - 1, H)
+    dc, dstate = planes_or_zeros(dc_ptr, tile.row, tile, S - 1, H), (dh,)
+    for s in tl.static_range(1, S):
+        dstate = dstate + (carry[s] + dc[s - 1],)
     ln_c = None
     if ln_c_weight_ptr is not None:
         ln_c = layer_norm_c(lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H)
 
     to_cell, past_cell, total, dtotal = state_gradient(
-        dstate, carry, dh_cell_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, tile.row, T * batch, flags,
-        tile, CELL_TOTAL, S, H,
+        dstate, carry, dh_cell_ptr, saved, before, beside, ln_c, zone_ptrs, clip_value, norms_ptr, tile.row, T * batch,
+        flags, tile, CELL_TOTAL, S, H,
     )  # fmt: skip
     if clip_norm_ptr is not None:
         if norm_h_ptr is None:
@@ -326,9 +338,10 @@ def backward_kernel(
         store_tile(dh_new_ptr, tile.row, tile, choose(flags, PAD, 0.0, to_cell[0]), H)
 
     if ln_c is None:
-        dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
+        dgx, dgh, through_cell, dcell = CELL_BACKWARD(saved, before, total, beside)
+        store_planes(dcell_ptr, tile.row, tile, drop_padded(dcell, flags, Q + N), Q + N, H)
     else:
-        dgx, dgh, through_cell = lstm_gates_backward(saved, before[1], ln_c[3], total)
+        dgx, dgh, through_cell, _ = lstm_gates_backward(saved, before[1], ln_c[3], total)
     dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
     past_weights = gradient_past_weights(past_cell, through_cell, carry, flags, S)
     store_planes(dgx_ptr, tile.row, tile, dgx, G, H)
@@ -336,8 +349,7 @@ def backward_kernel(
         store_planes(dgh_ptr, tile.row, tile, dgh, G, H)
     if dh_cell_ptr is None:
         store_tile(dh_out_ptr, tile.origin, tile, past_weights[0], H)
-    if S == 2:
-        store_tile(dc_out_ptr, tile.origin, tile, past_weights[1], H)
+    store_planes(dc_out_ptr, tile.origin, tile, past_weights[1:], S - 1, H)
     if ln_hh_ptr is not None:
         dgh_raw = through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, tile, G, H)
         store_planes(dgh_raw_ptr, tile.row, tile, dgh_raw, G, H)
@@ -374,7 +386,7 @@ def backward_projected_kernel(
     next_step = -batch if REVERSE else batch
 
     carry = carried_dh(dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P)
-    dh = carry + load_states((dy_ptr,), tile.row, tile, 1, P)[0]
+    dh = carry + planes_or_zeros(dy_ptr, tile.row, tile, 1, P)[0]
     if norms_ptr is not None:
         store_norm(norms_ptr + tile.row, dh, flags, tile)
         store_norm(norms_ptr + tile.row + S * T * batch, carry, flags, tile)

@@ -20,6 +20,7 @@ from .memory import (
     each_row,
     load_flags,
     load_planes,
+    load_state,
     load_tile,
     masked,
     store_as_one,
@@ -42,22 +43,31 @@ def previous_states(ptrs, initial_ptrs, i, row_before, flags, tile, S: tl.conste
         # Each element comes from one of the two places; the other load is masked off.
         state = tl.where(
             starts,
-            load_tile(initial_ptrs[s], tile.origin, masked(tile, starts), H),
-            load_tile(ptrs[s], row_before, masked(tile, ~starts), H),
+            load_state(initial_ptrs, tile.origin, masked(tile, starts), s, S, H),
+            load_state(ptrs, row_before, masked(tile, ~starts), s, S, H),
         )
         before = before + (choose(flags, RESET, 0.0, state),)
     return before
 
 
 @triton.jit
+def planes_or_zeros(ptr, row, tile, PLANES: tl.constexpr, H: tl.constexpr):
+    """The tiles of all planes; zeros where the pointer is None."""
+    planes = ()
+    if ptr is None:
+        for _ in tl.static_range(PLANES):
+            planes = planes + (zero_tile(tile),)
+    else:
+        planes = load_planes(ptr, row, tile, PLANES, H)
+    return planes
+
+
+@triton.jit
 def load_states(ptrs, row, tile, S: tl.constexpr, H: tl.constexpr):
-    """A tile of each state; zeros where its pointer is None."""
-    states = ()
-    for s in tl.static_range(S):
-        if ptrs[s] is None:
-            states = states + (zero_tile(tile),)
-        else:
-            states = states + (load_tile(ptrs[s], row, tile, H),)
+    """A tile of each state, from the tensor of h and that of the others; zeros where a pointer is None."""
+    states = planes_or_zeros(ptrs[0], row, tile, 1, H)
+    if S > 1:
+        states = states + planes_or_zeros(ptrs[1], row, tile, S - 1, H)
     return states
 
 
@@ -77,17 +87,17 @@ def through_zoneout(dstate, zone_ptrs, tile, S: tl.constexpr, H: tl.constexpr):
     the step, past the cell."""
     to_cell, past_cell = (), ()
     for s in tl.static_range(S):
-        if zone_ptrs[s] is None:
+        if zone_ptrs[0 if s == 0 else 1] is None:
             to_cell, past_cell = to_cell + (dstate[s],), past_cell + (tl.zeros_like(dstate[s]),)
         else:
-            zone = load_tile(zone_ptrs[s], tile.row, tile, H)
+            zone = load_state(zone_ptrs, tile.row, tile, s, S, H)
             to_cell, past_cell = to_cell + (dstate[s] * (1 - zone),), past_cell + (dstate[s] * zone,)
     return to_cell, past_cell
 
 
 @triton.jit
 def cell_total(
-    saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr
+    saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr
 ):
     """`through_zoneout`, and after it the cell's `total`.
 
@@ -95,7 +105,7 @@ def cell_total(
     """
     to_cell, past_cell = through_zoneout(dstate, zone_ptrs, tile, S, H)
     if ln_c is None:
-        total = CELL_TOTAL(saved, before, to_cell)
+        total = CELL_TOTAL(saved, before, to_cell, beside)
     else:
         weight, c_hat, rstd, u = ln_c
         du = lstm_output_backward(saved, u, to_cell[0])
@@ -106,8 +116,8 @@ def cell_total(
 
 @triton.jit
 def state_gradient(
-    dstate, carry, dh_clamped_ptr, saved, before, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row, state_stride,
-    flags, tile,
+    dstate, carry, dh_clamped_ptr, saved, before, beside, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row,
+    state_stride, flags, tile,
     CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the states after a step to those that the cell's `backward` takes.
@@ -119,7 +129,7 @@ def state_gradient(
     Returns dL/d(cell's outputs), the part that goes past the cell, the cell's `total`, and dL/d(state) of each state.
     """
     FIRST: tl.constexpr = 0 if dh_clamped_ptr is None else 1  # the first state whose norms are taken here
-    to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+    to_cell, past_cell, total = cell_total(saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
     if norms_ptr is not None:
         for s in tl.static_range(FIRST, S):
             store_norm(norms_ptr + norms_row + s * state_stride, dstate[0] if s == 0 else total[s], flags, tile)
@@ -130,7 +140,7 @@ def state_gradient(
         dstate = clamp(dstate, clip_value, S)
         if dh_clamped_ptr is not None:
             dstate = (load_tile(dh_clamped_ptr, tile.origin, tile, H),) + dstate[1:]
-        to_cell, past_cell, total = cell_total(saved, before, dstate, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+        to_cell, past_cell, total = cell_total(saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
     return to_cell, past_cell, total, (dstate[0],) + total[1:]
 
 
@@ -156,14 +166,15 @@ def drop_padded(planes, flags, COUNT: tl.constexpr):
 def carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S: tl.constexpr, H: tl.constexpr):
     """The gradients of the states before a step: the part that passed through W_hh, `product`, and the part past it.
 
-    scale: the factors of clipping by norm, which `product` has already; None without clipping.
+    product: None for a cell without W_hh. scale: the factors of clipping by norm, which `product` has already; None
+    without clipping.
     """
-    if recurrent_mask_ptr is not None:
+    if product is not None and recurrent_mask_ptr is not None:
         product = product * load_tile(recurrent_mask_ptr, tile.origin, tile, H)
     clipped = scaled(past_weights, scale, S)
     carry = ()
     for s in tl.static_range(S):
-        gradient = product + clipped[s] if s == 0 else clipped[s]
+        gradient = product + clipped[s] if s == 0 and product is not None else clipped[s]
         carry = carry + (choose(flags, PAD, past_weights[s], choose(flags, RESET, 0.0, gradient)),)
     return carry
 
@@ -197,13 +208,16 @@ class GateGradients(NamedTuple):
 
     Without clipping by norm they read each other's gradients from dgx or dgh. Under it, no program can scale its own
     before it has the norms of all tiles. So they exchange float32 gradients without the scale, and the tiles' norms, in
-    two slots for even and odd steps. Each reader scales what it reads, and stores its own tile of dgx and dgh.
+    two slots for even and odd steps. Each reader scales what it reads, and stores its own tile of dgx and dgh. The
+    gradients of the cell's parameters and inputs take the same way, although only their own program reads them.
     """
 
     dgx_ptr: tl.tensor  # [D, T, B, G*H]
     dgh_ptr: tl.tensor  # the same, or None where it equals dgx
+    dcell_ptr: tl.tensor  # [D, T, B, (Q+N)*H], or None for a cell without parameters and inputs
     unscaled_x_ptr: tl.tensor  # [2, D, B, G*H] float32, or None without clipping by norm
     unscaled_h_ptr: tl.tensor  # the same; None also where dgh is
+    unscaled_cell_ptr: tl.tensor  # [2, D, B, (Q+N)*H] float32; None also where dcell is
     partial_norms_ptr: tl.tensor  # [2, S*TILES, D, B] float32, or None without clipping by norm
     slot: tl.tensor  # rows of a slot, D*B
 
@@ -211,7 +225,7 @@ class GateGradients(NamedTuple):
 @triton.jit
 def store_gates(ptr, row, tile, gates, G: tl.constexpr, H: tl.constexpr, GROUPED: tl.constexpr):
     """Stores a plane for every gate. In a group, where other programs wait for it, with as few barriers as possible."""
-    if GROUPED and G >= 3 and tile.cols.shape[0] >= WIDE:
+    if GROUPED and (G == 3 or G == 4) and tile.cols.shape[0] >= WIDE:
         store_as_one(ptr, row, tile, gates, G, H)
     else:
         store_planes(ptr, row, tile, gates, G, H)
@@ -219,8 +233,8 @@ def store_gates(ptr, row, tile, gates, G: tl.constexpr, H: tl.constexpr, GROUPED
 
 @triton.jit
 def publish_gate_grads(
-    dgx, dgh, partial_norms, i, gate_grads, tile, index,
-    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr,
+    dgx, dgh, dcell, partial_norms, i, gate_grads, tile, index,
+    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Stores the gate gradients of step `i` where `gather_gate_grads` looks for them. `tile` is number `index` of H.
 
@@ -231,11 +245,13 @@ def publish_gate_grads(
         store_gates(gate_grads.dgx_ptr, tile.row, tile, dgx, G, H, GROUPED)
         if gate_grads.dgh_ptr is not None:
             store_gates(gate_grads.dgh_ptr, tile.row, tile, dgh, G, H, GROUPED)
+        store_planes(gate_grads.dcell_ptr, tile.row, tile, dcell, BESIDE, H)
     else:
         slot = i % 2 * gate_grads.slot
         store_gates(gate_grads.unscaled_x_ptr, slot + tile.origin, tile, dgx, G, H, GROUPED)
         if gate_grads.dgh_ptr is not None:
             store_gates(gate_grads.unscaled_h_ptr, slot + tile.origin, tile, dgh, G, H, GROUPED)
+        store_planes(gate_grads.unscaled_cell_ptr, slot + tile.origin, tile, dcell, BESIDE, H)
         TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
         columns = tl.arange(0, WIDTH)
         of_tile = (columns < S * TILES) & (columns % TILES == index)
@@ -247,7 +263,7 @@ def publish_gate_grads(
 @triton.jit
 def gather_gate_grads(
     past_weights, alive, i, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr, tile,
-    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the states before step `i`, at `tile`, from the gate gradients that the group published.
@@ -271,6 +287,8 @@ def gather_gate_grads(
         if gate_grads.dgh_ptr is not None:
             unscaled = load_planes(gate_grads.unscaled_h_ptr, row, tile, G, H, ".cg")
             store_planes(gate_grads.dgh_ptr, tile.row, tile, scaled(unscaled, scale, G), G, H)
+        unscaled = load_planes(gate_grads.unscaled_cell_ptr, row, tile, BESIDE, H, ".cg")
+        store_planes(gate_grads.dcell_ptr, tile.row, tile, scaled(unscaled, scale, BESIDE), BESIDE, H)
         dgh_ptr = gate_grads.unscaled_x_ptr if gate_grads.dgh_ptr is None else gate_grads.unscaled_h_ptr
     if GROUPED:
         product = grouped_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)

@@ -111,6 +111,44 @@ def load_tile(ptr, row, tile, H: tl.constexpr):
 
 
 @triton.jit
+def load_plane(ptr, row, tile, k: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr):
+    """The tile of plane k of PLANES, as float32."""
+    offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]
+    plane = tl.load(ptr + row * (PLANES * H) + offsets, mask=tile.inside, other=0.0)
+    return tl.where(tile.inside, plane, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_state(ptrs, row, tile, s: tl.constexpr, S: tl.constexpr, H: tl.constexpr):
+    """The tile of state s: from the tensor of h, `ptrs[0]`, or from that of the planes of the others, `ptrs[1]`."""
+    if s == 0:
+        state = load_tile(ptrs[0], row, tile, H)
+    else:
+        state = load_plane(ptrs[1], row, tile, s - 1, S - 1, H)
+    return state
+
+
+@triton.jit
+def load_vectors(ptr, tile, COUNT: tl.constexpr, H: tl.constexpr):
+    """A parameter `[COUNT * H]` as COUNT tiles `[1, BLOCK_H]`, float32."""
+    vectors = ()
+    for k in tl.static_range(COUNT):
+        vector = tl.load(ptr + k * H + tile.cols, mask=tile.cols < H, other=0.0).to(tl.float32)
+        vectors = vectors + (vector[None, :],)
+    return vectors
+
+
+@triton.jit
+def load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q: tl.constexpr, N: tl.constexpr, H: tl.constexpr):
+    """The planes that a user's cell reads besides its gates and states: those of its Q parameters, then those of its N
+    inputs at this step."""
+    vectors, beside = load_vectors(parameters_ptr, tile, Q, H), ()
+    for q in tl.static_range(Q):
+        beside = beside + (tl.broadcast_to(vectors[q], tile.inside.shape),)
+    return beside + load_planes(step_inputs_ptr, row, tile, N, H)
+
+
+@triton.jit
 def store_planes(ptr, row, tile, planes, PLANES: tl.constexpr, H: tl.constexpr):
     for k in tl.static_range(PLANES):
         offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]

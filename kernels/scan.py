@@ -14,7 +14,11 @@ negative step, and takes `num_stages=1`, so that nothing written in one step is 
 A grid holds all directions of a layer. A program walks one direction, with the weights of that direction: back if the
 number of the direction is odd, or even under `reverse`. Programs of different directions do not wait for each other.
 
-Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes. Row indices are 64 bits wide.
+A cell without W_hh (`w_ptr` is None) has no product and exchanges nothing. It runs in mode local, but a program takes
+one tile of the hidden units, as many programs as there are.
+
+Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes, Q parameters and N inputs of the
+cell. The states beyond h are planes of one tensor: `[.., (S-1)*H]`. Row indices are 64 bits wide.
 """
 
 import triton
@@ -44,7 +48,9 @@ from .memory import (
     choose,
     each_row,
     hidden_tile,
+    load_beside,
     load_flags,
+    load_plane,
     load_planes,
     load_tile,
     offset,
@@ -68,38 +74,52 @@ from .products import (
 
 
 @triton.jit
+def next_state(
+    cell_state, before, carried, flags, zone_ptr, tile, dtype, k: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr
+):
+    """A state after the step: zoneout mixes the state before the step in, padding carries the old one unchanged.
+
+    The state is plane k of the PLANES at `zone_ptr`.
+    """
+    state = cell_state
+    if zone_ptr is not None:
+        zone = load_plane(zone_ptr, tile.row, tile, k, PLANES, H)
+        state = (1 - zone) * state + zone * before
+    return choose(flags, PAD, carried, state.to(dtype))
+
+
+@triton.jit
 def next_states(cell_states, before, carried, flags, zone_ptrs, tile, dtype, S: tl.constexpr, H: tl.constexpr):
-    """The states after the step: zoneout mixes the state before the step in, padding carries the old one unchanged."""
-    states = ()
-    for s in tl.static_range(S):
-        state = cell_states[s]
-        if zone_ptrs[s] is not None:
-            zone = load_tile(zone_ptrs[s], tile.row, tile, H)
-            state = (1 - zone) * state + zone * before[s]
-        if s == 0:
-            state = state.to(dtype)
-        states = states + (choose(flags, PAD, carried[s], state),)
+    """`next_state` of all states. h is rounded to `dtype`, the others stay float32."""
+    states = (next_state(cell_states[0], before[0], carried[0], flags, zone_ptrs[0], tile, dtype, 0, 1, H),)
+    for s in tl.static_range(1, S):
+        state = next_state(
+            cell_states[s], before[s], carried[s], flags, zone_ptrs[1], tile, tl.float32, s - 1, S - 1, H
+        )
+        states = states + (state,)
     return states
 
 
 @triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end", "reverse"])
 def forward_kernel(
     gx_ptr,  # [D, T, B, G*H]
-    w_ptr,  # [D, G*H, H]
+    w_ptr,  # [D, G*H, H], or None for a cell without W_hh
     b_ptr,  # [D, G*H] or None
+    parameters_ptr,  # [D, Q*H] or None
+    step_inputs_ptr,  # [D, T, B, N*H] or None
     flags_ptr,  # [D, T, B] uint8 or None
     recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
-    zone_c_ptr,  # [D, T, B, H] or None
+    zone_c_ptr,  # [D, T, B, (S-1)*H] or None
     h_in_ptr,  # [D, B, H]: the states before step t_begin
-    c_in_ptr,  # [D, B, H] float32, or None for a cell without c
+    c_in_ptr,  # [D, B, (S-1)*H] float32, or None for a cell whose only state is h
     h_out_ptr,  # [D, B, H]: the states after step t_end - 1; may be the same memory
-    c_out_ptr,  # [D, B, H] float32 or None
+    c_out_ptr,  # [D, B, (S-1)*H] float32 or None
     operand_ptr,  # [2, D, B, H]: the operand of W_hh in even and odd steps, which a group exchanges; None if local
     arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [D, T, B, H]
-    c_ptr,  # [D, T, B, H] float32 or None
+    c_ptr,  # [D, T, B, (S-1)*H] float32 or None
     saved_ptr,  # [D, T, B, K*H] or None
     T,
     B,
@@ -110,6 +130,8 @@ def forward_kernel(
     G: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -118,8 +140,9 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     LOCAL: tl.constexpr = MODE == "local"
+    RECURRENT: tl.constexpr = w_ptr is not None
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    TILES: tl.constexpr = H_TILES if LOCAL else 1  # of this program
+    TILES: tl.constexpr = H_TILES if LOCAL and RECURRENT else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -132,28 +155,26 @@ def forward_kernel(
     first = tl.program_id(1)  # the program's first tile of the hidden units
     w_ptr = offset(w_ptr, direction * G * H * H)
     b_ptr = offset(b_ptr, direction * G * H)
+    parameters_ptr = offset(parameters_ptr, direction * Q * H)
     arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    states_out = (h_out_ptr, c_out_ptr)
     zone_ptrs = (zone_h_ptr, zone_c_ptr)
 
     weights = ()
-    if MODE != "stepwise":
+    if MODE != "stepwise" and RECURRENT:
         weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, False)
     states = ()
     for n in tl.static_range(TILES):
         initial = hidden_tile(start, first + n, BLOCK_H, H)
-        state = (load_tile(h_in_ptr, origin, initial, H).to(dtype),)
-        if S == 2:
-            state = state + (load_tile(c_in_ptr, origin, initial, H),)
-        states = states + (state,)
+        h = load_tile(h_in_ptr, origin, initial, H).to(dtype)
+        states = states + ((h,) + load_planes(c_in_ptr, origin, initial, S - 1, H),)
 
     for i in tl.range(t_begin, t_end, num_stages=1):
         row = (direction * T + step_at(i, T, walks_back)) * batch + first_row
         now = BatchTile(row, origin, rows, row_inside)
         flags = load_flags(flags_ptr, now)
         operands = ()
-        if LOCAL:
+        if LOCAL and RECURRENT:
             for n in tl.static_range(TILES):
                 tile = hidden_tile(now, n, BLOCK_H, H)
                 operands = operands + (recurrent_operand(states[n][0], flags, recurrent_mask_ptr, tile, H),)
@@ -162,12 +183,15 @@ def forward_kernel(
             tile = hidden_tile(now, first + n, BLOCK_H, H)
             gx = load_planes(gx_ptr, row, tile, G, H)
             bias = load_biases(b_ptr, tile, G, H)
+            beside = load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q, N, H)
             if not LOCAL:
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
                 flags_next = load_flags(flags_ptr, following)
                 alive = wait(arrived, (i - t_begin) * tl.num_programs(1), timeout_flag_ptr)
                 operand_now = operand_ptr + i % 2 * slot * H
-            if LOCAL:
+            if not RECURRENT:
+                gh = ()
+            elif LOCAL:
                 gh = local_product(bias, operands, weights, n, G, TILES, PRECISION)
             elif MODE == "grouped":
                 gh = grouped_product(bias, operand_now, weights, tile, G, H, BLOCK_K, PRECISION)
@@ -178,7 +202,7 @@ def forward_kernel(
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
-            cell_states, saved = CELL_FORWARD(gx, gh, before)
+            cell_states, saved = CELL_FORWARD(gx, gh, before, beside)
             state = next_states(cell_states, before, states[n], flags, zone_ptrs, tile, dtype, S, H)
             states_after = states_after + (state,)
             if not LOCAL:
@@ -188,15 +212,15 @@ def forward_kernel(
                 arrive(arrived)
             store_tile(y_ptr, row, tile, choose(flags, PAD, 0.0, state[0]), H)
             if c_ptr is not None:
-                store_tile(c_ptr, row, tile, choose(flags, PAD, 0.0, state[1]), H)
+                store_planes(c_ptr, row, tile, drop_padded(state[1:], flags, S - 1), S - 1, H)
             if saved_ptr is not None:
                 store_planes(saved_ptr, row, tile, drop_padded(saved, flags, K), K, H)
         states = states_after
 
     for n in tl.static_range(TILES):
         last = hidden_tile(start, first + n, BLOCK_H, H)
-        for s in tl.static_range(S):
-            store_tile(states_out[s], origin, last, states[n][s], H)
+        store_tile(h_out_ptr, origin, last, states[n][0], H)
+        store_planes(c_out_ptr, origin, last, states[n][1:], S - 1, H)
 
 
 # ------------------------------------------------------------------------------------------------------- backward
@@ -205,28 +229,32 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end", "reverse"])
 def backward_kernel(
     dy_ptr,  # [D, T, B, H] or None
-    dc_ptr,  # [D, T, B, H] float32 or None
+    dc_ptr,  # [D, T, B, (S-1)*H] float32 or None
     saved_ptr,  # [D, T, B, K*H]
     y_ptr,  # [D, T, B, H]
-    c_ptr,  # [D, T, B, H] float32, or None for a cell without c
+    c_ptr,  # [D, T, B, (S-1)*H] float32, or None for a cell whose only state is h
     h0_ptr,  # [D, B, H]
-    c0_ptr,  # [D, B, H] float32 or None
-    w_ptr,  # [D, G*H, H]
+    c0_ptr,  # [D, B, (S-1)*H] float32 or None
+    w_ptr,  # [D, G*H, H], or None for a cell without W_hh
+    parameters_ptr,  # [D, Q*H] or None
+    step_inputs_ptr,  # [D, T, B, N*H] or None
     flags_ptr,  # [D, T, B] uint8 or None
     recurrent_mask_ptr,  # [D, B, H] or None
     zone_h_ptr,  # [D, T, B, H] or None
-    zone_c_ptr,  # [D, T, B, H] or None
+    zone_c_ptr,  # [D, T, B, (S-1)*H] or None
     clip_norm_ptr,  # [] or None
     clip_value,  # float or None
     dh_in_ptr,  # [D, B, H] or None
-    dc_in_ptr,  # [D, B, H] float32 or None
+    dc_in_ptr,  # [D, B, (S-1)*H] float32 or None
     dh_out_ptr,  # [D, B, H]
-    dc_out_ptr,  # [D, B, H] float32 or None
+    dc_out_ptr,  # [D, B, (S-1)*H] float32 or None
     dgx_ptr,  # [D, T, B, G*H]
     dgh_ptr,  # [D, T, B, G*H], or None where it equals dgx
+    dcell_ptr,  # [D, T, B, (Q+N)*H]: of the parameters, at each step, and of the inputs; None where there are neither
     norms_ptr,  # [D, 2, S, T, H_TILES, B] float32 or None: total and carried, of each tile
     unscaled_x_ptr,  # [2, D, B, G*H] float32: see GateGradients; None if local or without clipping by norm
     unscaled_h_ptr,  # [2, D, B, G*H] float32 or None
+    unscaled_cell_ptr,  # [2, D, B, (Q+N)*H] float32 or None
     partial_norms_ptr,  # [2, S*H_TILES, D, B] float32 or None
     arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
     timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
@@ -240,6 +268,8 @@ def backward_kernel(
     G: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -250,11 +280,13 @@ def backward_kernel(
 ):
     """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1; unless local, and if t_end < T, only the part
     that did not pass through W_hh. `dh_out`, `dc_out`, which may be the same memory: the same of the states before step
-    t_begin, complete if t_begin is -1 (if local, 0)."""
+    t_begin, complete if t_begin is -1 (if local, 0). Clipping by norm needs all of H in one program, or W_hh."""
     LOCAL: tl.constexpr = MODE == "local"
     GROUPED: tl.constexpr = MODE == "grouped"
+    RECURRENT: tl.constexpr = w_ptr is not None
+    BESIDE: tl.constexpr = Q + N
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    TILES: tl.constexpr = H_TILES if LOCAL else 1  # of this program
+    TILES: tl.constexpr = H_TILES if LOCAL and RECURRENT else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -266,13 +298,15 @@ def backward_kernel(
     first = tl.program_id(1)  # the program's first tile of the hidden units
     w_ptr = offset(w_ptr, direction * G * H * H)
     arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
-    dstates_in, dstates_out = (dh_in_ptr, dc_in_ptr), (dh_out_ptr, dc_out_ptr)
-    doutputs, zone_ptrs = (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
+    parameters_ptr = offset(parameters_ptr, direction * Q * H)
+    dstates_in, doutputs, zone_ptrs = (dh_in_ptr, dc_in_ptr), (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
     slot = tl.num_programs(2) * batch
-    gate_grads = GateGradients(dgx_ptr, dgh_ptr, unscaled_x_ptr, unscaled_h_ptr, partial_norms_ptr, slot)
+    gate_grads = GateGradients(
+        dgx_ptr, dgh_ptr, dcell_ptr, unscaled_x_ptr, unscaled_h_ptr, unscaled_cell_ptr, partial_norms_ptr, slot
+    )
 
     weights = w_ptr
-    if MODE != "stepwise":
+    if MODE != "stepwise" and RECURRENT:
         weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, True)
     carries = ()
     for n in tl.static_range(TILES):
@@ -285,23 +319,24 @@ def backward_kernel(
         live = row_inside if LOCAL else row_inside & (each_row(i, rows) >= 0)
         now = BatchTile(row, origin, rows, live)
         flags = load_flags(flags_ptr, now)
-        gates_x, gates_h, pasts = (), (), ()
+        gates_x, gates_h, dcells, pasts = (), (), (), ()
         partial_norms = tl.zeros((BLOCK_B, WIDTH), tl.float32)
         for n in tl.static_range(TILES):
             tile = hidden_tile(now, first + n, BLOCK_H, H)
             saved = load_planes(saved_ptr, row, tile, K, H)
             before = previous_states((y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row - next_step, flags, tile, S, H)
             direct = load_states(doutputs, row, tile, S, H)
+            beside = load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q, N, H)
             carry = carries[n]
             if GROUPED and BLOCK_H >= WIDE:
                 saved, before = match_layout(saved, carry[0], i, K), match_layout(before, carry[0], i, S)
-                direct = match_layout(direct, carry[0], i, S)
+                direct, beside = match_layout(direct, carry[0], i, S), match_layout(beside, carry[0], i, BESIDE)
             if not LOCAL:
                 alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
                 gathered = gather_gate_grads(
                     carry, alive, i + 1, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr,
-                    hidden_tile(following, first, BLOCK_H, H), G, S, H, BLOCK_K, WIDTH, GROUPED, PRECISION,
+                    hidden_tile(following, first, BLOCK_H, H), G, S, BESIDE, H, BLOCK_K, WIDTH, GROUPED, PRECISION,
                 )  # fmt: skip
                 carry = where_all(i + 1 < T, gathered, carry, S)
             dstate = ()
@@ -309,14 +344,15 @@ def backward_kernel(
                 dstate = dstate + (carry[s] + direct[s],)
             norms_row = (2 * S * T * direction + t) * batch * H_TILES + (first + n) * batch + first_row
             _, past_cell, total, dtotal = state_gradient(
-                dstate, carry, None, saved, before, None, zone_ptrs, clip_value, norms_ptr, norms_row,
+                dstate, carry, None, saved, before, beside, None, zone_ptrs, clip_value, norms_ptr, norms_row,
                 T * batch * H_TILES, flags, tile, CELL_TOTAL, S, H,
             )  # fmt: skip
             if clip_norm_ptr is not None:
                 for s in tl.static_range(S):
                     partial_norms += into_column(tile_norm(dtotal[s], flags), s * H_TILES + first + n, WIDTH)
-            dgx, dgh, through_cell = CELL_BACKWARD(saved, before, total)
+            dgx, dgh, through_cell, dcell = CELL_BACKWARD(saved, before, total, beside)
             gates_x, gates_h = gates_x + (drop_padded(dgx, flags, G),), gates_h + (drop_padded(dgh, flags, G),)
+            dcells = dcells + (drop_padded(dcell, flags, BESIDE),)
             past_weights = gradient_past_weights(past_cell, through_cell, carry, flags, S)
             pasts = pasts + (past_weights if LOCAL else where_all(i >= 0, past_weights, carry, S),)
 
@@ -328,6 +364,7 @@ def backward_kernel(
             for n in tl.static_range(TILES):
                 tile = hidden_tile(now, first + n, BLOCK_H, H)
                 store_planes(dgx_ptr, row, tile, scaled(gates_x[n], scale, G), G, H)
+                store_planes(dcell_ptr, row, tile, scaled(dcells[n], scale, BESIDE), BESIDE, H)
                 operand = scaled(gates_h[n], scale, G)
                 if dgh_ptr is not None:
                     store_planes(dgh_ptr, row, tile, operand, G, H)
@@ -335,17 +372,20 @@ def backward_kernel(
             carries = ()
             for n in tl.static_range(TILES):
                 tile = hidden_tile(now, first + n, BLOCK_H, H)
-                product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
+                product = None
+                if RECURRENT:
+                    product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
                 carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_mask_ptr, tile, S, H),)
         else:
             tile = hidden_tile(now, first, BLOCK_H, H)
             publish_gate_grads(
-                gates_x[0], gates_h[0], partial_norms, i, gate_grads, tile, first, G, S, H, WIDTH, GROUPED
-            )
+                gates_x[0], gates_h[0], dcells[0], partial_norms, i, gate_grads, tile, first, G, S, BESIDE, H, WIDTH,
+                GROUPED,
+            )  # fmt: skip
             arrive(arrived)
             carries = pasts
 
     for n in tl.static_range(TILES):
         last = hidden_tile(start, first + n, BLOCK_H, H)
-        for s in tl.static_range(S):
-            store_tile(dstates_out[s], origin, last, carries[n][s], H)
+        store_tile(dh_out_ptr, origin, last, carries[n][0], H)
+        store_planes(dc_out_ptr, origin, last, carries[n][1:], S - 1, H)
