@@ -176,10 +176,11 @@ def triton_mode(mode: str) -> Callable[[Problem], Model]:
 
     def build(problem: Problem) -> Model:
         model, case, weight = on_backend("triton")(problem), problem.case, problem.module.weight_hh_l0
-        own = triton.choose_tile(case.cell, weight, case.B)
+        sizes = (case.cell, weight, weight.shape[1], case.B)
+        own = triton.choose_tile(*sizes)
         try:
             with environment(settings):
-                triton.choose_tile(case.cell, weight, case.B)
+                triton.choose_tile(*sizes)
         except ValueError as reason:
             raise CannotRun(str(reason)) from reason
         if own.mode == mode:

@@ -119,6 +119,12 @@ def _local(gates: int, size: int, hidden_size: int, tensor_cores: bool, shared_m
     return None
 
 
+def _without_w_hh(hidden_size: int) -> Tile:
+    """Of a cell without W_hh: every program is alone, whatever H is."""
+    block = min(64, max(16, 1 << (hidden_size - 1).bit_length()))
+    return Tile("local", 16, block, block, 4, 1)
+
+
 def _grouped(
     gates: int, size: int, hidden_size: int, batch_size: int, tensor_cores: bool, shared_memory: int, processors: int
 ) -> Tile | None:
@@ -169,6 +175,12 @@ def choose(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton scan has no tile for a {spec.name} of {dtype}; it takes float32 and half types")
     tile = None
+    if not spec.recurrent:
+        if mode in ("grouped", "stepwise"):
+            raise ValueError(
+                f"mode {mode!r} of the Triton scan exchanges the product with W_hh, which {spec.name} has not"
+            )
+        return _gemm(hidden_size) if mode == "gemm" else _without_w_hh(hidden_size)
     if mode in (None, "local"):
         tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
     if mode == "grouped":

@@ -17,7 +17,8 @@ import torch
 
 from fastrnn import tiles
 from fastrnn.arguments import MASKS
-from fastrnn.cell_table import CELLS
+from fastrnn.backends import programs
+from fastrnn.cell_table import spec_of
 from scripts import without_interpreter
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -36,7 +37,17 @@ PLAIN_GEMM = {
 }
 BETWEEN_PROGRAMS = {"local": [], "stepwise": ["operand"], "grouped": ["operand", "arrived", "timeout_flag"]}
 FLOAT32 = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "norms", "clip_norm"]
-FLOAT32 += ["unscaled_x", "unscaled_h", "partial_norms", "gh", "projected", "gh_hat", "gh_rstd", "product"]
+FLOAT32 += [
+    "unscaled_x",
+    "unscaled_h",
+    "unscaled_cell",
+    "partial_norms",
+    "gh",
+    "projected",
+    "gh_hat",
+    "gh_rstd",
+    "product",
+]
 FLOAT32 += ["dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
@@ -50,14 +61,12 @@ def tile_of(case: dict) -> tiles.Tile | tiles.GemmTile:
 
 def signature(kernel, case: dict) -> tuple[dict, dict]:
     """Types and constants of the kernel's arguments, in the form that `ASTSource` takes."""
-    from fastrnn.kernels.cells import EQUATIONS
-
-    spec, (forward, total, backward) = CELLS[case["cell"]], EQUATIONS[case["cell"]]
+    spec, (forward, total, backward) = spec_of(case["cell"]), programs.equations(case["cell"])
     tile = tile_of(case)
     S, H = len(spec.states), case["hidden_size"]
     constants = dict(
-        CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S, H=H,
-        BLOCK_B=tile.block_b,
+        CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S,
+        Q=len(spec.parameters), N=len(spec.inputs), H=H, BLOCK_B=tile.block_b,
     )  # fmt: skip
     if case["gemm"]:
         width = 1 << (H - 1).bit_length()
@@ -71,6 +80,11 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
         )  # fmt: skip
         present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
     present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "unscaled_h"))
+    present.difference_update(() if spec.recurrent else ("w", "b", "gh", "product"))
+    beside = {"parameters": spec.parameters, "step_inputs": spec.inputs, "dcell": spec.parameters + spec.inputs}
+    present.update(name for name, planes in beside.items() if planes)
+    if "unscaled_x" in present and beside["dcell"]:
+        present.add("unscaled_cell")
     types = {}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")

@@ -38,6 +38,7 @@ BELOW = {
     "aten": {"cell_table"},
     "backends": {
         *("arguments", "cell_table", "directions", "equations", "tiles", "reference", "kernels", "_C", "backends"),
+        "program",
     },
     "recomputation": set(),
     "dispatch": {"cell_table", "backends", "aten", "arguments", "recomputation"},

@@ -27,6 +27,7 @@ from problems import (
     SMALL,
     WHOLE,
     B,
+    H,
     Problem,
     check,
     check_against_reference,
@@ -143,8 +144,8 @@ def test_both_directions_share_a_grid_where_it_fits(monkeypatch, device):
     leading = []
 
     class Recorded:
-        def __init__(self, kernel, tile, walk, w_hh, *rest, **arguments):
-            leading.append(len(w_hh))
+        def __init__(self, kernel, tile, walk, inputs, **arguments):
+            leading.append(len(inputs.w_hh))
 
         def between(self, **states):
             return None
@@ -314,7 +315,7 @@ def test_a_mode_that_was_asked_for_is_taken_or_refused(monkeypatch, device):
     problem = Problem("lstm", device)
     for mode in tiles.MODES:
         monkeypatch.setenv("FASTRNN_TRITON_MODE", mode)
-        assert launcher.choose_tile("lstm", problem.w_hh.bfloat16(), B).mode == mode
+        assert launcher.choose_tile("lstm", problem.w_hh.bfloat16(), H, B).mode == mode
     monkeypatch.setenv("FASTRNN_TRITON_MODE", "grouped")
     with pytest.raises(ValueError, match=r"'grouped'.*lstm of torch.float32"):  # "ieee" leaves it no tensor cores
         problem.forward(launcher)

@@ -27,6 +27,7 @@ from ..cell_table import spec_of
 from ..equations import LayerNorm, normalize
 from ..reference import layer_norm_c_gradients, layer_norm_gradients, previous_state
 from .launch import Launch, next_power_of_two, scratch
+from .programs import equations
 
 States = tuple[Tensor, Tensor | None]  # h and c, or their gradients
 
@@ -50,7 +51,13 @@ class _Steps:
 
     def __init__(self, walk: Walk, T: int, B: int, tile: tiles.GemmTile, initial: States, final: States, buffers):
         self.reverse, self.T, self.B, self.tile = walk.reverse, T, B, tile
+        self.cell, self.spec = walk.cell, spec_of(walk.cell)
         self.ends, self.buffers, self.prepared = {-1: initial, T - 1: final}, buffers, {}
+
+    def sizes(self) -> dict[str, int]:
+        """The cell's constants in both kernels of a step."""
+        spec = self.spec
+        return dict(G=len(spec.gates), K=len(spec.saved), Q=len(spec.parameters), N=len(spec.inputs))
 
     def after(self, i: int) -> States:
         """The memory of the states after step i."""
@@ -76,11 +83,13 @@ class _ForwardSteps(_Steps):
         h0, c0, mask = inputs.h0, inputs.c0, inputs.recurrent_mask
         buffers = [(torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
         super().__init__(walk, T, B, tile, (h0, c0), (outputs.h_n, outputs.c_n), buffers)
-        self.inputs, self.outputs, self.spec = inputs, outputs, spec_of(walk.cell)
+        self.inputs, self.outputs = inputs, outputs
         self.H, self.P = GH // len(self.spec.gates), h0.shape[1]
         self.operand = None if mask is None else (h0 * mask).to(h0.dtype)
-        self.gh = scratch(B, GH, like=h0)
-        self.multiply_w_hh, self.multiply_w_hr = _product(inputs.w_hh.t(), self.gh), None
+        self.gh = self.multiply_w_hh = self.multiply_w_hr = None
+        if inputs.w_hh is not None:
+            self.gh = scratch(B, GH, like=h0)
+            self.multiply_w_hh = _product(inputs.w_hh.t(), self.gh)
         self.cell_h = self.projected = None
         if inputs.w_hr is not None:
             self.cell_h, self.projected = h0.new_empty(B, self.H), scratch(B, self.P, like=h0)
@@ -89,7 +98,6 @@ class _ForwardSteps(_Steps):
     def prepare(self, i: int) -> tuple[Tensor, Launch, Launch]:
         """The operand of W_hh, and the launches of the step."""
         from ..kernels import gemm_step as kernels
-        from ..kernels.cells import EQUATIONS
 
         x, (h, c), (h_after, c_after) = self.inputs, self.after(i - 1), self.after(i)
         of_h = dict(
@@ -98,10 +106,10 @@ class _ForwardSteps(_Steps):
         )  # fmt: skip
         cell = self.launch(
             kernels.forward_kernel, **of_h, gx_ptr=x.gx, gh_ptr=self.gh, b_ptr=x.b_hh, ln_hh_ptr=x.ln_hh,
-            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, zone_c_ptr=x.zone_c, c_in_ptr=c,
-            c_out_ptr=c_after, out_ptr=self.cell_h, c_ptr=self.outputs.c, saved_ptr=self.outputs.saved,
-            CELL_FORWARD=EQUATIONS[self.spec.name][0], G=len(self.spec.gates), K=len(self.spec.saved),
-            S=len(self.spec.states), H=self.H, BLOCK_H=next_power_of_two(self.H),
+            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, parameters_ptr=x.parameters,
+            step_inputs_ptr=x.step_inputs, zone_c_ptr=x.zone_c, c_in_ptr=c, c_out_ptr=c_after, out_ptr=self.cell_h,
+            c_ptr=self.outputs.c, saved_ptr=self.outputs.saved, CELL_FORWARD=equations(self.cell)[0],
+            **self.sizes(), S=len(self.spec.states), H=self.H, BLOCK_H=next_power_of_two(self.H),
         )  # fmt: skip
         projection = self.launch(
             kernels.forward_projected_kernel, **of_h, projected_ptr=self.projected, P=self.P,
@@ -110,7 +118,8 @@ class _ForwardSteps(_Steps):
         return h if self.operand is None else self.operand, cell, projection
 
     def run(self, i: int, t: int, operand: Tensor, cell: Launch, projection: Launch):
-        self.multiply_w_hh(operand)
+        if self.multiply_w_hh is not None:
+            self.multiply_w_hh(operand)
         cell(t=t)
         if self.multiply_w_hr is not None:
             self.multiply_w_hr(self.cell_h)
@@ -136,12 +145,11 @@ class _BackwardSteps(_Steps):
         tile: tiles.GemmTile,
     ):  # fmt: skip
         self.incoming, self.kept, self.inputs, self.gradients = incoming, kept, inputs, gradients
-        (T, B, self.P), self.spec, GH = kept.y.shape, spec_of(walk.cell), len(inputs.w_hh)
-        self.H, self.clip_value = GH // len(self.spec.gates), walk.clip_value
+        T, B, self.P = kept.y.shape
+        self.H, self.clip_value = self.P if inputs.w_hr is None else inputs.w_hr.shape[1], walk.clip_value
         like, projects = kept.y, inputs.w_hr is not None
-        buffers = [
-            (scratch(B, self.P, like=like), scratch(B, self.H, like=like, when=inputs.c0 is not None)) for _ in range(2)
-        ]
+        c0 = inputs.c0
+        buffers = [(scratch(B, self.P, like=like), None if c0 is None else torch.empty_like(c0)) for _ in range(2)]
         # The gradient of h0 needs one kernel more, so of its part past W_hh only.
         initial = (buffers[1][0], gradients.dc0)
         super().__init__(walk, T, B, tile, initial, (incoming.dh_n, incoming.dc_n), buffers)
@@ -163,8 +171,10 @@ class _BackwardSteps(_Steps):
         self.dh_cell_unclamped = scratch(B, self.H, like=like, when=twice)
         self.dh_new_unclamped = like.new_empty(B, self.P) if twice else None
         self.norm_h, self.scales = scratch(B, like=like, when=clips), scratch(T, B, like=like, when=clips)
-        self.product = scratch(B, self.P, like=like)
-        self.multiply_w_hh = _product(inputs.w_hh, self.product)
+        self.product = self.multiply_w_hh = None
+        if inputs.w_hh is not None:
+            self.product = scratch(B, self.P, like=like)
+            self.multiply_w_hh = _product(inputs.w_hh, self.product)
         self.multiply_w_hr = _product(inputs.w_hr, self.dh_cell) if projects else None
         self.multiply_w_hr_unclamped = _product(inputs.w_hr, self.dh_cell_unclamped) if twice else None
 
@@ -179,10 +189,9 @@ class _BackwardSteps(_Steps):
 
     def prepare(self, i: int) -> tuple[Launch, Launch]:
         from ..kernels import gemm_step as kernels
-        from ..kernels.cells import EQUATIONS
 
         x, (y, c, saved), (dh, dc), (dh_before, dc_before) = self.inputs, self.kept, self.after(i), self.after(i - 1)
-        _, total, cell_backward = EQUATIONS[self.spec.name]
+        _, total, cell_backward = equations(self.cell)
         projects = x.w_hr is not None
         of_h = dict(
             dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, clip_value=self.clip_value,
@@ -197,12 +206,12 @@ class _BackwardSteps(_Steps):
         cell = self.launch(
             kernels.backward_kernel, **of_h, dc_ptr=self.incoming.dc, saved_ptr=saved, y_ptr=y, c_ptr=c, h0_ptr=x.h0,
             c0_ptr=x.c0, ln_hh_ptr=x.ln_hh, gh_hat_ptr=self.gh_hat, gh_rstd_ptr=self.gh_rstd,
-            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, zone_h_ptr=None if projects else x.zone_h,
-            zone_c_ptr=x.zone_c, clip_norm_ptr=x.clip_norm, dc_in_ptr=dc, dc_out_ptr=dc_before,
-            dh_cell_ptr=self.dh_cell, dh_cell_unclamped_ptr=self.dh_cell_unclamped, dgx_ptr=self.gradients.dgx,
-            dgh_ptr=self.dgh, dgh_raw_ptr=self.dgh_raw, dh_new_ptr=None if projects else self.dh_new,
-            CELL_TOTAL=total, CELL_BACKWARD=cell_backward, G=len(self.spec.gates), K=len(self.spec.saved), H=self.H,
-            BLOCK_H=next_power_of_two(self.H),
+            ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, parameters_ptr=x.parameters,
+            step_inputs_ptr=x.step_inputs, zone_h_ptr=None if projects else x.zone_h, zone_c_ptr=x.zone_c,
+            clip_norm_ptr=x.clip_norm, dc_in_ptr=dc, dc_out_ptr=dc_before, dh_cell_ptr=self.dh_cell,
+            dh_cell_unclamped_ptr=self.dh_cell_unclamped, dgx_ptr=self.gradients.dgx, dgh_ptr=self.dgh,
+            dcell_ptr=self.gradients.dcell, dgh_raw_ptr=self.dgh_raw, dh_new_ptr=None if projects else self.dh_new,
+            CELL_TOTAL=total, CELL_BACKWARD=cell_backward, **self.sizes(), H=self.H, BLOCK_H=next_power_of_two(self.H),
         )  # fmt: skip
         return projection, cell
 
@@ -213,7 +222,8 @@ class _BackwardSteps(_Steps):
         if self.multiply_w_hr_unclamped is not None:
             self.multiply_w_hr_unclamped(self.dh_new_unclamped)
         cell(i=i)
-        self.multiply_w_hh(self.operands[t])
+        if self.multiply_w_hh is not None:
+            self.multiply_w_hh(self.operands[t])
 
     def finish(self):
         """The gradient of h0, after all steps."""

@@ -20,6 +20,7 @@ from ..arguments import (
 from ..cell_table import RESET, spec_of
 from ..directions import walks_back
 from .launch import Launch, interpreted, next_power_of_two, scratch
+from .programs import equations
 
 MOST_STEPS = 1 << 20  # of a grouped launch. Times the programs of a group, it is below STUCK of kernels/barrier.py.
 
@@ -46,10 +47,11 @@ def raise_after_timeout(x: Tensor):
         )
 
 
-def grid_of(tile: tiles.Tile, w_hh: Tensor, batch_size: int) -> tuple[int, int, int]:
+def grid_of(tile: tiles.Tile, h0: Tensor, recurrent: bool) -> tuple[int, int, int]:
     """The programs of a launch: by tiles of the batch, of the hidden units, and by direction."""
-    H_tiles = 1 if tile.mode == "local" else -(-w_hh.shape[-1] // tile.block_h)
-    return -(-batch_size // tile.block_b), H_tiles, len(w_hh) if w_hh.dim() == 3 else 1
+    *D, B, H = h0.shape
+    H_tiles = 1 if tile.mode == "local" and recurrent else -(-H // tile.block_h)
+    return -(-B // tile.block_b), H_tiles, *(D or [1])
 
 
 def step_ranges(tile: tiles.Tile, hidden_size: int, begin: int, end: int) -> list[tuple[int, int]]:
@@ -64,14 +66,16 @@ def step_ranges(tile: tiles.Tile, hidden_size: int, begin: int, end: int) -> lis
 class ScanKernel:
     """A kernel of `kernels/scan.py`, with the arguments that all launches of a call share."""
 
-    def __init__(self, kernel, tile: tiles.Tile, walk: Walk, w_hh: Tensor, batch_size: int, **arguments):
-        spec = spec_of(walk.cell)
-        self.kernel, self.batch_size = kernel, batch_size
-        self.grid = grid_of(tile, w_hh, batch_size)
+    def __init__(self, kernel, tile: tiles.Tile, walk: Walk, inputs: ScanInputs, **arguments):
+        spec, w_hh = spec_of(walk.cell), inputs.w_hh
+        self.kernel, (self.batch_size, H) = kernel, inputs.h0.shape[-2:]
+        self.grid = grid_of(tile, inputs.h0, spec.recurrent)
         self.arguments = dict(
-            **arguments, w_ptr=w_hh, B=batch_size, reverse=int(walk.reverse), G=len(spec.gates), K=len(spec.saved),
-            S=len(spec.states), H=w_hh.shape[-1], BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k,
-            MODE=tile.mode, PRECISION=precision(), arrived_ptr=None, timeout_flag_ptr=None,
+            **arguments, w_ptr=w_hh, parameters_ptr=inputs.parameters, step_inputs_ptr=inputs.step_inputs,
+            **{f"{name}_ptr": getattr(inputs, name) for name in MASKS}, B=self.batch_size, reverse=int(walk.reverse),
+            G=len(spec.gates), K=len(spec.saved), S=len(spec.states), Q=len(spec.parameters), N=len(spec.inputs), H=H,
+            BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode,
+            PRECISION=precision(), arrived_ptr=None, timeout_flag_ptr=None,
             # Multiplications and additions are not fused, so that all modes round alike.
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
@@ -79,7 +83,9 @@ class ScanKernel:
         if tile.mode == "grouped" and not interpreted():
             from ..kernels.barrier import LINE
 
-            self.counters = torch.empty(self.grid[2], self.grid[0], LINE.value, dtype=torch.int32, device=w_hh.device)
+            self.counters = torch.empty(
+                self.grid[2], self.grid[0], LINE.value, dtype=torch.int32, device=inputs.h0.device
+            )
             self.arguments |= dict(
                 arrived_ptr=self.counters, timeout_flag_ptr=timeout_flag(), launch_cooperative_grid=True
             )
@@ -93,10 +99,6 @@ class ScanKernel:
             self.counters.zero_()
         if self.batch_size:
             launch(t_begin=t_begin, t_end=t_end)
-
-
-def _mask_pointers(inputs: ScanInputs) -> dict[str, Tensor | None]:
-    return {f"{name}_ptr": getattr(inputs, name) for name in MASKS}
 
 
 def _first_operand(inputs: ScanInputs, reverse: bool) -> Tensor:
@@ -113,18 +115,16 @@ def _first_operand(inputs: ScanInputs, reverse: bool) -> Tensor:
 
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile) -> ScanOutputs:
     """All tensors are contiguous."""
-    from ..kernels.cells import EQUATIONS
     from ..kernels.scan import forward_kernel
 
-    *D, T, B, _ = inputs.gx.shape
-    H, outputs, operand = inputs.w_hh.shape[-1], empty_outputs(inputs, walk, save), None
+    (*D, T, _, _), (B, H) = inputs.gx.shape, inputs.h0.shape[-2:]
+    outputs, operand = empty_outputs(inputs, walk, save), None
     if tile.mode != "local":
         operand = inputs.gx.new_empty(2, *D, B, H)
         operand[0] = _first_operand(inputs, walk.reverse)
     scan = ScanKernel(
-        forward_kernel, tile, walk, inputs.w_hh, B, gx_ptr=inputs.gx, b_ptr=inputs.b_hh,
-        **_mask_pointers(inputs), operand_ptr=operand, y_ptr=outputs.y, c_ptr=outputs.c, saved_ptr=outputs.saved, T=T,
-        CELL_FORWARD=EQUATIONS[walk.cell][0],
+        forward_kernel, tile, walk, inputs, gx_ptr=inputs.gx, b_ptr=inputs.b_hh, operand_ptr=operand, y_ptr=outputs.y,
+        c_ptr=outputs.c, saved_ptr=outputs.saved, T=T, CELL_FORWARD=equations(walk.cell)[0],
     )  # fmt: skip
     states = dict(h_out_ptr=outputs.h_n, c_out_ptr=outputs.c_n)
     first = scan.between(h_in_ptr=inputs.h0, c_in_ptr=inputs.c0, **states)
@@ -138,12 +138,14 @@ def backward(
     incoming: IncomingGradients, kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool, tile: tiles.Tile
 ) -> ScanGradients:
     """Without `dsaved`. All tensors are contiguous."""
-    from ..kernels.cells import EQUATIONS
     from ..kernels.scan import backward_kernel
 
     (*D, T, B, H), spec = kept.y.shape, spec_of(walk.cell)
     G, S, H_tiles = len(spec.gates), len(spec.states), -(-H // tile.block_h)
-    _, total, cell_backward = EQUATIONS[walk.cell]
+    beside = len(spec.parameters) + len(spec.inputs)
+    if not spec.recurrent and inputs.clip_norm is not None and H_tiles > 1:
+        raise ValueError("without W_hh, clipping by norm needs all of H in one program: mode gemm of the Triton scan")
+    _, total, cell_backward = equations(walk.cell)
     gradients = empty_gradients(kept, inputs, walk, norms)
     tile_norms = gradients.norms
     if norms and H_tiles > 1:
@@ -151,17 +153,18 @@ def backward(
     # Unless local, gate gradients are exchanged before they are clipped by norm.
     exchanged = inputs.clip_norm is not None and tile.mode != "local"
     scan = ScanKernel(
-        backward_kernel, tile, walk, inputs.w_hh, B, dy_ptr=incoming.dy, dc_ptr=incoming.dc, saved_ptr=kept.saved,
-        y_ptr=kept.y, c_ptr=kept.c, h0_ptr=inputs.h0, c0_ptr=inputs.c0,
-        **_mask_pointers(inputs), clip_norm_ptr=inputs.clip_norm, clip_value=walk.clip_value,
-        dgx_ptr=gradients.dgx, dgh_ptr=gradients.dgh, norms_ptr=tile_norms, T=T,
+        backward_kernel, tile, walk, inputs, dy_ptr=incoming.dy, dc_ptr=incoming.dc, saved_ptr=kept.saved,
+        y_ptr=kept.y, c_ptr=kept.c, h0_ptr=inputs.h0, c0_ptr=inputs.c0, clip_norm_ptr=inputs.clip_norm,
+        clip_value=walk.clip_value, dgx_ptr=gradients.dgx, dgh_ptr=gradients.dgh, dcell_ptr=gradients.dcell,
+        norms_ptr=tile_norms, T=T,
         CELL_TOTAL=total, CELL_BACKWARD=cell_backward, WIDTH=next_power_of_two(S * H_tiles),
         unscaled_x_ptr=scratch(2, *D, B, G * H, like=kept.y, when=exchanged),
         unscaled_h_ptr=scratch(2, *D, B, G * H, like=kept.y, when=exchanged and spec.distinct_dgh),
+        unscaled_cell_ptr=scratch(2, *D, B, beside * H, like=kept.y, when=exchanged and beside),
         partial_norms_ptr=scratch(2, S * H_tiles, *D, B, like=kept.y, when=exchanged),
     )  # fmt: skip
     last, first = (incoming.dh_n, incoming.dc_n), (gradients.dh0, gradients.dc0)
-    carried = (scratch(*D, B, H, like=kept.y), scratch(*D, B, H, like=kept.y, when=inputs.c0 is not None))
+    carried = (scratch(*D, B, H, like=kept.y), None if inputs.c0 is None else torch.empty_like(inputs.c0))
 
     def launch_between(after, before):
         return scan.between(dh_in_ptr=after[0], dc_in_ptr=after[1], dh_out_ptr=before[0], dc_out_ptr=before[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, contiguous
-from ..cell_table import CELLS, spec_of
+from ..cell_table import spec_of
 from . import gemm_step, sequence
 from .launch import interpreted
 
@@ -32,8 +32,6 @@ def why_not(request) -> str | None:
         return (
             f"Triton needs a GPU and the tensors are on {request.device} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
         )
-    if request.cell not in CELLS:
-        return f"it does not run the user's cell {spec_of(request.cell).name} yet"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
     return None
@@ -43,31 +41,38 @@ def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else tiles.PROCESSORS_H100
 
 
-def choose_tile(cell: str, w_hh: Tensor, batch_size: int, mode: str | None = None) -> tiles.Tile | tiles.GemmTile:
-    """The tile of `tiles.py` in this mode, or in the one that the environment's FASTRNN_TRITON_MODE asks for."""
+def choose_tile(
+    cell: str, like: Tensor, hidden_size: int, batch_size: int, mode: str | None = None
+) -> tiles.Tile | tiles.GemmTile:
+    """The tile of `tiles.py` for tensors like this one, in this mode, or in the one that the environment's
+    FASTRNN_TRITON_MODE asks for."""
     mode, device = mode or os.environ.get("FASTRNN_TRITON_MODE") or None, {}
     if mode == "grouped" and torch.version.hip is not None:
         raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
-    if w_hh.is_cuda:
-        properties = torch.cuda.get_device_properties(w_hh.device)
-        device = dict(shared_memory=properties.shared_memory_per_block_optin, processors=_processors(w_hh))
-    hidden_size = w_hh.shape[-2] // len(spec_of(cell).gates)
-    return tiles.choose(cell, w_hh.dtype, hidden_size, batch_size, sequence.precision(), mode, **device)
+    if like.is_cuda:
+        properties = torch.cuda.get_device_properties(like.device)
+        device = dict(shared_memory=properties.shared_memory_per_block_optin, processors=_processors(like))
+    return tiles.choose(cell, like.dtype, hidden_size, batch_size, sequence.precision(), mode, **device)
 
 
 def _tile_of(inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.GemmTile:
-    # Layer norm and projection reduce over all of H in the middle of a step, and only mode gemm can.
-    reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight))
-    return choose_tile(walk.cell, inputs.w_hh, inputs.h0.shape[-2], "gemm" if reduces else None)
+    # Layer norm and projection reduce over all of H in the middle of a step, and only mode gemm can. Clipping by norm
+    # does so too; the other modes have the norms from the programs that exchange gradients, if there is a W_hh.
+    recurrent = spec_of(walk.cell).recurrent
+    reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight)) or (
+        not recurrent and inputs.clip_norm is not None
+    )
+    hidden_size = (inputs.h0 if inputs.w_hr is None else inputs.w_hr).shape[-1]
+    return choose_tile(walk.cell, inputs.h0, hidden_size, inputs.h0.shape[-2], "gemm" if reduces else None)
 
 
 def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile | None = None) -> bool:
     """Whether one grid takes both directions."""
-    tile, w_hh = tile or _tile_of(inputs, walk), inputs.w_hh
+    tile = tile or _tile_of(inputs, walk)
     if tile.mode != "grouped":
         return tile.mode != "gemm"
     # The programs of a grouped launch must all run at once.
-    return prod(sequence.grid_of(tile, w_hh, inputs.h0.shape[-2])) <= _processors(w_hh)
+    return prod(sequence.grid_of(tile, inputs.h0, True)) <= _processors(inputs.h0)
 
 
 def _device(x: Tensor):
