@@ -1,0 +1,236 @@
+"""Users' cells on the Triton backend: the source written from their texts, and the scan that it is handed to.
+
+As test_kernels.py does for the built-in cells, against the reference, in Triton's interpreter where there is no GPU.
+"""
+
+import pytest
+import torch
+from cell_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, cell, program
+from setups import mostly_slow
+from test_compile_only import check as check_compiled
+from test_compile_only import make_case, make_gemm_case, read_compiled
+
+import fastrnn
+from fastrnn import tiles
+from fastrnn.backends import triton as launcher
+from fastrnn.cell_table import spec_of
+from fastrnn.program import CONDITIONS, OPERANDS, parse, run
+from problems import (
+    GEMM,
+    HALF,
+    MODES,
+    SMALL,
+    Problem,
+    check,
+    check_against_reference,
+    everything,
+    in_one_call,
+    same_bits,
+)
+
+# numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned", "ieee")]
+SHIPPED = {name: getattr(fastrnn.cells, name) for name in fastrnn.cells.__all__ if name != "leaky"}
+WITHOUT_CLIP_NORM = tuple(extra for extra in Problem.ALL if extra != "clip_norm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """A folder for this module's sources; no test reads or fills the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTRNN_CACHE", str(tmp_path_factory.mktemp("sources")))
+        yield
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_derivatives_in_the_texts_are_those_of_their_forward(name):
+    spec, generator = spec_of(TEXTS[name]), torch.Generator().manual_seed(0)
+    G, S, K = len(spec.gates), len(spec.states), len(spec.saved)
+    forward, total, backward = spec.program
+
+    def draw(count):
+        return [torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+    inputs, dstate = [x.requires_grad_() for x in draw(forward.inputs)], draw(S)
+    prev, beside = inputs[-S - len(spec.parameters + spec.inputs) :][:S], len(spec.parameters + spec.inputs)
+    results = run(forward, inputs)
+    want = torch.autograd.grad(results[:S], inputs, dstate, allow_unused=True)
+    rest = [*prev, *dstate, *inputs[len(inputs) - beside :]]
+    with torch.no_grad():
+        saved = results[S : S + K]
+        rest[S : 2 * S] = run(total, [*saved, *rest])
+        got = run(backward, [*saved, *rest])
+    if spec.recurrent and not spec.distinct_dgh:
+        got = got[:G] + got
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.detach(), torch.zeros(7).double() if b is None else b)
+
+
+# --------------------------------------------------------------------------------------------- against the reference
+
+
+def test_four_states_in_every_mode(device):
+    problem = Problem(FOUR_STATES, device, sizes=(2, 2, 17), reverse=True, extras=Problem.ALL)
+    local, by_steps, grouped = (check_against_reference(problem, tile) for tile in SMALL.values())
+    assert same_bits(local, by_steps) and same_bits(local, grouped)
+    check_against_reference(problem, GEMM)
+
+
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "local"))
+@pytest.mark.parametrize("extras", [(), Problem.ALL], ids=["plain", "all"])
+@pytest.mark.parametrize("text", [pytest.param(LEAKY, id="leaky"), pytest.param(GATED, id="gated")])
+def test_parameters_inputs_and_distinct_gradients(text, extras, mode, device):
+    check_against_reference(Problem(text, device, extras=extras), MODES[mode])
+
+
+@pytest.mark.parametrize("text", [pytest.param(IND, id="ind"), pytest.param(MEMORY, id="memory")])
+def test_cells_without_w_hh(text, device):
+    """Two programs of 16 units each; clipping by norm takes mode gemm by itself."""
+    check_against_reference(Problem(text, device, reverse=True, extras=WITHOUT_CLIP_NORM), SMALL["local"])
+    check_against_reference(Problem(text, device, sizes=(2, 2, 3), extras=Problem.ALL), None)
+    with pytest.raises(ValueError, match="clipping by norm"):
+        check_against_reference(Problem(text, device, extras=Problem.ALL), SMALL["local"])
+
+
+@pytest.mark.parametrize("text", [pytest.param(FOUR_STATES, id="four"), pytest.param(GATED, id="gated")])
+def test_layer_norm_of_the_gates(text, device):
+    check_against_reference(Problem(text, device, extras=("layer_norm", *Problem.ALL)), None)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "local"))
+def test_half_types(mode, dtype, device):
+    problem = Problem(FOUR_STATES, device, dtype=dtype, extras=("norms", "clip_norm"))
+    check_against_reference(problem, MODES[mode], None, HALF[dtype])
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [(LEAKY, "local"), pytest.param(FOUR_STATES, "stepwise", marks=pytest.mark.slow), (IND, "local")],
+    ids=["leaky", "four", "ind"],
+)
+def test_both_directions_in_one_call(text, mode, device):
+    sizes, extras = (2, 2, 17), ("flags", "norms")
+    each = [Problem(text, device, sizes=sizes, reverse=bool(back), extras=extras, seed=back) for back in (0, 1)]
+    alone = zip(*(everything(problem, MODES[mode]) for problem in each), strict=True)
+    want = [None if results[0] is None else torch.stack(results) for results in alone]
+    assert same_bits(everything(in_one_call(each), MODES[mode]), want)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_cells(name, device):
+    """At the tile of the table."""
+    check_against_reference(Problem(SHIPPED[name].text, device, sizes=(3, 2, 5), extras=("flags",)), None)
+
+
+def test_a_module_equals_the_reference(device):
+    x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)).to(device)
+    outputs, weights = [], None
+    for backend in ("triton", "reference"):
+        module = fastrnn.Recurrent(fastrnn.cells.leaky_rnn, 4, 5, backend=backend, device=device)
+        module.load_state_dict(weights or module.state_dict())
+        weights = module.state_dict()
+        y, states = module(x, noise=noise.requires_grad_())
+        grads = torch.autograd.grad((y.square().sum(), *(s.sum() for s in states)), [noise, *module.parameters()])
+        outputs.append((y, *states, *grads))
+    check(*outputs, 2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- the source
+
+CONSTANTS = (0.3, 1e-50, 1e300, float("-inf"))
+
+
+def every_instruction() -> str:
+    """A cell that saves the result of each instruction, of values and of constants."""
+    lines, results = [f"c{k} = const {x}" for k, x in enumerate(CONSTANTS)], []
+    operands = {"not": "less", "and": "less more", "or": "less more", "where": "less x c0", "pow": "positive u"}
+    lines += ["positive = abs u", "less = lt x u", "more = gt x c0"]
+    for op, count in OPERANDS.items():
+        names = operands.get(op, "positive" if op in ("log", "log1p", "sqrt") else " ".join(("x", "u")[:count]))
+        lines.append(f"v_{op} = {op} {names}")
+        results.append(f"v_{op}")
+        if op in CONDITIONS:
+            lines.append(f"n_{op} = where v_{op} x u")
+            results[-1] = f"n_{op}"
+    lines += ["square = pow x c_two", "cube = pow x c_three", "folded = mul c0 c0", "scaled = mul x c0"]
+    lines = ["c_two = const 2", "c_three = const 3", *lines]
+    results += ["square", "cube", "folded", "scaled", *(f"c{k}" for k in range(len(CONSTANTS)))]
+    K = len(results)
+    rest = " ".join(f"k{k}" for k in range(K))
+    return cell(
+        "every", "g", "h", saved=K, forward=program("x u h", *lines, "out x " + " ".join(results)),
+        total=program(f"{rest} h d", "out d"), backward=program(f"{rest} h d", "zero = const 0", "out zero zero"),
+    )  # fmt: skip
+
+
+def test_every_instruction(device):
+    text = every_instruction()
+    problem = Problem(text, device, sizes=(1, 4, 40))
+    problem.w_hh, problem.gx = torch.zeros_like(problem.w_hh), 2 * problem.gx
+    saved = problem.forward(launcher, tile=tiles.Tile("local", 16, 64, 64, 4, 1)).saved[0]
+    u = problem.b_hh.expand(4, 40)
+    # One rounding per instruction; `program.run` in float64 gets the same float32 numbers.
+    want = run(spec_of(text).program.forward, [x.double() for x in (problem.gx[0], u, problem.h0)])[1:]
+    for got, expected in zip(saved.split(40, -1), want, strict=True):
+        torch.testing.assert_close(got, expected.float(), rtol=2e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("op", ["expm1", "log1p", "pow", "maximum", "sign", "sigmoid", "tanh"])
+def test_the_ends_of_the_range(op, device):
+    infinity, nan = float("inf"), float("nan")
+    x = [0.0, 1e-30, -1e-30, 1e-4, -1e-4, 0.9, -0.9, 1.1, 20, -20, 88, -88, infinity, -infinity, nan, 2, -3]
+    u = [1.0, 0, 2, -3, 0.5, nan, infinity]
+    x, u = (each.flatten() for each in torch.meshgrid(torch.tensor(x), torch.tensor(u), indexing="ij"))
+    names = "x u" if OPERANDS[op] == 2 else "x"
+    text = cell(
+        "ends", "g", "h", saved=1, forward=program("x u h", f"y = {op} {names}", "out y y"),
+        total=program("y h d", "out d"), backward=program("y h d", "out d d"),
+    )  # fmt: skip
+    problem = Problem(text, device, sizes=(1, 1, len(x)))
+    problem.gx, problem.b_hh = x.to(device)[None, None], u.to(device)
+    problem.w_hh = torch.zeros_like(problem.w_hh)
+    y = problem.forward(launcher, tile=GEMM).y.flatten()
+    want = run(parse(text.split("\n")[8].removeprefix("forward ")), [x.double(), u.double(), x.double()])[0]
+    torch.testing.assert_close(y.cpu(), want.float(), rtol=2e-6, atol=1e-37, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tiles
+
+
+def test_a_cell_without_w_hh_has_a_tile_for_every_size():
+    for hidden_size in (1, 100, 5000):
+        assert tiles.choose(IND, torch.float32, hidden_size, 64).mode == "local"
+        assert tiles.choose(IND, torch.bfloat16, hidden_size, 64, mode="gemm").mode == "gemm"
+        for mode in ("grouped", "stepwise"):
+            with pytest.raises(ValueError, match=f"{mode!r}.*ind"):
+                tiles.choose(IND, torch.float32, hidden_size, 64, mode=mode)
+
+
+# cell, dtype, H, B, mode
+COMPILED = [
+    ("peephole_lstm", "bfloat16", 128, 16, None),
+    ("peephole_lstm", "bfloat16", 512, 64, "grouped"),
+    ("slstm", "bfloat16", 128, 16, None),
+    ("slstm", "float32", 512, 64, None),
+    ("leaky_rnn", "float32", 128, 16, None),
+    ("min_lstm", "bfloat16", 1024, 64, None),
+    ("ea_lstm", "bfloat16", 512, 64, "gemm"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiled_cells(arch, tmp_path):
+    cases = []
+    for name, dtype, hidden_size, batch_size, mode in COMPILED:
+        for kernel in ("forward", "backward"):
+            extras = ("norms",) if kernel == "backward" else ()
+            if mode == "gemm":
+                cases.append(make_gemm_case(kernel, arch, SHIPPED[name].text, dtype, hidden_size, extras))
+            else:
+                sizes = (SHIPPED[name].text, dtype, hidden_size, batch_size)
+                cases.append(make_case(kernel, "cuda", arch, *sizes, extras, mode=mode))
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        check_compiled(case, found, arch)
