@@ -7,7 +7,8 @@
 Every argument and every result is a tuple of float32 tiles: one per gate, saved plane or state. `dstate_prev` is zero
 where there is no path besides W_hh. `beside` has the parameters and inputs of a user's cell, whose functions
 `fastrnn/backends/programs.py` writes; the cells of this file have none. No function turns a NaN or an infinity of its
-input into a finite number, and none makes a NaN of a finite one.
+input into a finite number, and none makes a NaN of a finite one. Of zeros, every function gives zeros wherever a
+product or a norm reads them, so nothing has to be cleared where a tile reaches beyond H.
 """
 
 import triton

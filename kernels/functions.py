@@ -73,6 +73,16 @@ def power(a, b):
 
 
 @triton.jit
+def only(inside, x):
+    """x, and zero where H has no such element. There a function of zeros may be anything, and a product or a norm over
+    the tile would spread it. `inside` is empty where the tile has no such place."""
+    result = x
+    if len(inside) > 0:
+        result = tl.where(inside[0], x, 0.0)
+    return result
+
+
+@triton.jit
 def filled(like, value):
     """A tile of one number, of the shape of another tile."""
     return tl.full(like.shape, value, tl.float32)

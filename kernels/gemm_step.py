@@ -47,6 +47,7 @@ from .memory import (
     load_tile,
     load_vectors,
     offset,
+    partly_inside,
     store_planes,
     store_tile,
     zero_tile,
@@ -150,7 +151,7 @@ def forward_kernel(
     gh = ()
     if gh_ptr is not None:
         gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H)
-    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H)
+    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     # With projection h has fewer columns. The LSTM does not read it, so c is loaded in its place.
     in_ptrs = (h_in_ptr if out_ptr is None else c_in_ptr, c_in_ptr)
     before = ()
@@ -299,7 +300,7 @@ def backward_kernel(
     next_step = -batch if REVERSE else batch
 
     saved = load_planes(saved_ptr, tile.row, tile, K, H)
-    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H)
+    beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     if dh_cell_ptr is None:
         ptrs, initial_ptrs = (y_ptr, c_ptr), (h0_ptr, c0_ptr)
         carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, tile, next_step, H)

@@ -149,6 +149,16 @@ def load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q: tl.constexpr, N: 
 
 
 @triton.jit
+def partly_inside(tile, H: tl.constexpr):
+    """A tuple of the mask of a tile; an empty one where no tile reaches beyond H."""
+    TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
+    inside = ()
+    if TILES * tile.cols.shape[0] != H:
+        inside = (tile.inside,)
+    return inside
+
+
+@triton.jit
 def store_planes(ptr, row, tile, planes, PLANES: tl.constexpr, H: tl.constexpr):
     for k in tl.static_range(PLANES):
         offsets = tile.rows[:, None] * (PLANES * H) + (k * H + tile.cols)[None, :]

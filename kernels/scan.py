@@ -54,6 +54,7 @@ from .memory import (
     load_planes,
     load_tile,
     offset,
+    partly_inside,
     step_at,
     store_planes,
     store_tile,
@@ -202,7 +203,7 @@ def forward_kernel(
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
-            cell_states, saved = CELL_FORWARD(gx, gh, before, beside)
+            cell_states, saved = CELL_FORWARD(gx, gh, before, beside + partly_inside(tile, H))
             state = next_states(cell_states, before, states[n], flags, zone_ptrs, tile, dtype, S, H)
             states_after = states_after + (state,)
             if not LOCAL:
@@ -330,7 +331,9 @@ def backward_kernel(
             carry = carries[n]
             if GROUPED and BLOCK_H >= WIDE:
                 saved, before = match_layout(saved, carry[0], i, K), match_layout(before, carry[0], i, S)
-                direct, beside = match_layout(direct, carry[0], i, S), match_layout(beside, carry[0], i, BESIDE)
+                direct = match_layout(direct, carry[0], i, S)
+                beside = match_layout(beside, carry[0], i, BESIDE)
+            beside = beside + partly_inside(tile, H)
             if not LOCAL:
                 alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))

@@ -99,4 +99,18 @@ MEMORY = cell(
     ),
 )  # fmt: skip
 
-TEXTS = {"leaky": LEAKY, "four": FOUR_STATES, "gated": GATED, "ind": IND, "memory": MEMORY}
+# q = pre / sqrt(pre pre + w w) with pre = x + u: NaN where w and pre are 0, as they are beyond H
+WIDTH = cell(
+    "width", "g", "h", "w", saved=1,
+    forward=program(
+        "x u h w", "pre = add x u", "pp = mul pre pre", "ww = mul w w", "s = add pp ww", "r = sqrt s", "q = div pre r",
+        "out q pre",
+    ),
+    total=program("pre h d w", "out d"),
+    backward=program(
+        "pre h d w", "pp = mul pre pre", "ww = mul w w", "s = add pp ww", "r = sqrt s", "rs = mul r s", "e = div d rs",
+        "dpre = mul e ww", "pw = mul pre w", "epw = mul e pw", "dw = neg epw", "zero = const 0", "out dpre zero dw",
+    ),
+)  # fmt: skip
+
+TEXTS = {"leaky": LEAKY, "four": FOUR_STATES, "gated": GATED, "ind": IND, "memory": MEMORY, "width": WIDTH}

@@ -5,7 +5,7 @@ As test_kernels.py does for the built-in cells, against the reference, in Triton
 
 import pytest
 import torch
-from cell_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, cell, program
+from cell_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, WIDTH, cell, program
 from setups import mostly_slow
 from test_compile_only import check as check_compiled
 from test_compile_only import make_case, make_gemm_case, read_compiled
@@ -90,6 +90,13 @@ def test_cells_without_w_hh(text, device):
     check_against_reference(Problem(text, device, sizes=(2, 2, 3), extras=Problem.ALL), None)
     with pytest.raises(ValueError, match="clipping by norm"):
         check_against_reference(Problem(text, device, extras=Problem.ALL), SMALL["local"])
+
+
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "local", "gemm"))
+def test_units_beyond_h_may_be_nan(mode, device):
+    """Tiles of 16 and of 32 units for 17: a cell of zeros is NaN, and no product and no norm may see it."""
+    extras = ("norms", "clip_norm", *(("layer_norm",) if mode == "gemm" else ()))
+    check_against_reference(Problem(WIDTH, device, sizes=(2, 2, 17), extras=extras), MODES[mode])
 
 
 @pytest.mark.parametrize("text", [pytest.param(FOUR_STATES, id="four"), pytest.param(GATED, id="gated")])

@@ -53,7 +53,7 @@ import triton.language as tl
 
 from fastrnn.kernels.functions import {functions}
 '''
-FUNCTIONS = ("expm1", "filled", "log1p", "maximum", "minimum", "power", "sigmoid", "sign", "tanh")
+FUNCTIONS = ("expm1", "filled", "log1p", "maximum", "minimum", "only", "power", "sigmoid", "sign", "tanh")
 
 
 def equations(cell: str) -> tuple:
@@ -82,10 +82,16 @@ def source(spec: CellSpec) -> str:
     given = saved + prev + _inputs("dstate", "d", spec.states) + beside
 
     G, S = len(spec.gates), len(spec.states)
-    forward = _function("forward(gx, gh, state_prev, beside)", programs.forward, gx + gh + prev + beside, (S, K))
-    total = _function("total(saved, state_prev, dstate, beside)", programs.total, given, (S,))
+    inside = f"inside = beside[{len(beside)}:]"
+    # Of what a forward gives, only h meets other units.
+    forward = _function(
+        "forward(gx, gh, state_prev, beside)", inside, programs.forward, gx + gh + prev + beside, (S, K), 1
+    )
+    total = _function("total(saved, state_prev, dstate, beside)", inside, programs.total, given, (S,), S)
     sizes = (G, G, S, len(beside)) if spec.distinct_dgh else (G, S, len(beside))
-    backward = _function("backward(saved, state_prev, dstate, beside)", programs.backward, given, sizes)
+    backward = _function(
+        "backward(saved, state_prev, dstate, beside)", inside, programs.backward, given, sizes, sum(sizes[:-1])
+    )
 
     body = "\n\n".join((forward, total, backward))
     header = HEADER.format(
@@ -101,11 +107,16 @@ def _inputs(argument: str, prefix: str, names, begin: int = 0) -> list[tuple[str
     return [(f"{prefix}_{name}", f"{argument}[{k}]") for k, name in enumerate(names, begin)]
 
 
-def _function(signature: str, program: Program, inputs: list[tuple[str, str]], sizes: tuple[int, ...]) -> str:
-    """A function that returns tuples of `sizes` results; of a backward without its own dgh, dgx twice."""
+def _function(
+    signature: str, inside: str, program: Program, inputs: list[tuple[str, str]], sizes: tuple[int, ...], cleared: int
+) -> str:
+    """A function that returns tuples of `sizes` results; of a backward without its own dgh, dgx twice.
+
+    The first results, as many as are `cleared`, are zero where H has no such element.
+    """
     names, constants = [name for name, _ in inputs], set()
     read = {k for op, *operands in program.instructions if op != "const" for k in operands} | set(program.results)
-    lines = [f"{name} = {element}" for k, (name, element) in enumerate(inputs) if k in read]
+    lines = [inside, *(f"{name} = {element}" for k, (name, element) in enumerate(inputs) if k in read)]
     like = inputs[min(read & set(range(len(inputs))), default=0)][1]
 
     def as_tile(k: int) -> str:
@@ -122,10 +133,11 @@ def _function(signature: str, program: Program, inputs: list[tuple[str, str]], s
         lines.append(f"t{number} = {EXPRESSIONS[op].format(*written_operands)}")
         names.append(f"t{number}")
 
+    found = [as_tile(k) for k in program.results]
+    found[:cleared] = [f"only(inside, {name})" for name in found[:cleared]]
     results, begin = [], 0
     for size in sizes:
-        found = ", ".join(as_tile(k) for k in program.results[begin : begin + size])
-        results.append(f"({found},)" if size else "()")
+        results.append(f"({', '.join(found[begin : begin + size])},)" if size else "()")
         begin += size
     if len(sizes) == 3:
         results.insert(1, results[0])
