@@ -151,6 +151,13 @@ def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared
     return tile if operands * tile.block_k <= shared_memory else None
 
 
+def why_not_mode(cell: str, mode: str | None) -> str | None:
+    """Why a mode cannot run a cell, whatever its sizes."""
+    if mode in ("grouped", "stepwise") and not spec_of(cell).recurrent:
+        return f"mode {mode!r} of the Triton scan is for the product with W_hh, and {spec_of(cell).name} has none"
+    return None
+
+
 def choose(
     cell: str,
     dtype: torch.dtype,
@@ -175,11 +182,10 @@ def choose(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton scan has no tile for a {spec.name} of {dtype}; it takes float32 and half types")
     tile = None
+    reason = why_not_mode(cell, mode)
+    if reason:
+        raise ValueError(reason)
     if not spec.recurrent:
-        if mode in ("grouped", "stepwise"):
-            raise ValueError(
-                f"mode {mode!r} of the Triton scan exchanges the product with W_hh, which {spec.name} has not"
-            )
         return _gemm(hidden_size) if mode == "gemm" else _without_w_hh(hidden_size)
     if mode in (None, "local"):
         tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)

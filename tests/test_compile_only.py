@@ -219,7 +219,8 @@ def compiled(case: dict) -> dict:
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.check_output([tool, "-res-usage", path], text=True)
         found.update(registers=int(re.search(r"REG:(\d+)", usage)[1]), spilled=int(re.search(r"STACK:(\d+)", usage)[1]))
-        found["machine"] = machine(subprocess.check_output([tool, "-sass", path], text=True))
+        sass = subprocess.check_output([tool, "-sass", path], text=True)
+        found.update(machine=machine(sass), instructions=len(INSTRUCTION.findall(sass)))
     return found
 
 

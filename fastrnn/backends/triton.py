@@ -34,11 +34,15 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
-    return None
+    return tiles.why_not_mode(request.cell, _asked_mode())
 
 
 def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else tiles.PROCESSORS_H100
+
+
+def _asked_mode() -> str | None:
+    return os.environ.get("FASTRNN_TRITON_MODE") or None
 
 
 def choose_tile(
@@ -46,7 +50,7 @@ def choose_tile(
 ) -> tiles.Tile | tiles.GemmTile:
     """The tile of `tiles.py` for tensors like this one, in this mode, or in the one that the environment's
     FASTRNN_TRITON_MODE asks for."""
-    mode, device = mode or os.environ.get("FASTRNN_TRITON_MODE") or None, {}
+    mode, device = mode or _asked_mode(), {}
     if mode == "grouped" and torch.version.hip is not None:
         raise ValueError("mode 'grouped' of the Triton scan runs on NVIDIA GPUs only: its barrier is written in PTX")
     if like.is_cuda:
