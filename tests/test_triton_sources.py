@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from triton_texts import IND, LEAKY
@@ -28,6 +29,14 @@ def test_a_file_is_readable_and_named_by_its_cell_and_content(folder):
     other = programs.written("leaky", SOURCE + "\n")
     assert other != path and sorted(folder.iterdir()) == sorted((path, other))
     assert programs.written("<lambda> of a/b", SOURCE).parent == folder
+
+
+def test_a_text_cannot_bring_code_with_it():
+    spec = spec_of(LEAKY)
+    for field in ("gates", "states", "parameters", "inputs"):
+        with pytest.raises(ValueError, match="name of a plane"):
+            programs.source(replace(spec, **{field: ('"""+print(1)+"""',)}))
+    assert "+print" not in programs.source(replace(spec, name='"""+print(1)+"""'))
 
 
 def test_the_default_folder_is_the_users(tmp_path, monkeypatch):

@@ -74,7 +74,14 @@ def _from_source(cell: str) -> tuple:
 
 
 def source(spec: CellSpec) -> str:
-    """The file of a user's cell."""
+    """The file of a user's cell.
+
+    Raises:
+        ValueError: a name in the text is no name in Python. A text may come from a file that someone else wrote.
+    """
+    for name in (*spec.gates, *spec.states, *spec.parameters, *spec.inputs):
+        if not name.isidentifier():
+            raise ValueError(f"cell {spec.name}: {name!r} cannot be the name of a plane")
     K, Q, programs = len(spec.saved), len(spec.parameters), spec.program
     beside = _inputs("beside", "param", spec.parameters) + _inputs("beside", "input", spec.inputs, Q)
     prev, saved = _inputs("state_prev", "prev", spec.states), _inputs("saved", "saved", range(K))
@@ -95,7 +102,7 @@ def source(spec: CellSpec) -> str:
 
     body = "\n\n".join((forward, total, backward))
     header = HEADER.format(
-        name=spec.name, gates=" ".join(spec.gates), states=" ".join(spec.states),
+        name=readable(spec.name), gates=" ".join(spec.gates), states=" ".join(spec.states),
         parameters=" ".join(spec.parameters), inputs=" ".join(spec.inputs),
         functions=", ".join(FUNCTIONS),
     )  # fmt: skip
@@ -192,9 +199,13 @@ def _write(path: Path, content: bytes):
         raise
 
 
+def readable(name: str) -> str:
+    """The name of a cell without what has a meaning in a path or a source."""
+    return re.sub(r"\W", "_", name)
+
+
 def file_name(name: str, text: str) -> str:
-    readable = re.sub(r"\W", "_", name)
-    return f"{readable}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+    return f"{readable(name)}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
 
 
 def written(name: str, text: str) -> Path:
