@@ -1,8 +1,8 @@
 """The record that ships for CPUs, from the measurements in `bench/results/auto-cpu.json`.
 
 `python -m bench.shipped fastrnn/shipped/cpu-2-threads.json` writes it: the slowest call of each bucket counts, as in
-`fastrnn tune`. On a quiet machine, `python -m fastrnn tune --threads 2 --minutes 60 --out FILE` makes a fuller record of
-the same form in its place.
+`fastrnn tune`. On a quiet machine, `python -m fastrnn tune --threads 2 --minutes 60 --out FILE` makes a fuller record
+of the same form in its place.
 """
 
 import argparse

@@ -67,9 +67,11 @@ class Place(NamedTuple):
 def ranked(request: Request) -> list[Place]:
     """The table in the order in which `choose` takes its rows for this call; those that it does not take come last."""
     book = evidence.book(request.device, torch.get_num_threads())
+    # A plain call with tensors of a subclass, in forward mode or while it is traced, is torch's.
+    torchs = request.subclass or (request.steps == 0 and request.features <= evidence.PLAIN)
     places = []
     for k, candidate in enumerate((*BACKENDS.values(), *MODES.values())):
-        finding = None if request.subclass else _finding(request, candidate.name, book)  # a subclass is torch's
+        finding = None if torchs else _finding(request, candidate.name, book)
         if finding is None and candidate.name in MODES:
             continue
         verdict = None if finding is None else finding.entry.verdict

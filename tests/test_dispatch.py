@@ -154,12 +154,13 @@ def test_what_does_not_fit_does_not_go_there_either(hx, directly):
 
 @needs_cpu_library
 @pytest.mark.parametrize("kind, settings", BY_STEPS, ids=str)
-def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings):
+def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings, recorded):
     torch.manual_seed(0)
     torchs = getattr(torch.nn, kind)(2, 5, num_layers=2, bidirectional=True, **settings)
     ours = fastrnn.convert(torchs)
     inputs = [packed(40, 70, 65)] + [torch.randn(70, 3, 2)] * bool(settings)
     for x in inputs:
+        recorded(fastrnn.explain(ours, x).request, "cpu", 0.5)
         assert chosen(ours, x) == "cpu"
         results = []
         for module in (ours, torchs):
