@@ -71,13 +71,14 @@ def test_the_rest_of_the_plain_calls_stays_with_torch():
 @with_and_without_gradients
 def test_what_goes_to_torch_directly_is_what_choose_leaves_to_torch(cell, projection, device, gradients):
     """`gradients` as a plain call knows it, by the mode alone: then nothing may require one."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        most_steps = dispatch.most_steps_of_torch(cell, projection, gradients, dtype, device)
+    features = frozenset({"projection"} if projection else ())
+    for dtype, batch, hidden_size in product((torch.float32, torch.float64, torch.bfloat16), (1, 20, 1000), (8, 300)):
+        sizes = (projection, gradients, dtype, device, hidden_size, batch)
+        most_steps = dispatch.most_steps_of_torch(cell, *sizes)
         for steps in (1, 7, 8, 15, 16, 31, 32, 1000):
             if steps <= most_steps:
-                for batch, hidden_size in product((1, 20, 1000), (8, 300)):
-                    request = Request(cell, device, dtype, hidden_size, projection, steps=steps, batch=batch)
-                    assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
+                request = Request(cell, device, dtype, hidden_size, projection, features, steps, batch)
+                assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
         assert (most_steps >= 1) == (cell in aten.KNOWN_CELLS)
 
 
