@@ -87,7 +87,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights) -> tuple[Ten
     return new if count > 1 else (new,)
 
 
-def directly(module: nn.Module, input, hx, most_steps: float):
+def directly(module: nn.Module, input, hx, most_steps: int):
     """Fast path: runs a valid plain call of up to `most_steps` steps at once; returns None for any other.
 
     `functional` would choose the same kernels, but its checks alone take as long as a short call.

@@ -66,16 +66,16 @@ def forced(argument: str | None) -> str | None:
     return check_name(name, source)
 
 
-def most_steps_of_torch(cell: str, proj_size: int, gradients: bool, dtype: torch.dtype, device: str) -> float:
-    """The most steps T with which `choose` leaves a plain call to torch, whatever its other sizes.
+def most_steps_of_torch(cell, proj_size, gradients, dtype, device, hidden_size, batch) -> int:
+    """The most steps T with which `choose` leaves a plain call to torch.
 
-    0 where a backend is forced or a tapped call is recomputed, infinite where torch always runs the call.
+    0 where a backend is forced or a tapped call is recomputed, very many where torch always runs the call.
     """
     if forced(None) is not None or cell not in aten.KNOWN_CELLS:
         return 0
     if recomputation.some and recomputation.held("tapped", False, False)[0]:
         return 0
-    return ranking.first_steps(cell, proj_size > 0, gradients, dtype, device) - 1
+    return ranking.first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) - 1
 
 
 def _chosen(request: Request, argument: str | None) -> str:

@@ -198,17 +198,6 @@ class Book:
             return None
         return max((min(side, key=lambda one: one.time) for side in (below, above)), key=lambda one: one.time)
 
-    def first_steps(self, cell: str, dtype: str, projected: bool, gradients: bool) -> float:
-        """The least T from which another backend than torch's may run a plain call."""
-        kind, first = "plain" + (", projected" if projected else ""), math.inf
-        for (group, candidate), wins in self.wins.items():
-            if group[1:] == (cell, dtype, kind, gradients) and candidate != "aten":
-                first = min([first, *(key.steps for key in wins)])
-        for (key, candidate), broken in self.broken.items():
-            if broken and key[1:4] == (cell, dtype, kind) and candidate == "aten":
-                return 1
-        return first
-
 
 _books: dict[tuple[str, int], Book] = {}
 

@@ -231,6 +231,7 @@ class _Recurrent(ForSubclasses, nn.Module):
             most_steps = dispatch.most_steps_of_torch(
                 self._cell, self.proj_size, torch.is_grad_enabled(), input.dtype,
                 "cpu" if input.is_cpu else input.device.type,  # the type takes as long to ask for as all the rest
+                self.hidden_size, input.shape[not self.batch_first] if input.dim() == 3 else 1,
             )  # fmt: skip
             result = aten.directly(self, input, hx, most_steps) if most_steps else None
             if result is not None:

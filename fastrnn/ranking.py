@@ -67,9 +67,11 @@ class Place(NamedTuple):
 def ranked(request: Request) -> list[Place]:
     """The table in the order in which `choose` takes its rows for this call; those that it does not take come last."""
     book = evidence.book(request.device, torch.get_num_threads())
+    # A plain call with tensors of a subclass, in forward mode or while it is traced, is torch's.
+    torchs = request.subclass or (request.steps == 0 and request.features <= evidence.PLAIN)
     places = []
     for k, candidate in enumerate((*BACKENDS.values(), *MODES.values())):
-        finding = None if request.subclass else _finding(request, candidate.name, book)  # a subclass is torch's
+        finding = None if torchs else _finding(request, candidate.name, book)
         if finding is None and candidate.name in MODES:
             continue
         verdict = None if finding is None else finding.entry.verdict
@@ -127,7 +129,7 @@ def _needs_check(request: Request) -> bool:
     return _finding(request, "triton", book) is None and bool(_checks(request))
 
 
-_first_steps: dict[tuple, float] = {}
+_first_steps: dict[tuple, int] = {}
 
 
 def renew() -> None:
@@ -136,21 +138,31 @@ def renew() -> None:
     _first_steps.clear()
 
 
-def first_steps(cell: str, projected: bool, gradients: bool, dtype: torch.dtype, device: str) -> float:
-    """The least T from which `auto` may take another backend than torch's for a plain call; infinite if it never does.
+def first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) -> int:
+    """The least T from which `auto` may take another backend than torch's for a plain call; `NEVER` if it never does.
 
     `gradients`: the mode. Where nothing requires a gradient, none follows.
     """
-    key = (cell, projected, gradients, dtype, device, torch.get_num_threads())
+    key = (cell, proj_size, gradients, dtype, device, hidden_size, batch, torch.get_num_threads())
     found = _first_steps.get(key)
     return _read_first_steps(*key) if found is None else found
 
 
-def _read_first_steps(cell, projected, gradients, dtype, device, threads) -> float:
-    book, name = evidence.book(device, threads), evidence.dtype_name(dtype)
-    modes = (False, True) if gradients else (False,)
-    found = min(book.first_steps(cell, name, projected, mode) for mode in modes)
-    _first_steps[cell, projected, gradients, dtype, device, threads] = found
+NEVER = 1 << 60
+
+
+def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch, threads) -> int:
+    features = frozenset({"projection"} if proj_size else ())
+    request = Request(cell, device, dtype, hidden_size, proj_size, features, batch=batch)
+    calls = [
+        request._replace(steps=steps, gradients=mode)
+        for steps in evidence.STEPS
+        for mode in ((False, True) if gradients else (False,))
+    ]
+    found = next((call.steps for call in calls if ranked(call)[0].row.name != "aten"), NEVER)
+    if len(_first_steps) >= MOST_ORDERS:
+        _first_steps.clear()
+    _first_steps[cell, proj_size, gradients, dtype, device, hidden_size, batch, threads] = found
     return found
 
 

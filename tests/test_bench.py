@@ -304,3 +304,12 @@ else:
     raise AssertionError
 """
     run(code)
+
+
+def test_the_shipped_record_is_made_of_the_committed_measurements():
+    code = """
+from bench import shipped
+from fastrnn import records
+print((records.SHIPPED / "cpu-2-threads.json").read_text() == shipped.record())
+"""
+    assert run(code) == "True\n"

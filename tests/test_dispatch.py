@@ -71,13 +71,14 @@ def test_the_rest_of_the_plain_calls_stays_with_torch():
 @with_and_without_gradients
 def test_what_goes_to_torch_directly_is_what_choose_leaves_to_torch(cell, projection, device, gradients):
     """`gradients` as a plain call knows it, by the mode alone: then nothing may require one."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        most_steps = dispatch.most_steps_of_torch(cell, projection, gradients, dtype, device)
+    features = frozenset({"projection"} if projection else ())
+    for dtype, batch, hidden_size in product((torch.float32, torch.float64, torch.bfloat16), (1, 20, 1000), (8, 300)):
+        sizes = (projection, gradients, dtype, device, hidden_size, batch)
+        most_steps = dispatch.most_steps_of_torch(cell, *sizes)
         for steps in (1, 7, 8, 15, 16, 31, 32, 1000):
             if steps <= most_steps:
-                for batch, hidden_size in product((1, 20, 1000), (8, 300)):
-                    request = Request(cell, device, dtype, hidden_size, projection, steps=steps, batch=batch)
-                    assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
+                request = Request(cell, device, dtype, hidden_size, projection, features, steps, batch)
+                assert {dispatch.choose(request._replace(gradients=g)) for g in {gradients, False}} == {"aten"}
         assert (most_steps >= 1) == (cell in aten.KNOWN_CELLS)
 
 
@@ -154,12 +155,13 @@ def test_what_does_not_fit_does_not_go_there_either(hx, directly):
 
 @needs_cpu_library
 @pytest.mark.parametrize("kind, settings", BY_STEPS, ids=str)
-def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings):
+def test_long_packed_batches_and_projections_are_torch_nns_within_rounding(kind, settings, recorded):
     torch.manual_seed(0)
     torchs = getattr(torch.nn, kind)(2, 5, num_layers=2, bidirectional=True, **settings)
     ours = fastrnn.convert(torchs)
     inputs = [packed(40, 70, 65)] + [torch.randn(70, 3, 2)] * bool(settings)
     for x in inputs:
+        recorded(fastrnn.explain(ours, x).request, "cpu", 0.5)
         assert chosen(ours, x) == "cpu"
         results = []
         for module in (ours, torchs):
