@@ -1,10 +1,9 @@
 """Whether `auto` is ever slower than torch.nn, on calls that `tune` did not measure.
 
 `python -m bench.auto bench/results/auto-grid-cpu.json` times `auto` beside torch.nn on a grid of calls whose sizes are
-not those of the standard set, with 1 and with 2 threads, in float32 and bfloat16. Run `python -m fastrnn tune --threads N`
-for each number of threads before; the file says what was known. Both sides run interleaved, so load on the machine
-widens the intervals and hardly moves the ratios. With one thread the ratio of processor time is kept, too, which other
-processes change least.
+not those of the standard set, with 1 and with 2 threads, in float32 and bfloat16. Run `python -m fastrnn tune
+--threads N` for each number of threads before; the file says how much was known. Both sides run interleaved, so load on
+the machine widens the intervals more than it moves the ratios. With one thread the ratio of processor time is kept too.
 """
 
 import argparse
