@@ -5,12 +5,13 @@
 - `python -m fastrnn tune` measures the backends on this machine.
 - `python -m fastrnn info` prints versions, and which backends can run here.
 
-Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted.
+Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted, 141 the reader of a pipe is gone.
 """
 
 import argparse
 import copy
 import math
+import os
 import platform
 import sys
 import time
@@ -239,8 +240,23 @@ def prepare(options: argparse.Namespace) -> tuple[Classifier, Digits]:
     data = Digits((data.x_train - mean) / std, data.y_train, (data.x_test - mean) / std, data.y_test)
     data = Digits(*(part.to(options.device) for part in data))
     model(data.x_test[:, :1])
-    options.out.mkdir(parents=True, exist_ok=True)
+    for picture in _pictures(options.out):
+        _check_writable(picture)
     return model, data
+
+
+def _pictures(folder: Path) -> tuple[Path, Path]:
+    """The files that `train` writes."""
+    return folder / "learning_curves.png", folder / "gradient_norms.png"
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError unless the file can be written; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    path.open("ab").close()
+    if new:
+        path.unlink()
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -258,7 +274,7 @@ def _train(options: argparse.Namespace) -> None:
         history = fit(model, data, options, bar)
     seconds = time.perf_counter() - started
     after = watch(model, data)
-    curves, norms = options.out / "learning_curves.png", options.out / "gradient_norms.png"
+    curves, norms = _pictures(options.out)
     title = f"sequential digits, {type(model.rnn).__name__}, {options.hidden} units; training pixels are noisy"
     plots.learning_curves(curves, history, title)
     plots.gradient_norms(norms, {"before training": before, "after training": after})
@@ -283,8 +299,7 @@ def _flow(options: argparse.Namespace) -> None:
     tqdm = _progress_bar()
     torch.set_num_threads(options.threads)
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("ab").close()  # a path that cannot be written fails before the work
+        _check_writable(options.out)
     except OSError as error:
         raise _BadOption(f"--out: {error}") from error
     started, flows = time.perf_counter(), []
@@ -348,6 +363,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         options.run(options)
+        sys.stdout.flush()  # here, because Python's own flush at the end of the process could only complain
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
