@@ -59,6 +59,18 @@ class Beyond(nn.Module):
         return y, h, c, projected[0], projected[2], *self.gru(x, reset_mask=resets), self.cell(x[0])
 
 
+class Whole(nn.Module):
+    """One network with much in it, because AOTInductor takes long."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnn("LSTM", bidirectional=True, layer_norm=True, proj_size=2, zoneout=0.2)
+
+    def forward(self, x, lengths, resets):
+        y, (h, c) = self.lstm(x, lengths=lengths, reset_mask=resets)
+        return y, h, c
+
+
 def inputs(model, steps, batch):
     rng = torch.Generator().manual_seed(steps)
     x = torch.randn(steps, batch, I, generator=rng)
@@ -100,6 +112,21 @@ def test_onnx(kind, operators):
     for sizes in SIZES:
         given = inputs(model, *sizes)
         agree(run_onnx(file, *given), model(*given), **SINGLE)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", [Plain, Beyond])
+def test_openvino_reads_the_file(kind, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model = kind().eval()
+    program = torch.onnx.export(model, inputs(model, T, B), dynamo=True, dynamic_shapes=dynamic(model), verbose=False)
+    program.save(tmp_path / "network.onnx")
+    run = openvino.compile_model(tmp_path / "network.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    given = inputs(model, *SIZES[0])
+    found = run(dict(zip(run.inputs, (x.numpy() for x in given), strict=True)))
+    agree([torch.from_numpy(found[k].copy()) for k in range(len(run.outputs))], model(*given), **SINGLE)
 
 
 @needs_onnx
@@ -170,7 +197,7 @@ def test_a_saved_program_runs_without_fastrnn(tmp_path, backend):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_a_compiled_package_runs_without_fastrnn(tmp_path):
-    model = Plain().eval()
+    model = Whole().eval()
     with torch.no_grad():
         program = torch.export.export(model, inputs(model, T, B), dynamic_shapes=dynamic(model))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))

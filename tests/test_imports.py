@@ -88,6 +88,7 @@ BELOW = {
     },
     "monitoring.flow": {"recurrent", "user_cells", "modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
     "monitoring": {"monitoring.monitor", "monitoring.diagnosis", "monitoring.history"},
+    "integrations": {"monitoring"},
     "__main__": {
         "dispatch",
         "cell_table",
@@ -109,6 +110,7 @@ BELOW = {
         "dispatch",
         "convert",
         "init",
+        "integrations",
         "monitoring",
         "penalties",
         "tuning",
