@@ -89,9 +89,11 @@ BELOW = {
     "monitoring.flow": {"recurrent", "user_cells", "modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
     "monitoring": {"monitoring.monitor", "monitoring.diagnosis", "monitoring.history"},
     "integrations": {"monitoring"},
+    "distributed": {"monitoring"},
     "__main__": {
         "dispatch",
         "cell_table",
+        "distributed",
         "cells",
         "tasks",
         "init",

@@ -124,7 +124,7 @@ def test_lightning(tmp_path):
     )  # fmt: skip
     model = Module()
     trainer.fit(model, DataLoader(TensorDataset(*data()), batch_size=2))  # 4 batches, 2 steps an epoch
-    name = NAME.replace("rnn", "net.rnn")
+    name = NAME.replace("/rnn", "/net.rnn")
     assert [step for step, metrics in logged if name in metrics] == OBSERVED
     assert {step for step, metrics in logged if "loss" in metrics} == set(range(6))  # the same axis
     assert len(callback.monitor.report()) == 1 and model.net.rnn._watch is None
@@ -156,7 +156,7 @@ def test_transformers(tmp_path, monkeypatch):
     callback = MonitorCallback(trainer, every=2)
     trainer.add_callback(callback)
     trainer.train()
-    name = NAME.replace("rnn", "net.rnn")
+    name = NAME.replace("/rnn", "/net.rnn")
     # It counts a step when it is over: the monitor's steps 0, 2, 4 are its 1, 3, 5.
     assert [entry["step"] for entry in trainer.state.log_history if name in entry] == [1, 3, 5]
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(range(1, 7))
