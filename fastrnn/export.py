@@ -18,7 +18,6 @@ from .arguments import ScanInputs, ScanOutputs, Walk, has_directions
 from .cell_table import PAD
 from .directions import each_direction
 from .dispatch import Request
-from .equations import LEAKY_SLOPE
 from .linear import recorded
 from .reference import forward as reference_forward
 
@@ -130,9 +129,7 @@ OPERATORS = {  # our cell: ONNX's operator, our gates in its order, further attr
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
     "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", (0,), {"activations": ["Relu"]}),
-    "rnn_leaky_relu": ("RNN", (0,), {"activations": ["LeakyRelu"], "activation_alpha": [LEAKY_SLOPE]}),
-    "rnn_elu": ("RNN", (0,), {"activations": ["Elu"], "activation_alpha": [1.0]}),
-}
+}  # ONNX's RNN has leaky ReLU and ELU, too, but OpenVINO's does not
 OF_OPERATORS = ("gx", "w_hh", "h0", "c0", "b_hh", "clip_norm")
 """The inputs of a scan that the operators can express, or that act on gradients only."""
 

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")])
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+NEEDED = {"docs/deployment.md": ("onnx", "onnxscript")}
+"""Packages that a page's blocks import."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
@@ -39,6 +41,8 @@ def anchors(page: Path) -> set[str]:
 @every_page
 def test_python_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
     """A block marked `text` shows the output of the Python block before it."""
+    for package in NEEDED.get(name(page), ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)  # a block may write a picture
     torch.manual_seed(0)
     names, printed = {}, None

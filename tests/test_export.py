@@ -4,6 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -36,11 +37,11 @@ class Plain(nn.Module):
         super().__init__()
         self.lstm = rnn("LSTM", num_layers=2, bidirectional=True)
         self.gru = rnn("GRU", batch_first=True, clip_state_grad_norm=1.0)
-        self.elu = rnn("RNN", nonlinearity="elu", bias=False)
+        self.rnn = rnn("RNN", nonlinearity="relu", bias=False)
 
     def forward(self, x):
         y, (h, c) = self.lstm(x)
-        return y, h, c, *self.gru(x.transpose(0, 1)), *self.elu(x)
+        return y, h, c, *self.gru(x.transpose(0, 1)), *self.rnn(x)
 
 
 class Beyond(nn.Module):
@@ -86,6 +87,14 @@ def dynamic(model):
     return (steps_and_batch,) if isinstance(model, Plain) else (steps_and_batch, {0: ANY}, steps_and_batch)
 
 
+@cache
+def exported(kind):
+    """A model, and its program for ONNX."""
+    model = kind().eval()
+    options = {"dynamo": True, "dynamic_shapes": dynamic(model), "verbose": False}
+    return model, torch.onnx.export(model, inputs(model, T, B), **options)
+
+
 def run_onnx(file, *tensors):
     import onnxruntime
 
@@ -104,8 +113,7 @@ def run_onnx(file, *tensors):
 )
 def test_onnx(kind, operators):
     """Plain layers are ONNX's own operators, the rest is its Scan; T and B are free."""
-    model = kind().eval()
-    program = torch.onnx.export(model, inputs(model, T, B), dynamo=True, dynamic_shapes=dynamic(model), verbose=False)
+    model, program = exported(kind)
     names = [node.op_type for node in program.model_proto.graph.node]
     assert {name: names.count(name) for name in ("LSTM", "GRU", "RNN", "Scan") if name in names} == operators
     file = program.model_proto.SerializeToString()
@@ -120,8 +128,7 @@ def test_onnx(kind, operators):
 @pytest.mark.parametrize("kind", [Plain, Beyond])
 def test_openvino_reads_the_file(kind, tmp_path):
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    model = kind().eval()
-    program = torch.onnx.export(model, inputs(model, T, B), dynamo=True, dynamic_shapes=dynamic(model), verbose=False)
+    model, program = exported(kind)
     program.save(tmp_path / "network.onnx")
     run = openvino.compile_model(tmp_path / "network.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     given = inputs(model, *SIZES[0])
