@@ -41,7 +41,9 @@ class MonitorCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **others) -> None:
         if self._scalars:
+            should_log = control.should_log
             self.trainer.log({name: value for name, value in self._scalars.items() if name != "fastrnn/step"})
+            control.should_log = should_log  # `log` has taken it back, and the trainer's own loss is still to come
             self._scalars.clear()
 
     def on_train_end(self, args, state, control, **others) -> None:
