@@ -51,7 +51,7 @@ BELOW = {
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation"},
     "ops": {"dispatch", "arguments", "directions"},
     "vmapping": set(),
-    "export": {"ops", "dispatch", "linear", "arguments", "cell_table", "directions", "equations", "reference"},
+    "export": {"ops", "dispatch", "linear", "arguments", "cell_table", "directions", "reference"},
     "scan": {"export", "ops", "vmapping", "linear", "arguments", "cell_table", "directions", "equations", "reference"},
     "stack": {"export", "scan", "linear", "arguments", "cell_table", "dispatch", "packing", "equations", "reference"},
     "checks": {"activations", "packing", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
