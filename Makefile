@@ -2,6 +2,7 @@
 # quick the tests that most changes need
 # test  the whole test suite (GPU tests skip where there is no GPU)
 # lint  ruff and clang-format, in check mode; `make format` applies them
+# docs  the reference and the guides as HTML in docs/build/html; a warning is an error
 # bench the benchmarks, JSON in bench/results/
 # gpu   build, test and bench with the Python that is already there: no venv, no downloads; STAGES= takes some of it
 # wheels the sdist and the wheels of a release, in dist/
@@ -26,7 +27,7 @@ CORES  ?= $(shell nproc)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo quick test lint format bench gpu wheels clean \
+.PHONY: demo quick test lint format docs bench gpu wheels clean \
     gpu-build gpu-kernels gpu-tune gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
@@ -38,6 +39,7 @@ CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard b
 BASE    := $(VENV)/.base
 LINTERS := $(VENV)/.linters
 RELEASE := $(VENV)/.release
+SPHINX  := $(VENV)/.sphinx
 READY   := $(VENV)/.ready-$(shell cksum <<<'$(TORCH) $(NUMPY)' | cut -d' ' -f1)
 
 $(BASE):
@@ -79,6 +81,13 @@ format: $(LINTERS)
 	$(VENV_BIN)/ruff check --fix .
 	$(VENV_BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(VENV_BIN)/clang-format -i $(CXX_SOURCES))
+
+$(SPHINX): $(READY)
+	$(RUN) -m pip install --quiet --group docs
+	touch $@
+
+docs: $(SPHINX)
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/build/html
 
 bench: $(READY)
 	mkdir -p bench/results
@@ -142,6 +151,6 @@ wheels: $(RELEASE)
 	PATH="$(VENV_BIN):$$PATH" .ci/wheels.sh
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo docs/build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f bench/results/*.log fastrnn/*.so
 	find bench csrc experiments fastrnn kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

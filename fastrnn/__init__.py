@@ -11,7 +11,7 @@ from .recurrent import Recurrent
 from .user_cells import cell
 
 if TYPE_CHECKING:
-    from . import cells, compat, penalties, weights
+    from . import cells, compat, integrations, penalties, weights
     from .monitoring import GradientMonitor
     from .tuning import tune
 
@@ -35,13 +35,14 @@ __all__ = [
     "explain",
     "functional",
     "init",
+    "integrations",
     "penalties",
     "tune",
     "weights",
 ]
 
 # Imported when first asked for, so that `import fastrnn` stays light.
-_MODULES = {"cells", "compat", "penalties", "weights"}
+_MODULES = {"cells", "compat", "integrations", "penalties", "weights"}
 
 
 def __getattr__(name: str):

@@ -5,12 +5,13 @@
 - `python -m fastrnn tune` measures the backends on this machine.
 - `python -m fastrnn info` prints versions, and which backends can run here.
 
-Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted.
+Exit codes: 0 done, 1 a package is missing, 2 a bad option, 130 interrupted, 141 the reader of a pipe is gone.
 """
 
 import argparse
 import copy
 import math
+import os
 import platform
 import sys
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from . import dispatch, init, tune_command
+from . import dispatch, distributed, init, tune_command
 from .cell_table import NONLINEARITIES
 from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
@@ -79,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     remedy("--zoneout", type=float, default=0.0, metavar="P", help="probability that a unit keeps its state")
     remedy("--recurrent-dropout", type=float, default=0.0, metavar="P", help="of h on its way into W_hh")
     remedy("--weight-dropout", type=float, default=0.0, metavar="P", help="of the entries of W_hh")
+    ranks = train.add_argument_group("several ranks, under torchrun (docs/distributed.md)").add_argument
+    ranks("--distributed", choices=distributed.KINDS, help="share every batch out among the ranks")
+    ranks("--checkpoint", type=Path, metavar="DIR", help="write a checkpoint after every epoch")
+    ranks("--resume", action="store_true", help="begin with --checkpoint, written by any number of ranks")
     train.set_defaults(run=_train)
     side_by_side = commands.add_parser(
         "flow", formatter_class=formatter, help="how far back the gradient comes: cells and remedies in one picture"
@@ -239,27 +244,92 @@ def prepare(options: argparse.Namespace) -> tuple[Classifier, Digits]:
     data = Digits((data.x_train - mean) / std, data.y_train, (data.x_test - mean) / std, data.y_test)
     data = Digits(*(part.to(options.device) for part in data))
     model(data.x_test[:, :1])
-    options.out.mkdir(parents=True, exist_ok=True)
+    for picture in _pictures(options.out):
+        _check_writable(picture)
     return model, data
+
+
+def _pictures(folder: Path) -> tuple[Path, Path]:
+    """The files that `train` writes."""
+    return folder / "learning_curves.png", folder / "gradient_norms.png"
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError unless the file can be written; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    path.open("ab").close()
+    if new:
+        path.unlink(missing_ok=True)  # another rank may have done it
 
 
 def _train(options: argparse.Namespace) -> None:
     plots.figure_class()
     tqdm = _progress_bar()
-    try:
-        model, data = prepare(options)
-        before = watch(model, data)
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise _BadOption(str(error).splitlines()[0]) from error
-    print(f"{model.rnn}, {sum(p.numel() for p in model.parameters()):,} parameters, on {options.device}")
+    if not options.distributed and (options.checkpoint or options.resume):
+        raise _BadOption("--checkpoint and --resume are for --distributed")
+    if options.resume and not options.checkpoint:
+        raise _BadOption("--resume needs --checkpoint")
+    if options.distributed:
+        try:
+            with distributed.ranks(options.device) as ranks:
+                _train_on(ranks, options, tqdm)
+        except RuntimeError as error:
+            raise _BadOption(f"--distributed: {str(error).splitlines()[0]}") from error
+        return
+    rnn, model, data, before = _prepared(options, watch)
     started = time.perf_counter()
-    steps = math.ceil(len(data.y_train) / options.batch) * options.epochs
-    with tqdm(total=steps, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(total=_steps(options, data), unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
         history = fit(model, data, options, bar)
     seconds = time.perf_counter() - started
-    after = watch(model, data)
-    curves, norms = options.out / "learning_curves.png", options.out / "gradient_norms.png"
-    title = f"sequential digits, {type(model.rnn).__name__}, {options.hidden} units; training pixels are noisy"
+    _show(options, rnn, history, before, watch(model, data), seconds)
+
+
+def _train_on(ranks: distributed.Ranks, options: argparse.Namespace, tqdm) -> None:
+    """`_train` as one of several ranks; the first one prints."""
+
+    def report(network, data):
+        return distributed.watch(network, data, ranks, MONITORED)
+
+    def wrap(model):
+        return distributed.wrapped(model, options.distributed)
+
+    rnn, network, data, before = _prepared(options, report, wrap, quiet=ranks.rank > 0)
+    started = time.perf_counter()
+    with tqdm(total=_steps(options, data), unit="step", mininterval=0.5, disable=ranks.rank > 0) as bar:
+        history = distributed.fit(
+            network, data, ranks, epochs=options.epochs, batch=options.batch, lr=options.lr, warm_up=WARM_UP,
+            clip_norm=options.clip_norm, noise=INPUT_NOISE, seed=options.seed, checkpoint=options.checkpoint,
+            resume=options.resume, bar=bar,
+        )  # fmt: skip
+    seconds, after = time.perf_counter() - started, report(network, data)
+    if ranks.rank == 0:
+        _show(options, rnn, history, before, after, seconds)
+        for epoch, row in enumerate(history, options.epochs - len(history) + 1):
+            print(f"epoch {epoch}: training loss {row['train_loss']:.6f}, test loss {row['test_loss']:.6f}")
+
+
+def _steps(options: argparse.Namespace, data: Digits) -> int:
+    return math.ceil(len(data.y_train) / options.batch) * options.epochs
+
+
+def _prepared(options: argparse.Namespace, report, wrap=lambda model: model, quiet: bool = False):
+    """The recurrent module, the model (by `wrap`), the data, and `report(model, data)` before the training."""
+    try:
+        model, data = prepare(options)
+        parameters, rnn, model = sum(p.numel() for p in model.parameters()), model.rnn, wrap(model)
+        before = report(model, data)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise _BadOption(str(error).splitlines()[0]) from error
+    if not quiet:
+        print(f"{rnn}, {parameters:,} parameters, on {options.device}")
+    return rnn, model, data, before
+
+
+def _show(options: argparse.Namespace, rnn: nn.Module, history, before: Report, after: Report, seconds: float) -> None:
+    """The pictures and the words after a training."""
+    curves, norms = _pictures(options.out)
+    title = f"sequential digits, {type(rnn).__name__}, {options.hidden} units; training pixels are noisy"
     plots.learning_curves(curves, history, title)
     plots.gradient_norms(norms, {"before training": before, "after training": after})
     print(f"\nbefore training\n{before}\n\nafter training\n{after}\n")
@@ -283,8 +353,7 @@ def _flow(options: argparse.Namespace) -> None:
     tqdm = _progress_bar()
     torch.set_num_threads(options.threads)
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("ab").close()  # a path that cannot be written fails before the work
+        _check_writable(options.out)
     except OSError as error:
         raise _BadOption(f"--out: {error}") from error
     started, flows = time.perf_counter(), []
@@ -348,6 +417,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         options.run(options)
+        sys.stdout.flush()  # here, because Python's own flush at the end of the process could only complain
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

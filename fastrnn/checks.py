@@ -5,6 +5,7 @@ expected. Values on a GPU are never read back just to be checked.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -149,6 +150,40 @@ def check_options(
     )  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------- exporters
+
+
+def refuse_script(module: torch.nn.Module) -> None:
+    """torch.jit.script compiles source, and fastrnn's is beyond it."""
+    raise TypeError(
+        f"torch.jit.script cannot compile fastrnn.{type(module).__name__}: script fastrnn.convert(model, to='torch', "
+        "copy=True), or use torch.export (docs/deployment.md)"
+    )
+
+
+def refuse_proxy(cell: str) -> None:
+    """torch.fx runs a forward on proxies, which have no shape to check."""
+    raise TypeError(
+        f"torch.fx cannot trace fastrnn's {cell}: trace fastrnn.convert(model, to='torch', copy=True), or use "
+        "torch.export (docs/deployment.md)"
+    )
+
+
+def check_defaults(module: torch.nn.Module, defaults: tuple) -> None:
+    """The positional arguments of a forward after hx: none but the defaults that torch.onnx.export hands over."""
+    if isinstance(defaults, torch.fx.Proxy):
+        refuse_proxy(module._cell)
+    given = [value for value in defaults if value is not None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # a bool comes as a tensor
+        others = not torch.onnx.is_in_onnx_export() or any(x.dim() > 0 or bool(x) for x in map(torch.as_tensor, given))
+    if others:
+        raise TypeError(
+            f"{type(module).__name__}.forward takes input and hx, and its options by name, but got "
+            f"{2 + len(defaults)} positional arguments"
+        )
+
+
 # ----------------------------------------------------------------------------------------------- calls of networks
 
 
@@ -272,6 +307,8 @@ def _has_subclass(tensors: tuple[Tensor, ...]) -> bool:
 
 def _check_input(cell: str, input, packed, weight_ih: Tensor, batch_first: bool):
     """The input tensor, time first and batched (or packed), and the batch size."""
+    if isinstance(input, torch.fx.Proxy):
+        refuse_proxy(cell)
     x = input if packed is None else packed.data
     if packed is None and x.dim() not in (2, 3):
         raise ValueError(f"{spec_of(cell).name}: Expected input to be 2D or 3D, got {x.dim()}D instead")

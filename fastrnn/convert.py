@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,10 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
         on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
         on += [name for name, usual in modules.ACTIVATIONS.items() if getattr(module, name, usual) != usual]
         if on:
-            raise ValueError(f"torch.nn.{kind} has no {', '.join(on)}: turn them off before converting back")
+            raise ValueError(
+                f"torch.nn.{kind} has no {', '.join(on)}: turn them off before converting back; torch.onnx.export with "
+                "dynamo=True and torch.export take the module as it is"
+            )
         if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
             raise ValueError(f"torch.nn.{kind} has no nonlinearity {module.nonlinearity!r}")
     known = [name for name in _SETTINGS if library is not torch_nn or name not in modules.ACTIVATIONS]
@@ -99,7 +103,9 @@ def left_alone(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, reason) for module, reason in found if reason is not None]
 
 
-def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -> Any:
+def convert(
+    model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False, copy: bool = False, lengths: bool = False
+) -> Any:
     """Replaces every recurrent module inside `model` by its twin of the other library, parameters shared.
 
     Optimisers keep working: the parameters are the same objects, and so are buffers, submodules and attributes that
@@ -115,16 +121,19 @@ def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -
             programs that ask `isinstance(module, nn.LSTM)`. `torch.compile` breaks the graph at their instances, and
             `fullgraph=True` refuses them, so they are not the default. The classes of `fastrnn` and of
             `fastrnn.compat` are turned into each other, with all options.
+        copy: convert a deep copy, with parameters of its own, and leave `model` as it is.
+        lengths: with to="torch", for a model that calls its networks with `lengths=`: each becomes a module around
+            torch.nn's, `.rnn`, which packs and unpacks (`fastrnn.with_lengths`). torch.jit.script compiles it.
 
     Returns:
         The model, or the new module where `model` itself was replaced.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `to` is unknown, or "torch" with keep_type; or, on the way back, a module uses an extra that
-            torch.nn does not have.
+        ValueError: `to` is unknown, "torch" with keep_type, or "fastrnn" with lengths; or, on the way back, a module
+            uses an extra that torch.nn does not have.
     """
-    from . import compat  # here: `import fastrnn` stays light
+    from . import compat, with_lengths  # here: `import fastrnn` stays light
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a module, got {model!r}")
@@ -132,6 +141,10 @@ def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -
         raise ValueError(f"to should be 'fastrnn' or 'torch', got {to!r}")
     if keep_type and to == "torch":
         raise ValueError("keep_type is for to='fastrnn': what 'torch' gives is of torch.nn's own types")
+    if lengths and to == "fastrnn":
+        raise ValueError("lengths is for to='torch': fastrnn's networks take lengths= as they are")
+    if copy:
+        model = deepcopy(model)
     target = torch_nn if to == "torch" else compat if keep_type else modules
     sources = [library for library in (torch_nn, modules, compat) if library is not target]
     kinds = {getattr(source, kind): kind for source in sources for kind in KINDS}
@@ -148,7 +161,11 @@ def convert(model: nn.Module, to: str = "fastrnn", *, keep_type: bool = False) -
         elif type(module) in kinds:
             if any(getattr(module, hooks) for hooks in _HOOKS):
                 warnings.warn(f"{type(module).__name__} has hooks, which its twin does not get", stacklevel=3)
-            replaced[module] = _rebuilt(module, kinds[type(module)], target)
+            kind = kinds[type(module)]
+            replaced[module] = _rebuilt(module, kind, target)
+            if lengths and not kind.endswith("Cell"):
+                around = with_lengths.LSTMWithLengths if kind == "LSTM" else with_lengths.WithLengths
+                replaced[module] = around(replaced[module]).train(module.training)
         result = replaced.setdefault(module, module)
         for name, child in result._modules.items():
             if child is not None:

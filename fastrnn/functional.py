@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, dispatch, recomputation, stack
+from . import aten, dispatch, export, recomputation, stack
 from .checks import Call, check, check_step, rnn_cell
 from .equations import accumulate_dtype
 from .linear import in_forward_mode, tracing, transformed
@@ -95,7 +95,7 @@ def recurrent(
         call, note = watch.begin(call)
     elif recomputation.some and not torch.compiler.is_compiling() and recomputation.held("tapped", False, False)[0]:
         call = with_tap(call)  # as in the forward, where a monitor was active
-    name = dispatch.choose(call.request, backend)
+    name = export.choose(call.request, backend)
     params = stack.drop_weights(params, call.options)
     if name in dispatch.TRUSTED or torch.compiler.is_compiling():
         y, states, c, layers = _run(call, params, name, return_cells, return_layers)
@@ -160,7 +160,8 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     if plain and not needs_scan and dispatch.forced(backend) in (None, "aten"):
         return aten.step(cell, x, states, params.values())
     call = check_step(cell, x, states, params)
-    _, states, _, _ = _scanned(call, params, dispatch.choose(call.request, backend), step=True)
+    name = export.choose(call.request, backend)
+    _, states, _, _ = _scanned(call, params, name, step=True)
     return tuple(s[0] for s in states)
 
 

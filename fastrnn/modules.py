@@ -195,9 +195,13 @@ class _Recurrent(ForSubclasses, nn.Module):
         names = (name for row in self.all_names for name in row)
         return {name: stored[name] if name in stored else getattr(self, name) for name in names}
 
+    def __prepare_scriptable__(self):
+        checks.refuse_script(self)  # torch.jit.script asks here for what to compile
+
     def forward(
-        self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False, return_layers=False
-    ):
+        self, input, hx=None, *defaults, lengths=None, reset_mask=None, tap=None, return_cells=False,
+        return_layers=False,
+    ):  # fmt: skip
         """Runs the network.
 
         Args:
@@ -224,6 +228,8 @@ class _Recurrent(ForSubclasses, nn.Module):
             ValueError, RuntimeError: an argument does not fit; of the type that torch.nn raises, where it does. Also
                 where a forced backend cannot run the call.
         """
+        if type(defaults) is not tuple or defaults:  # torch.fx makes something else of it
+            checks.check_defaults(self, defaults)
         plain = lengths is None and reset_mask is None and tap is None and not return_cells and not return_layers
         watch = self._watch
         plain = plain and isinstance(input, Tensor)
@@ -242,6 +248,11 @@ class _Recurrent(ForSubclasses, nn.Module):
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
             tap=tap, return_cells=return_cells, return_layers=return_layers, watch=watch, **self._arguments(),
         )  # fmt: skip
+
+    # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.
+    forward.__signature__ = inspect.Signature([
+        one for one in inspect.signature(forward).parameters.values() if one.kind != inspect.Parameter.VAR_POSITIONAL
+    ])  # fmt: skip
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -440,6 +451,9 @@ class _Cell(nn.Module):
         if input.dim() == 1:
             state = tuple(s[0] for s in state)
         return state if len(state) > 1 else state[0]
+
+    def __prepare_scriptable__(self):
+        checks.refuse_script(self)
 
     def _call(self, input: Tensor, hx):
         """The arguments of `functional.step`: cell, input `[B, I]`, states `[B, H]`, parameters."""

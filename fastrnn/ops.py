@@ -52,6 +52,18 @@ class _Undifferentiated(Function):
         )
 
 
+def refuse_gradient(library: torch.library.Library, name: str, op) -> None:
+    """Makes an op raise when its gradient is asked for."""
+
+    def run_and_refuse(keys, *args):
+        keys = keys & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return _Undifferentiated.apply(op, keys, *args)
+        return op.redispatch(keys, *args)
+
+    library.impl(name, run_and_refuse, "Autograd", with_keyset=True)
+
+
 def _op(name: str, op_schema: str, kernel, fake):
     """Registers `kernel` and `fake` as a raw op.
 
@@ -65,14 +77,8 @@ def _op(name: str, op_schema: str, kernel, fake):
     def run(*args):
         return (hidden if "torch._dynamo" in sys.modules else kernel)(*args)
 
-    def run_and_refuse(keys, *args):
-        keys = keys & torch._C._after_autograd_keyset
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return _Undifferentiated.apply(op, keys, *args)
-        return op.redispatch(keys, *args)
-
     _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, run_and_refuse, "Autograd", with_keyset=True)
+    refuse_gradient(_library, name, op)
     torch.library.register_fake(f"fastrnn::{name}", fake, lib=_library)
     return op
 
@@ -89,7 +95,7 @@ def _run_forward(*flat):
     return as_tensors(forward(inputs, walk, save), inputs.gx)
 
 
-def _fake_forward(*flat):
+def fake_forward(*flat):
     inputs, walk, save = split(flat, ScanInputs, Walk)
     return as_tensors(empty_outputs(inputs, walk, save), inputs.gx)
 
@@ -111,9 +117,7 @@ def _fake_backward(*flat):
     return as_tensors(empty_gradients(kept, inputs, walk, norms), kept.saved)
 
 
-scan_forward = _op(
-    "scan_forward", schema(ScanInputs, Walk, results=ScanOutputs, save=bool), _run_forward, _fake_forward
-)
+scan_forward = _op("scan_forward", schema(ScanInputs, Walk, results=ScanOutputs, save=bool), _run_forward, fake_forward)
 scan_backward = _op(
     "scan_backward",
     schema(IncomingGradients, Kept, ScanInputs, Walk, results=ScanGradients, norms=bool),

@@ -34,7 +34,7 @@ def _by_step(flags: Tensor | None, bit: int, T: int, look: bool = True) -> list[
     if flags is None:
         return [None for _ in range(T)]
     rows = _bit(flags, bit)
-    if not look or flags.device.type != "cpu":
+    if not look or flags.device.type != "cpu" or torch.compiler.is_compiling():
         return list(rows.unbind())
     return [row if some else None for row, some in zip(rows.unbind(), rows.flatten(1).any(1).tolist(), strict=True)]
 
@@ -94,7 +94,8 @@ class _Steps:
     """A `[T, ...]` tensor written step by step: in place, or as a list that is stacked where autograd has to follow."""
 
     def __init__(self, T: int, dtype: torch.dtype, differentiable: bool = False):
-        self.kept = [None for _ in range(T)] if differentiable else None
+        listed = differentiable or torch.compiler.is_compiling()  # a program that is exported writes nothing in place
+        self.kept = [None for _ in range(T)] if listed else None
         self.T, self.dtype, self.written = T, dtype, None
 
     def __setitem__(self, t: int, row: Tensor):

@@ -16,7 +16,7 @@ from torch._C._functorch import TransformType, unwrap_if_dead
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
-from . import ops, reference
+from . import export, ops, reference
 from .arguments import (
     BATCH_OF_GRADIENTS,
     BATCH_OF_INCOMING,
@@ -56,6 +56,8 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
     if torch.compiler.is_compiling() and _gradients_of_gradients():
         # Runs uncompiled, or raises under fullgraph=True: a compiler would take the backward op for a constant.
         raise NotImplementedError("a second derivative cannot be compiled; call it without torch.compile")
+    if export.exporting():
+        return export.scan(inputs, walk, keep_c)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, tap))
     # Under vmap a tensor does not show that a tensor around it requires grad, and vmap's rule belongs to the function.
     # The op would drop the tangent of a dual number; the function refuses it.

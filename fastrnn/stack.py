@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import export
 from .arguments import ScanInputs, ScanOutputs, Walk
 from .cell_table import PAD, RESET, START, spec_of, suffixes
 from .dispatch import row
@@ -148,6 +149,8 @@ def _one(
     x: Tensor | PackedSequence, layer: Direction, walk: Walk, positions: Tensor | None = None, keep_c: bool = False
 ) -> ScanOutputs:
     """One layer in one direction: `x [T, B, I]` -> ScanOutputs. `positions`: the `packed_positions` of packed rows."""
+    if export.to_onnx() and layer.ln_ih is None and export.has_operator(layer.inputs, walk, keep_c):
+        return export.operator(x, layer.w_ih, layer.b_ih, layer.inputs, walk)
     rows = x.data if isinstance(x, PackedSequence) else x
     gx = linear(rows, layer.w_ih, layer.b_ih if layer.ln_ih is None else None)
     if layer.ln_ih is not None:

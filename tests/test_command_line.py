@@ -110,6 +110,29 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     assert "file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "flow"])
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch, command):
+    """A folder where the picture has to go, since root may write into every folder."""
+    monkeypatch.setattr("fastrnn.__main__.fit", lambda *arguments: pytest.fail("trained"))
+    monkeypatch.setattr("fastrnn.monitoring.flow.flow", lambda *arguments: pytest.fail("compared"))
+    (tmp_path / "gradient_norms.png").mkdir()
+    start, out = (TINY, tmp_path) if command == "train" else (SMALL, tmp_path / "gradient_norms.png")
+    assert main([*start, "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fastrnn {command}: ") and "gradient_norms.png" in err and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gradient_norms.png"]
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastrnn.__file__).parents[1])}
+    command = [sys.executable, "-m", "fastrnn", "info"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*TINY, "--out", str(tmp_path)]) == 1

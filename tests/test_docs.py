@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")])
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+NEEDED = {"docs/deployment.md": ("onnx", "onnxscript")}
+"""Packages that a page's blocks import."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
@@ -39,12 +41,17 @@ def anchors(page: Path) -> set[str]:
 @every_page
 def test_python_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
     """A block marked `text` shows the output of the Python block before it."""
+    for package in NEEDED.get(name(page), ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)  # a block may write a picture
     torch.manual_seed(0)
     names, printed = {}, None
-    for language, block in BLOCK.findall(page.read_text()):
+    text = page.read_text()
+    for found in BLOCK.finditer(text):
+        language, block = found.groups()
         if language == "python":
-            exec(compile(block, str(page), "exec"), names)
+            lines = "\n" * text.count("\n", 0, found.start(2))  # torch.jit.script reads the source, in its place
+            exec(compile(lines + block, str(page), "exec"), names)
             printed = capsys.readouterr().out
         else:
             assert form(printed) == form(block)
@@ -77,3 +84,14 @@ def test_the_readme_is_short_and_lists_every_page_of_docs():
     assert len(readme.read_text().splitlines()) <= 90
     listed = {path for path, _ in links(readme)}
     assert {name(page) for page in PAGES if page.is_relative_to(ROOT / "docs")} <= listed
+
+
+def test_every_cell_of_the_table_of_deployment_is_run_or_says_that_it_is_not():
+    page = (ROOT / "docs/deployment.md").read_text()
+    rows = [row.strip("|").split("|")[1:] for row in re.findall(r"^\|.*\|$", page, re.MULTILINE)[2:]]
+    letters = re.split(r"\n\n", page.split("The letters are tests")[1])[0].split(":", 1)[1]
+    known = {
+        letter for entry in letters.split(";") for letter in re.findall(r"\b([a-m])\b(?=[, ])", entry.split("`")[0])
+    }
+    for cell in (cell.strip() for row in rows for cell in row):
+        assert cell in ("not run", "no") or cell.removeprefix("no, ") in known, cell

@@ -10,11 +10,16 @@ from . import install
 LIBRARIES = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}  # the schemas are in the first
 
 
+def path(name: str) -> Path:
+    """The file of a library, which a program that torch.export wrote needs where it runs; it needs no Python."""
+    return Path(__file__).parents[1] / f"{name}.so"
+
+
 @cache
 def load(device: str) -> str | None:
     """Loads the libraries for a device type, once; None if their ops are there, otherwise the reason why not."""
     for name in LIBRARIES[device]:
-        library = Path(__file__).parents[1] / f"{name}.so"
+        library = path(name)
         if not library.exists():
             return f"csrc's library {name} is not in {library.parent}; to build it: {install.command(name)}"
         try:

@@ -1,0 +1,233 @@
+"""Models that leave Python: ONNX, torch.export, AOTInductor. Numbers are compared with eager mode at other T and B."""
+
+import io
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+import torch
+from setups import H, I, agree, make, needs_cpu_library
+from torch import nn
+
+import fastrnn
+from fastrnn.backends import extension
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))), reason="onnx, onnxruntime or onnxscript is missing"
+)
+T, B = 5, 3  # of the example that an exporter gets
+SIZES = [(9, 2), (1, 4)]
+# 30 products of float32 numbers of order 1 per step, over up to 9 steps of a contraction: some 1e-6, in another order.
+SINGLE = {"rtol": 1e-5, "atol": 3e-6}
+ANY = torch.export.Dim.DYNAMIC
+
+
+def rnn(name, **settings):
+    torch.manual_seed(0)
+    return getattr(fastrnn, name)(I, H, **settings)
+
+
+class Plain(nn.Module):
+    """What ONNX has operators for."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnn("LSTM", num_layers=2, bidirectional=True)
+        self.gru = rnn("GRU", batch_first=True, clip_state_grad_norm=1.0)
+        self.rnn = rnn("RNN", nonlinearity="relu", bias=False)
+
+    def forward(self, x):
+        y, (h, c) = self.lstm(x)
+        return y, h, c, *self.gru(x.transpose(0, 1)), *self.rnn(x)
+
+
+class Beyond(nn.Module):
+    """What ONNX has no operator for."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnn("LSTM", bidirectional=True, layer_norm=True)
+        self.projected = rnn("LSTM", proj_size=2, zoneout=0.2, residual=False)
+        self.gru = rnn("GRU")
+        self.cell = fastrnn.GRUCell(I, H, layer_norm=True)
+
+    def forward(self, x, lengths, resets):
+        y, (h, c) = self.lstm(x, lengths=lengths)
+        projected = self.projected(x, return_cells=True)
+        return y, h, c, projected[0], projected[2], *self.gru(x, reset_mask=resets), self.cell(x[0])
+
+
+class Whole(nn.Module):
+    """One network with much in it, because AOTInductor takes long."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnn("LSTM", bidirectional=True, layer_norm=True, proj_size=2, zoneout=0.2)
+
+    def forward(self, x, lengths, resets):
+        y, (h, c) = self.lstm(x, lengths=lengths, reset_mask=resets)
+        return y, h, c
+
+
+def inputs(model, steps, batch):
+    rng = torch.Generator().manual_seed(steps)
+    x = torch.randn(steps, batch, I, generator=rng)
+    if isinstance(model, Plain):
+        return (x,)
+    lengths = torch.randint(0, steps + 1, (batch,), generator=rng)
+    lengths[0] = 0
+    return x, lengths, torch.rand(steps, batch, generator=rng) < 0.3
+
+
+def dynamic(model):
+    steps_and_batch = {0: ANY, 1: ANY}
+    return (steps_and_batch,) if isinstance(model, Plain) else (steps_and_batch, {0: ANY}, steps_and_batch)
+
+
+@cache
+def exported(kind):
+    """A model, and its program for ONNX."""
+    model = kind().eval()
+    options = {"dynamo": True, "dynamic_shapes": dynamic(model), "verbose": False}
+    return model, torch.onnx.export(model, inputs(model, T, B), **options)
+
+
+def run_onnx(file, *tensors):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options)
+    fed = dict(zip([given.name for given in session.get_inputs()], (x.numpy() for x in tensors), strict=True))
+    return [torch.from_numpy(found) for found in session.run(None, fed)]
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "kind, operators",
+    [(Plain, {"LSTM": 4, "GRU": 1, "RNN": 1}), pytest.param(Beyond, {"Scan": 4}, marks=pytest.mark.slow)],
+)
+def test_onnx(kind, operators):
+    """Plain layers are ONNX's own operators, the rest is its Scan; T and B are free."""
+    model, program = exported(kind)
+    names = [node.op_type for node in program.model_proto.graph.node]
+    assert {name: names.count(name) for name in ("LSTM", "GRU", "RNN", "Scan") if name in names} == operators
+    file = program.model_proto.SerializeToString()
+    for sizes in SIZES:
+        given = inputs(model, *sizes)
+        agree(run_onnx(file, *given), model(*given), **SINGLE)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", [Plain, Beyond])
+def test_openvino_reads_the_file(kind, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, program = exported(kind)
+    program.save(tmp_path / "network.onnx")
+    run = openvino.compile_model(tmp_path / "network.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    given = inputs(model, *SIZES[0])
+    found = run(dict(zip(run.inputs, (x.numpy() for x in given), strict=True)))
+    agree([torch.from_numpy(found[k].copy()) for k in range(len(run.outputs))], model(*given), **SINGLE)
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN-relu"])
+def test_onnx_by_tracing_takes_a_plain_module_as_it_is(kind):
+    """As the root, and at a T at which another backend would run the example."""
+    model, file = make(kind, num_layers=2, bidirectional=True, dtype=torch.float32).eval(), io.BytesIO()
+    torch.onnx.export(
+        model, (torch.randn(40, B, I),), file, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "T", 1: "B"}}
+    )
+    for sizes in SIZES:
+        x = torch.randn(*sizes, I)
+        y, state = model(x)
+        agree(run_onnx(file.getvalue(), x), (y, *(state if isinstance(state, tuple) else (state,))), **SINGLE)
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+def test_onnx_by_tracing_says_what_it_cannot_write():
+    with pytest.raises(RuntimeError, match=r"dynamo=False has no operator for this gru.*use dynamo=True"):
+        torch.onnx.export(rnn("GRU", layer_norm=True), (torch.randn(T, B, I),), io.BytesIO(), dynamo=False)
+
+
+ELSEWHERE = """
+import sys, torch
+if sys.argv[3:]:
+    torch.ops.load_library(sys.argv[3])
+path, (given, expected) = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
+package = path.endswith("package.pt2")
+run = torch._inductor.aoti_load_package(path) if package else torch.export.load(path).module()
+with torch.no_grad():
+    for got, want in zip(run(*given), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-6)
+assert "fastrnn" not in sys.modules
+"""
+
+
+def run_elsewhere(path, model, *library):
+    """Runs a saved program in a process without fastrnn, and compares."""
+    given = inputs(model, *SIZES[0])
+    with torch.no_grad():
+        torch.save((given, tuple(model(*given))), path.parent / "expected")
+    command = [sys.executable, "-c", ELSEWHERE, str(path), str(path.parent / "expected"), *library]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def library():
+    return str(extension.path("_C"))
+
+
+@pytest.mark.parametrize("backend", [pytest.param(None, marks=needs_cpu_library), "reference"])
+def test_a_saved_program_runs_without_fastrnn(tmp_path, backend):
+    """With the C++ library alone, or on backend `reference` with PyTorch alone."""
+    model = Beyond().eval()
+    with fastrnn.backend(backend or "auto"):
+        program = torch.export.export(model, inputs(model, T, B), dynamic_shapes=dynamic(model))
+    ops = {str(node.target) for node in program.graph.nodes if "scan" in str(node.target)}
+    assert ops == {"fastrnn_c.scan_forward.default"} if backend is None else "scan" in ops
+    saved = [node.args[-1] for node in program.graph.nodes if "fastrnn_c" in str(node.target)]
+    assert sum(saved) == (backend is None)  # planes are kept for return_cells alone
+    torch.export.save(program, tmp_path / "program.pt2")
+    run_elsewhere(tmp_path / "program.pt2", model, *([library()] if backend is None else []))
+
+
+@needs_cpu_library
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_compiled_package_runs_without_fastrnn(tmp_path):
+    model = Whole().eval()
+    with torch.no_grad():
+        program = torch.export.export(model, inputs(model, T, B), dynamic_shapes=dynamic(model))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    run_elsewhere(tmp_path / "package.pt2", model, library())
+    assert path == str(tmp_path / "package.pt2")
+
+
+@needs_cpu_library
+def test_the_gradient_of_a_program_is_refused():
+    program = torch.export.export(make("GRU"), (torch.randn(T, B, I, dtype=torch.float64),)).module()
+    with pytest.raises(RuntimeError, match="has no gradient by itself"):
+        program(torch.randn(T, B, I, dtype=torch.float64))[0].sum().backward()
+
+
+def test_what_compiles_source_or_runs_on_proxies_is_told_the_way():
+    for model in (nn.Sequential(rnn("LSTM")), fastrnn.GRUCell(I, H)):
+        with pytest.raises(TypeError, match=r"script fastrnn\.convert\(model, to='torch', copy=True\)") as caught:
+            torch.jit.script(model)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace fastrnn's gru: trace fastrnn\.convert"):
+        torch.fx.symbolic_trace(rnn("GRU"))
+
+
+def test_the_options_of_a_forward_are_named():
+    with pytest.raises(TypeError, match="options by name, but got 3 positional"):
+        rnn("GRU")(torch.zeros(T, B, I), None, torch.tensor([1, 2, 3]))
