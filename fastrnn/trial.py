@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import agreement, evidence, modules, timing, torch_nn, verification
 from .backend_table import Request, row
+from .cell_table import CELLS, spec_of
+from .recurrent import Recurrent
 
 RANDOM = frozenset({"zoneout", "recurrent_dropout", "locked_dropout"})
 """Features that draw masks: there two calls differ, and the scan alone is compared, on masks that are given."""
@@ -31,7 +33,7 @@ class Job(NamedTuple):
     """A call to try. `filled`: of a packed batch, the length of all sequences but the longest as a share of T."""
 
     device: str
-    cell: str
+    cell: str  # a name of the cell table, or the text of a user's cell
     dtype: str
     hidden_size: int
     steps: int
@@ -86,10 +88,25 @@ def _options(job: Job) -> dict[str, Any]:
     return found
 
 
+class _OfText(modules._Recurrent):
+    """A network of a user's cell, of which only the text is here."""
+
+    def __init__(self, text: str, *args: Any, **kwargs: Any):
+        self._text = text
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _cell(self) -> str:
+        return self._text
+
+    forward = Recurrent.forward  # which takes the cell's inputs
+
+
 def _build(job: Job) -> torch.nn.Module:
     torch.manual_seed(2013)
-    module = modules.RNNBase(
-        job.cell.upper(), job.input_size or job.hidden_size, job.hidden_size, job.num_layers,
+    kind, name = (modules.RNNBase, job.cell.upper()) if job.cell in CELLS else (_OfText, job.cell)
+    module = kind(
+        name, job.input_size or job.hidden_size, job.hidden_size, job.num_layers,
         bidirectional=job.bidirectional, device=job.device, dtype=getattr(torch, job.dtype), **_options(job),
     )  # fmt: skip
     return module.train("eval_gradient" not in job.features)
@@ -136,11 +153,14 @@ class Call:
         for name in ("return_cells", "return_layers"):
             if name in job.features:
                 self.keywords[name] = True
+        inputs = {name: normal(T, B, job.hidden_size).requires_grad_() for name in spec_of(job.cell).inputs}
+        self.keywords |= inputs
+        self.leaves = {"x": self.x, **inputs}
         self.acc = torch.promote_types(dtype, torch.float32)
 
     def _tap(self) -> Tensor:
         job = self.job
-        states = 2 if job.cell == "lstm" else 1
+        states = len(spec_of(job.cell).states)
         walks = job.num_layers * (2 if job.bidirectional else 1)
         shape = (walks, 2, states, job.steps, job.batch)
         return torch.zeros(shape, dtype=self.acc, device=job.device, requires_grad=True)
@@ -159,10 +179,10 @@ class Call:
         hidden = hidden if isinstance(hidden, tuple) else (hidden,)
         found = {"y": y, **{f"state {k}": state for k, state in enumerate(hidden)}}
         if gradients:
-            names, leaves = zip(*module.named_parameters(), strict=True)
-            leaves = (x, *leaves) if tap is None else (x, *leaves, tap)
-            named = ("x", *names) if tap is None else ("x", *names, "tap")
-            found |= {f"d {n}": g for n, g in zip(named, torch.autograd.grad(y, leaves, self.dy), strict=True)}
+            leaves = {**self.leaves, **dict(module.named_parameters()), **({} if tap is None else {"tap": tap})}
+            found |= zip(
+                (f"d {name}" for name in leaves), torch.autograd.grad(y, [*leaves.values()], self.dy), strict=True
+            )  # fmt: skip
         return {name: value.detach() for name, value in found.items()}
 
 
@@ -204,7 +224,7 @@ class Trial:
             self.usual.append(found)
 
     def on(self, backend: str) -> torch.nn.Module:
-        own = modules.RNNBase.__new__(modules.RNNBase)
+        own = type(self.module).__new__(type(self.module))
         own.__dict__.update(self.module.__dict__)
         own.backend = backend
         return own

@@ -22,6 +22,7 @@ from torch import nn
 
 from . import checks, evidence, modules, ranking, records
 from .backend_table import BACKENDS, MODES
+from .cell_table import spec_of
 from .records import Entry, Key
 from .trial import Job
 
@@ -139,8 +140,7 @@ CELLS = ("gru", "lstm", "rnn_tanh", "rnn_relu")
 
 
 def _work(job: Job) -> float:
-    gates = {"lstm": 4, "gru": 3}.get(job.cell, 1)
-    products = job.steps * job.batch * gates * job.hidden_size * 2 * job.hidden_size
+    products = job.steps * job.batch * len(spec_of(job.cell).gates) * job.hidden_size * 2 * job.hidden_size
     return 2 * products * (3 if job.gradients else 1)
 
 
@@ -349,7 +349,7 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
     child process first, so that one which crashes or hangs does no harm. `explain` shows the evidence.
 
     Args:
-        module: a `fastrnn.LSTM`, `GRU` or `RNN`, or any module that has some inside.
+        module: a `fastrnn.LSTM`, `GRU`, `RNN` or `Recurrent`, or any module that has some inside.
         example, call: the arguments of its call; their values do not matter, but sizes, dtypes and options do.
         minutes: the most time to spend.
 
@@ -370,5 +370,5 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
             hook.remove()
     ladders = [ladder for seen in calls for ladder in of_call(*seen)]
     if not ladders:
-        raise ValueError("tune: the module calls no fastrnn.LSTM, GRU or RNN")
+        raise ValueError("tune: the module calls no fastrnn.LSTM, GRU, RNN or Recurrent")
     return Results(Search(60 * minutes, evidence.keep).run(list(dict.fromkeys(ladders))))

@@ -53,11 +53,14 @@ class Beyond(nn.Module):
         self.projected = rnn("LSTM", proj_size=2, zoneout=0.2, residual=False)
         self.gru = rnn("GRU")
         self.cell = fastrnn.GRUCell(I, H, layer_norm=True)
+        self.own = fastrnn.Recurrent(fastrnn.cells.peephole_lstm, I, H)
 
     def forward(self, x, lengths, resets):
         y, (h, c) = self.lstm(x, lengths=lengths)
         projected = self.projected(x, return_cells=True)
-        return y, h, c, projected[0], projected[2], *self.gru(x, reset_mask=resets), self.cell(x[0])
+        own, own_states = self.own(x, lengths=lengths)
+        others = (*self.gru(x, reset_mask=resets), self.cell(x[0]), own, *own_states)
+        return y, h, c, projected[0], projected[2], *others
 
 
 class Whole(nn.Module):
@@ -109,7 +112,7 @@ def run_onnx(file, *tensors):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     "kind, operators",
-    [(Plain, {"LSTM": 4, "GRU": 1, "RNN": 1}), pytest.param(Beyond, {"Scan": 4}, marks=pytest.mark.slow)],
+    [(Plain, {"LSTM": 4, "GRU": 1, "RNN": 1}), pytest.param(Beyond, {"Scan": 5}, marks=pytest.mark.slow)],
 )
 def test_onnx(kind, operators):
     """Plain layers are ONNX's own operators, the rest is its Scan; T and B are free."""

@@ -160,6 +160,24 @@ def test_tune_measures_the_calls_of_a_model_and_auto_follows(evidence_in, monkey
         fastrnn.tune(torch.nn.Linear(2, 3), torch.randn(2))
 
 
+@pytest.mark.slow
+def test_tune_measures_a_users_cell(evidence_in, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = fastrnn.Recurrent(fastrnn.cells.leaky_rnn, 3, 8, bidirectional=True)
+    call = {"input": torch.randn(20, 4, 3), "noise": torch.randn(20, 4, 8)}
+    results = fastrnn.tune(model, **call, minutes=5)
+    assert [(r.entry.verdict, r.entry.candidate, r.entry.against) for r in results] == [
+        ("measured", "cpu", "reference")
+    ] * 2
+    name = results[0].entry.key.cell
+    assert name.startswith("leaky_rnn-")
+    evidence.clear()
+    assert "measured here" in str(fastrnn.explain(model, **call))
+    other = fastrnn.Recurrent(fastrnn.cells.leaky(alpha=0.5, learnable=False), 3, 8)
+    assert "measured here" not in str(fastrnn.explain(other, **call))  # of the same name
+
+
 def command(*arguments, **environment):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     return subprocess.Popen(
