@@ -1,6 +1,6 @@
 """torch's own kernels (cuDNN, MIOpen, oneDNN): which calls they take, whole calls, single steps, and a fast path."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +87,15 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights) -> tuple[Ten
     return new if count > 1 else (new,)
 
 
-def directly(module: nn.Module, input, hx, most_steps: int):
-    """Fast path: runs a valid plain call of up to `most_steps` steps at once; returns None for any other.
+def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., int]):
+    """Fast path: runs a valid plain call at once, unless it has more steps than torch is to run; None for any other.
 
     `functional` would choose the same kernels, but its checks alone take as long as a short call.
 
     Args:
         module: a fastrnn LSTM, GRU or RNN whose extras are off.
         input, hx: as of its forward, unchecked.
-        most_steps: from `dispatch.most_steps_of_torch`.
+        most_steps_of_torch: of `dispatch`.
     """
     if not isinstance(input, Tensor) or input.dim() not in (2, 3):
         return None
@@ -109,7 +109,12 @@ def directly(module: nn.Module, input, hx, most_steps: int):
             return None
         input, states = input.unsqueeze(batch_dim), [state.unsqueeze(1) for state in states]
     sizes = input.shape
-    steps, batch = sizes[1 - batch_dim], sizes[batch_dim]
+    steps, batch, dtype = sizes[1 - batch_dim], sizes[batch_dim], input.dtype
+    hidden_size, proj_size = module.hidden_size, module.proj_size
+    # The type of the device takes as long to ask for as all the rest.
+    device_type = "cpu" if input.is_cpu else input.device.type
+    grad_mode = torch.is_grad_enabled()
+    most_steps = most_steps_of_torch(cell, proj_size, grad_mode, dtype, device_type, hidden_size, batch)
     if not 0 < steps <= most_steps or (input.is_cuda and refused_by_cudnn(input, module.training)):
         return None
     weights, stored, shapes = [], module._parameters, module._shapes()
@@ -120,10 +125,9 @@ def directly(module: nn.Module, input, hx, most_steps: int):
                 return None
             weights.append(weight)
     # torch's kernels check for themselves that all weights are on one device.
-    dtype, device = weights[0].dtype, weights[0].get_device()  # a number; a device would be a new object each time
-    if sizes[2] != module.input_size or input.dtype != dtype or input.get_device() != device:
+    device = input.get_device()  # a number; a device would be a new object each time
+    if sizes[2] != module.input_size or weights[0].dtype != dtype or weights[0].get_device() != device:
         return None
-    hidden_size, proj_size = module.hidden_size, module.proj_size
     if pair and refused_by_onednn(cell, input, proj_size, False):
         return None
     shape_h = (len(shapes), batch, proj_size or hidden_size)

@@ -232,14 +232,8 @@ class _Recurrent(ForSubclasses, nn.Module):
             checks.check_defaults(self, defaults)
         plain = lengths is None and reset_mask is None and tap is None and not return_cells and not return_layers
         watch = self._watch
-        plain = plain and isinstance(input, Tensor)
         if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
-            most_steps = dispatch.most_steps_of_torch(
-                self._cell, self.proj_size, torch.is_grad_enabled(), input.dtype,
-                "cpu" if input.is_cpu else input.device.type,  # the type takes as long to ask for as all the rest
-                self.hidden_size, input.shape[not self.batch_first] if input.dim() == 3 else 1,
-            )  # fmt: skip
-            result = aten.directly(self, input, hx, most_steps) if most_steps else None
+            result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
             if result is not None:
                 if watch is not None:
                     watch.count(result)

@@ -57,7 +57,14 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, settings", CASES, ids=str)
+def name_of(parameter):
+    """For test ids, which must be the same in every process: a function by its name."""
+    if not isinstance(parameter, dict):
+        return str(parameter)
+    return ",".join(str(getattr(value, "__name__", value)) for value in parameter.values())
+
+
+@pytest.mark.parametrize("kind, settings", CASES, ids=name_of)
 def test_outputs_and_gradients_are_the_loop_s(kind, settings):
     torch.manual_seed(0)
     module = getattr(fastrnn, kind)(I, H, dtype=torch.float64, backend="reference", **settings)
