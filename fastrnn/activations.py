@@ -35,6 +35,14 @@ def cell_of(kind: str, **activations: str | Callable) -> Cell:
     return _made[key]
 
 
+def leaky_cell_of(nonlinearity: str | Callable, leak: float, learnt: bool) -> Cell:
+    """An RNN's cell that moves to its new state by `leak`; where `learnt`, that is the first value of a parameter."""
+    key = ("leaky", nonlinearity, leak, learnt)
+    if key not in _made:
+        _made[key] = _leaky_rnn(_function("nonlinearity", nonlinearity), leak, learnt)
+    return _made[key]
+
+
 def _function(argument: str, activation: str | Callable) -> Callable:
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return ACTIVATIONS[activation]
@@ -73,6 +81,14 @@ def _rnn(nonlinearity: Callable) -> Cell:
         return (nonlinearity(x.n + u.n),)
 
     return cell(gates="n")(_named("rnn", step, nonlinearity))
+
+
+def _leaky_rnn(nonlinearity: Callable, leak: float, learnt: bool) -> Cell:
+    def step(x, u, state, *p):
+        a = p[0].leak if learnt else leak
+        return ((1 - a) * state.h + a * nonlinearity(x.n + u.n),)
+
+    return cell(gates="n", parameters={"leak": leak} if learnt else ())(_named("leaky_rnn", step, nonlinearity))
 
 
 _CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}

@@ -11,8 +11,6 @@ the input's dtype. Planes lie side by side in
 the last dimension, `[.., K*H]`. Index t is the input's own t, in whichever direction the scan walks.
 """
 
-from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -131,19 +129,12 @@ def schema(*parts: type, results: type, **flags: type) -> str:
 
 def split(flat: tuple, *parts: type) -> tuple:
     """The flat arguments of an op as `parts` in order, then those that are left, one by one."""
-    places = _places(parts)
-    # What part._make does, without a Python call.
-    return *[_new(part, flat[place]) for part, place in zip(parts, places, strict=True)], *flat[places[-1].stop :]
-
-
-_new = tuple.__new__
-
-
-@lru_cache
-def _places(parts: tuple[type, ...]) -> tuple[slice, ...]:
-    """Where the fields of each part are in the flat arguments."""
-    ends = [*accumulate(len(part._fields) for part in parts)]
-    return tuple(map(slice, [0, *ends], ends))
+    named, begin = [], 0
+    for part in parts:
+        end = begin + len(part._fields)
+        named.append(tuple.__new__(part, flat[begin:end]))  # what _make does, without a Python call
+        begin = end
+    return *named, *flat[begin:]
 
 
 def contiguous(named):

@@ -97,6 +97,16 @@ def rnn_cell(nonlinearity: str | Callable) -> str:
     return f"rnn_{nonlinearity}"
 
 
+def check_leak(leak, learn_leak) -> None:
+    """None, or a number above 0 and up to 1, which `learn_leak` needs."""
+    check_flags(learn_leak=learn_leak)
+    if leak is None:
+        if learn_leak:
+            raise ValueError("learn_leak needs a first value: leak should be a number in range (0, 1], got None")
+    elif isinstance(leak, bool) or not isinstance(leak, Real) or not 0 < leak <= 1:
+        raise ValueError(f"leak should be a number in range (0, 1], got {leak!r}")
+
+
 def check_probability(name: str, p) -> float:
     """Within [0, 1]."""
     if type(p) is float and 0 <= p <= 1:

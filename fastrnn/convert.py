@@ -16,7 +16,8 @@ _HOOKS = (
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _SETTINGS = (
-    "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity", *modules.ACTIVATIONS,
+    "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity",
+    *modules.CELL_SETTINGS,
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     ours = isinstance(module, (modules._Recurrent, modules._Cell))
     if library is torch_nn:
         on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
-        on += [name for name, usual in modules.ACTIVATIONS.items() if getattr(module, name, usual) != usual]
+        on += [name for name, usual in modules.CELL_SETTINGS.items() if getattr(module, name, usual) != usual]
         if on:
             raise ValueError(
                 f"torch.nn.{kind} has no {', '.join(on)}: turn them off before converting back; torch.onnx.export with "
@@ -46,7 +47,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
             )
         if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
             raise ValueError(f"torch.nn.{kind} has no nonlinearity {module.nonlinearity!r}")
-    known = [name for name in _SETTINGS if library is not torch_nn or name not in modules.ACTIVATIONS]
+    known = [name for name in _SETTINGS if library is not torch_nn or name not in modules.CELL_SETTINGS]
     settings = {name: getattr(module, name) for name in known if hasattr(module, name)}
     if not kind.startswith("LSTM") or kind == "LSTMCell":
         settings.pop("proj_size", None)

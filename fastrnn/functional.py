@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import aten, dispatch, export, recomputation, stack
-from .checks import Call, check, check_step, rnn_cell
+from .activations import leaky_cell_of
+from .checks import Call, check, check_leak, check_step, rnn_cell
 from .equations import accumulate_dtype
 from .linear import in_forward_mode, tracing, transformed
 from .packing import pack, packed_lengths, packed_positions, pad
@@ -52,12 +53,17 @@ def gru(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
     return recurrent("gru", input, hx, params, backend, **options)
 
 
-def rnn(input, hx, params: Mapping[str, Tensor], *, nonlinearity="tanh", backend=None, **options):
+def rnn(input, hx, params: Mapping[str, Tensor], *, nonlinearity="tanh", leak=None, backend=None, **options):
     """A (stacked, bidirectional) Elman RNN, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh); arguments as for `gru`.
 
-    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1) or a pointwise function.
+    `nonlinearity`: "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1) or a pointwise function. `leak`: a number
+    a in (0, 1], h' = (1 - a) h + a nonlinearity(..); not needed where `params` has it (`leak_l0 [H]`, ...).
     """
-    return recurrent(rnn_cell(nonlinearity), input, hx, params, backend, **options)
+    learnt = "leak_l0" in params
+    if leak is None and not learnt:
+        return recurrent(rnn_cell(nonlinearity), input, hx, params, backend, **options)
+    check_leak(leak, False)
+    return recurrent(leaky_cell_of(nonlinearity, leak or 1.0, learnt).text, input, hx, params, backend, **options)
 
 
 def recurrent(

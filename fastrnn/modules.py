@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional
-from .activations import cell_of
+from .activations import cell_of, leaky_cell_of
 from .cell_table import CELLS, layer_shapes, network_shapes, spec_of
 from .linear import tracing
 from .subclassing import ForSubclasses
@@ -43,6 +43,8 @@ EXTRAS = {
 }
 ACTIVATIONS = {"activation": "tanh", "gate_activation": "sigmoid"}
 """Of an LSTM and a GRU, torch.nn's."""
+CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False}
+"""What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
 _extras, _NO_EXTRAS = attrgetter(*EXTRAS), tuple(EXTRAS.values())
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
@@ -250,7 +252,7 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        for name, default in {**PLAIN, **EXTRAS, **ACTIVATIONS, "nonlinearity": "tanh"}.items():
+        for name, default in {**PLAIN, **EXTRAS, **CELL_SETTINGS, "nonlinearity": "tanh"}.items():
             value = getattr(self, name, default)
             if isinstance(value, Tensor) or value != default:
                 parts.append(f"{name}={_shown(value)}")
@@ -360,21 +362,34 @@ class RNN(RNNBase):
 
     Input and output `[T, B, I] -> [T, B, D*H]`, state `h [L*D, B, H]`. `nonlinearity` (the fourth positional argument,
     as in torch.nn): "tanh", "relu", "leaky_relu" (slope 0.01), "elu" (alpha 1), or a pointwise function.
+    `leak`: a number a in (0, 1]; h' = (1 - a) h + a nonlinearity(..), a leaky integrator (Jaeger et al. 2007). With
+    `learn_leak` it is the first value of a parameter `leak_l0 [H]`, ..., which nothing keeps in that range.
 """
         + _ARGUMENTS
     )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, leak: float | None = None, learn_leak: bool = False, **kwargs: Any) -> None:
+        checks.check_leak(leak, learn_leak)
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
         object.__setattr__(self, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
+        self.leak, self.learn_leak = leak, learn_leak
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
     @property
     def _cell(self) -> str:
+        if self.leak is not None:
+            return leaky_cell_of(self.nonlinearity, self.leak, self.learn_leak).text
         return checks.rnn_cell(self.nonlinearity)
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does. A learnt leak starts as given."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("leak_"):
+                nn.init.constant_(parameter, self.leak)
 
 
 def _show_arguments() -> None:
@@ -389,7 +404,8 @@ def _show_arguments() -> None:
     GRU.__init__.__signature__ = inspect.Signature([*first, *activations, *last])
     fourth = inspect.Parameter("nonlinearity", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="tanh", annotation=str)
     arguments.insert([one.name for one in arguments].index("bias"), fourth)
-    RNN.__init__.__signature__ = inspect.Signature(arguments)
+    leak = inspect.signature(RNN.__init__).parameters
+    RNN.__init__.__signature__ = inspect.Signature([*arguments, leak["leak"], leak["learn_leak"]])
 
 
 _show_arguments()

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from setups import H, I, random
+from setups import H, I, every_backend, random
 from torch import nn
 
 import fastrnn
@@ -118,6 +118,64 @@ def test_options_and_initialisations_go_with_activations():
     assert fastrnn.GRU(I, H, layer_norm=True, activation="relu")(torch.randn(T, B, I))[0].shape == (T, B, H)
     twin = fastrnn.convert(nn.Sequential(nn.GRU(I, H)))[0]
     assert twin.activation == "tanh"
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "elu", F.silu], ids=["tanh", "elu", "silu"])
+@pytest.mark.parametrize("learn_leak", [False, True])
+@every_backend
+def test_a_leaky_network_moves_by_a_share(backend, learn_leak, nonlinearity):
+    torch.manual_seed(0)
+    module = fastrnn.RNN(I, H, 1, nonlinearity, leak=0.3, learn_leak=learn_leak, dtype=torch.float64, backend=backend)
+    a, x, h = 0.3, random(T, B, I), torch.zeros(B, H, dtype=torch.float64)
+    if learn_leak:
+        a = module.leak_l0
+        assert bool((a == 0.3).all())
+        torch.nn.init.uniform_(a)
+    ys, function = [], function_of(nonlinearity)
+    for one in x:
+        pre = one @ module.weight_ih_l0.T + module.bias_ih_l0 + h @ module.weight_hh_l0.T + module.bias_hh_l0
+        h = (1 - a) * h + a * function(pre)
+        ys.append(h)
+    leaves, got, want = [x, *module.parameters()], module(x)[0], torch.stack(ys)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, weights), torch.autograd.grad(want, leaves, weights))
+    params = dict(module.named_parameters())
+    leak = {} if learn_leak else {"leak": 0.3}
+    torch.testing.assert_close(fastrnn.functional.rnn(x, None, params, nonlinearity=nonlinearity, **leak)[0], got)
+
+
+def test_a_fixed_leak_is_zoneout_in_eval_mode():
+    leaky, zoned = fastrnn.RNN(I, H, leak=0.3, bidirectional=True), fastrnn.RNN(I, H, zoneout=0.7, bidirectional=True)
+    zoned.eval().load_state_dict(leaky.state_dict())
+    x, lengths = torch.randn(T, B, I), torch.tensor([4, 0, 2])
+    torch.testing.assert_close(leaky(x, lengths=lengths), zoned(x, lengths=lengths))
+
+
+def test_a_leaky_network_is_a_module_like_the_others():
+    module = fastrnn.RNN(I, H, num_layers=2, leak=0.3, learn_leak=True, nonlinearity="relu")
+    assert [n for n in module.state_dict() if "leak" in n] == ["leak_l0", "leak_l1"]
+    assert "leak=0.3, learn_leak=True" in repr(module) and "leak" not in repr(fastrnn.RNN(I, H))
+    x = torch.randn(T, B, I)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(copied(x), module(x))
+    fastrnn.init.orthogonal_(module)
+    module.reset_parameters()
+    assert bool((module.leak_l1 == 0.3).all())
+
+
+@pytest.mark.parametrize(("settings", "error"), [
+    (dict(leak=0.0), ValueError), (dict(leak=1.5), ValueError), (dict(leak=True), ValueError),
+    (dict(leak="0.1"), ValueError), (dict(learn_leak=True), ValueError), (dict(leak=0.1, learn_leak=1), TypeError),
+])  # fmt: skip
+def test_refused_leaks(settings, error):
+    with pytest.raises(error, match="leak"):
+        fastrnn.RNN(I, H, **settings)
+
+
+def test_torch_has_no_leak():
+    with pytest.raises(ValueError, match="has no leak"):
+        fastrnn.convert(nn.Sequential(fastrnn.RNN(I, H, leak=0.3)), to="torch")
 
 
 def test_refusals():

@@ -57,6 +57,7 @@ BELOW = {
     "checks": {"activations", "packing", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
     "functional": {
         *("checks", "stack", "packing", "scan", "export", "dispatch", "aten", "recomputation", "equations", "linear"),
+        "activations",
     },
     "with_lengths": set(),
     "torch_nn": set(),
