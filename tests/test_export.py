@@ -11,6 +11,7 @@ import pytest
 import torch
 from setups import H, I, agree, make, needs_cpu_library
 from torch import nn
+from torch.utils import cpp_extension
 
 import fastrnn
 from fastrnn.backends import extension
@@ -211,8 +212,48 @@ def test_a_compiled_package_runs_without_fastrnn(tmp_path):
     with torch.no_grad():
         program = torch.export.export(model, inputs(model, T, B), dynamic_shapes=dynamic(model))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
-    run_elsewhere(tmp_path / "package.pt2", model, library())
     assert path == str(tmp_path / "package.pt2")
+    run_elsewhere(tmp_path / "package.pt2", model, library())
+    run_in_cpp(path, model, tmp_path)
+
+
+IN_CPP = """
+#include <ATen/ATen.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <cstdio>
+
+int main(int, char** argv) {
+  if (dlopen(argv[1], RTLD_NOW) == nullptr) return std::puts(dlerror()), 1;
+  torch::inductor::AOTIModelPackageLoader loader(argv[2]);
+  at::Tensor x = at::arange(7 * 3 * 3, at::kFloat).reshape({7, 3, 3}) / 63;
+  at::Tensor lengths = at::arange(3, at::kLong) * 3, resets = x.select(2, 0) > 0.9;
+  for (const at::Tensor& result : loader.run({x, lengths, resets})) {
+    at::Tensor values = result.contiguous();
+    for (int64_t k = 0; k < values.numel(); ++k) std::printf("%.9g\\n", values.const_data_ptr<float>()[k]);
+  }
+}
+"""
+
+
+def run_in_cpp(path, model, folder):
+    """Runs a compiled package in a C++ program, and compares."""
+    assert I == 3
+    (folder / "main.cpp").write_text(IN_CPP)
+    libraries = cpp_extension.library_paths()
+    command = [
+        "g++", "-std=c++20", "-O0", "-w", "main.cpp", "-o", "main", "-ldl",
+        *(f"-I{path}" for path in cpp_extension.include_paths()),
+        *(part for path in libraries for part in (f"-L{path}", f"-Wl,-rpath,{path}")),
+        "-ltorch", "-ltorch_cpu", "-lc10",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True)
+    printed = subprocess.run([folder / "main", library(), path], capture_output=True, text=True, check=True).stdout
+    x = torch.arange(7 * 3 * 3.0).reshape(7, 3, 3) / 63
+    with torch.no_grad():
+        want = torch.cat([v.flatten() for v in model(x, torch.arange(3) * 3, x[..., 0] > 0.9)])
+    torch.testing.assert_close(torch.tensor([*map(float, printed.split())]), want, rtol=1e-5, atol=3e-6)
 
 
 @needs_cpu_library
