@@ -16,7 +16,7 @@ from typing import NamedTuple, get_type_hints
 from torch import Tensor
 
 from .cell_table import spec_of
-from .equations import accumulate_dtype
+from .equations import LN_EPS, accumulate_dtype
 
 
 class ScanInputs(NamedTuple):
@@ -51,6 +51,7 @@ class Walk(NamedTuple):
     reverse: bool  # whether the (first) direction walks from the last step to the first
     backend: str
     clip_value: float | None = None  # bound of each element of the state gradients, applied before clip_norm
+    ln_eps: float = LN_EPS  # what the layer norms add to the variance
 
 
 class ScanOutputs(NamedTuple):
@@ -100,7 +101,7 @@ class ScanGradients(NamedTuple):
 NO_GRADIENT = ScanInputs(gx=None, w_hh=None, h0=None)
 """One gradient for each of ScanInputs, to be replaced by name."""
 
-NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None)
+NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None, ln_eps=None)
 
 # The place of the batch, counted from the end, since a dimension for the directions may lead; None where there is none.
 BATCH_OF_INPUTS = ScanInputs(
@@ -116,7 +117,8 @@ BATCH_OF_GRADIENTS = ScanGradients(
 )  # fmt: skip
 
 _SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float | None: "float?",
+    Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float",
+    float | None: "float?",
 }  # fmt: skip
 
 

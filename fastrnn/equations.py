@@ -24,6 +24,7 @@ from .cell_table import CellSpec, spec_of
 from .program import run
 
 LN_EPS = 1e-5
+"""What layer norm adds to the variance, unless it is told otherwise."""
 LEAKY_SLOPE = 0.01
 
 
@@ -52,12 +53,13 @@ class LayerNorm(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+    eps: float
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x - mean) / std over the last dimension, and 1 / std `[..., 1]`: layer norm without weight and bias."""
     centred = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LN_EPS)
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd
 
 
@@ -72,7 +74,7 @@ def lstm_cell_state(saved: Tensor, c_prev: Tensor) -> Tensor:
 
 
 def _lstm_tanh(c: Tensor, ln_c: LayerNorm | None) -> Tensor:
-    return torch.tanh(c if ln_c is None else normalize(c)[0] * ln_c.weight + ln_c.bias)
+    return torch.tanh(c if ln_c is None else normalize(c, ln_c.eps)[0] * ln_c.weight + ln_c.bias)
 
 
 def lstm_output(saved: Tensor, c: Tensor, ln_c: LayerNorm | None) -> Tensor:
@@ -98,7 +100,7 @@ def lstm_total(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = None)
     c = lstm_cell_state(saved, state_prev[1])
     du = lstm_output_backward(saved, c, dh, ln_c)
     if ln_c is not None:
-        du = normalize_backward(du * ln_c.weight, *normalize(c))
+        du = normalize_backward(du * ln_c.weight, *normalize(c, ln_c.eps))
     return dh, dc + du
 
 

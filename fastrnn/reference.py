@@ -11,7 +11,6 @@ from torch import Tensor
 from .arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
 from .cell_table import PAD, RESET, START, spec_of
 from .equations import (
-    LN_EPS,
     Beside,
     LayerNorm,
     accumulate_dtype,
@@ -72,17 +71,18 @@ def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
-def _layer_norm_of_c(inputs: ScanInputs, acc: torch.dtype) -> LayerNorm | None:
+def _layer_norm_of_c(inputs: ScanInputs, walk: Walk, acc: torch.dtype) -> LayerNorm | None:
     if inputs.ln_c_weight is None:
         return None
-    return LayerNorm(inputs.ln_c_weight.to(acc).contiguous(), inputs.ln_c_bias.to(acc).contiguous())
+    weight, bias = (x.to(acc).contiguous() for x in (inputs.ln_c_weight, inputs.ln_c_bias))
+    return LayerNorm(weight, bias, walk.ln_eps)
 
 
-def _beside(cell: str, inputs: ScanInputs, T: int, acc: torch.dtype) -> list[LayerNorm | Beside | None]:
+def _beside(walk: Walk, inputs: ScanInputs, T: int, acc: torch.dtype) -> list[LayerNorm | Beside | None]:
     """What the equations get at each step beside gates and states (`equations.py`)."""
-    spec = spec_of(cell)
+    spec = spec_of(walk.cell)
     if spec.program is None:
-        ln_c = _layer_norm_of_c(inputs, acc)
+        ln_c = _layer_norm_of_c(inputs, walk, acc)
         return [ln_c for _ in range(T)]
     Q, N = len(spec.parameters), len(spec.inputs)
     parameters = inputs.parameters.to(acc).chunk(Q, -1) if Q else ()
@@ -115,7 +115,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
-    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk.cell, inputs, T, acc)
+    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
@@ -129,7 +129,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         if w_t is None:
             gh = None
         elif ln_hh is not None:
-            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, LN_EPS)
+            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, walk.ln_eps)
         else:
             gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
         new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), beside[t])
@@ -175,7 +175,7 @@ def layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c: LayerNorm) -> tupl
     saved, dh = saved.to(acc), dh_new.to(acc)
     c = lstm_cell_state(saved, c_prev)
     du = lstm_output_backward(saved, c, dh if w_hr is None else dh @ w_hr.to(acc), ln_c)
-    return (du * normalize(c)[0]).sum(0), du.sum(0)
+    return (du * normalize(c, ln_c.eps)[0]).sum(0), du.sum(0)
 
 
 def backward(
@@ -194,7 +194,7 @@ def backward(
     T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), spec_of(walk.cell)
     _, cell_total, cell_backward = equations_of(walk.cell)
     w_hh, w_hr, ln_hh, clip_norm = _to(acc, inputs.w_hh, inputs.w_hr, inputs.ln_hh, inputs.clip_norm)
-    beside = _beside(walk.cell, inputs, T, acc)
+    beside = _beside(walk, inputs, T, acc)
     ln_c = None if inputs.ln_c_weight is None else beside[0]
     before = by_state(
         walk.cell,
@@ -213,7 +213,7 @@ def backward(
     pad, reset = (_by_step(flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     if ln_hh is not None:
         operand = before[0].to(acc) if mask is None else before[0].to(acc) * mask
-        gh_hat, gh_rstd = normalize(operand @ w_hh.t())
+        gh_hat, gh_rstd = normalize(operand @ w_hh.t(), walk.ln_eps)
     dgx, dgh, dh_new, dgh_raw, dcell = (_Steps(T, saved.dtype, differentiable) for _ in range(5))
     tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 

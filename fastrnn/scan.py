@@ -222,7 +222,7 @@ def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: W
     c, saved = kept.c, kept.saved.to(kept.c.dtype)
     if inputs.zone_c is not None:  # zoneout mixes the cell's own c with the one before
         c = lstm_cell_state(saved, previous_state(c, inputs.c0, inputs.flags, walk.reverse))
-    ln_c = None if inputs.ln_c_weight is None else LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias)
+    ln_c = None if inputs.ln_c_weight is None else LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias, walk.ln_eps)
     return _over_steps(dh_new, lstm_output(saved, c, ln_c).to(dh_new.dtype))
 
 

@@ -38,6 +38,8 @@ class Options(NamedTuple):
     weight_dropout: float = 0.0
     clip_norm: float | Tensor | None = None
     clip_value: float | None = None
+    layer_norm_eps: float = LN_EPS
+    layer_norm_cell: str | None = "inside"
 
     # Methods, not properties: the compiler of torch 2.10 cannot read a property of a named tuple.
     def features(self) -> tuple[tuple[str, bool], ...]:
@@ -136,13 +138,13 @@ def _direction(
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), inputs, tap)
 
 
-def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Over the last dimension; on a CPU in acc, because PyTorch sums the weights' gradients in a half type there."""
     if gx.device.type != "cpu":
-        return F.layer_norm(gx, weight.shape, weight, bias, LN_EPS)
+        return F.layer_norm(gx, weight.shape, weight, bias, eps)
     acc = accumulate_dtype(gx.dtype)
     bias = None if bias is None else bias.to(acc)
-    return F.layer_norm(gx.to(acc), weight.shape, weight.to(acc), bias, LN_EPS).to(gx.dtype)
+    return F.layer_norm(gx.to(acc), weight.shape, weight.to(acc), bias, eps).to(gx.dtype)
 
 
 def _one(
@@ -154,7 +156,7 @@ def _one(
     rows = x.data if isinstance(x, PackedSequence) else x
     gx = linear(rows, layer.w_ih, layer.b_ih if layer.ln_ih is None else None)
     if layer.ln_ih is not None:
-        gx = _layer_norm(gx, layer.ln_ih, layer.b_ih)
+        gx = _layer_norm(gx, layer.ln_ih, layer.b_ih, walk.ln_eps)
     if isinstance(x, PackedSequence):
         gx = pad(PackedSequence(gx, x.batch_sizes), positions)  # torch.compile loses fields in x._replace
     return scan(ScanInputs(gx, *layer.inputs[1:]), walk, tap=layer.tap, keep_c=keep_c)
@@ -243,7 +245,7 @@ def run(
     # With these, a scan takes one direction at a time.
     whole_rows = "weight_hr_l0" in params or "ln_ih_l0" in params
     side_by_side = options.bidirectional and row(backend).directions and not whole_rows
-    walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
+    walks = [Walk(options.cell, bool(d), backend, options.clip_value, options.layer_norm_eps) for d in directions]
     final, outputs, before, below = [], [], None, []
     apart = states[0].device.type == "cpu" and torch.is_grad_enabled()
     for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):

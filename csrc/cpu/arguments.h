@@ -147,12 +147,13 @@ struct Call {
 
   // The fields that the forward and the backward scan share.
   template <class ScanOfCell>
-  void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse) const {
+  void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse, double ln_eps) const {
     scan.T = T, scan.B = B, scan.H = H, scan.P = P, scan.C = C;
     scan.reverse = reverse;
     scan.flags = flags(inputs.flags);
     scan.weights =
         weights(inputs, scan.cell.gates * H, scan.cell.parameters, forward, reads_once(scan.flags));
+    scan.weights.ln_eps = static_cast<A>(ln_eps);
     scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
     scan.c0 = view<A>("c0", inputs.c0, {B, C});
     scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});

@@ -13,6 +13,7 @@ template <class A>
 struct Affine {
   const A* weight;
   const A* bias;
+  A eps;
 
   // tanh(LN(c)) of element j
   FASTRNN_INLINE A tanh(A xhat, int64_t j) const { return tanh_of(xhat * weight[j] + bias[j]); }
@@ -56,7 +57,7 @@ struct ForwardRow {
 
   // h, which needs all of c.
   FASTRNN_INLINE void outputs(const Storage* gx_row, const A* gh_row, const A* c_row, A* h_row) const {
-    RowStats<A> stats = row_stats(c_row, H);
+    RowStats<A> stats = row_stats(c_row, H, ln_c.eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A gx_j[Cell::gates], gh_j[Cell::gates], saved_j[Cell::saved];
@@ -70,14 +71,15 @@ struct ForwardRow {
 
 // Computes c of a row again from what was saved, into `c_row`, and returns its statistics.
 template <class Cell, class Storage, class A>
-FASTRNN_INLINE RowStats<A> recompute(const Storage* saved_row, const A* c_prev_row, A* c_row, int64_t H) {
+FASTRNN_INLINE RowStats<A> recompute(const Storage* saved_row, const A* c_prev_row, A* c_row, int64_t H,
+                                     A eps) {
   FASTRNN_SIMD
   for (int64_t j = 0; j < H; ++j) {
     A saved_j[Cell::saved];
     load(saved_row, H, j, saved_j);
     c_row[j] = Cell::cell_state(saved_j, c_prev_row[j]);
   }
-  return row_stats(c_row, H);
+  return row_stats(c_row, H, eps);
 }
 
 // saved, state_prev, dstate -> dc plus the gradient that reaches c through this step's h
@@ -110,7 +112,7 @@ struct TotalRow {
   // xhat_row holds c, then xhat; out_row holds dL/dxhat until the last loop.
   FASTRNN_INLINE void through_layer_norm(const Storage* saved_row, const A* c_prev_row, const A* dh_row,
                                          const A* dc_row, A* xhat_row, A* out_row) const {
-    RowStats<A> stats = recompute<Cell>(saved_row, c_prev_row, xhat_row, H);
+    RowStats<A> stats = recompute<Cell>(saved_row, c_prev_row, xhat_row, H, ln_c.eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A saved_j[Cell::saved];
@@ -149,7 +151,7 @@ struct BackwardRow {
     A *dgx_row = dgx[b], *dgh_row = dgh[b], *dh_prev_row = dh_prev[b], *dc_prev_row = dc_prev[b];
     RowStats<A> stats{};
     // dc_prev_row is scratch for c until the loop below.
-    if constexpr (layer_norm) stats = recompute<Cell>(saved_row, c_prev_row, dc_prev_row, H);
+    if constexpr (layer_norm) stats = recompute<Cell>(saved_row, c_prev_row, dc_prev_row, H, ln_c.eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A saved_j[Cell::saved], prev[Cell::states], dstate[Cell::states], dprev[Cell::states];

@@ -34,14 +34,14 @@ FASTRNN_INLINE void store(Storage* row, int64_t H, int64_t j, const A (&values)[
 }
 
 template <class A>
-FASTRNN_INLINE RowStats<A> row_stats(const A* x, int64_t H) {
+FASTRNN_INLINE RowStats<A> row_stats(const A* x, int64_t H, A eps) {
   A sum = 0, squares = 0;
   FASTRNN_SIMD_REDUCE(+ : sum)
   for (int64_t j = 0; j < H; ++j) sum += x[j];
   A mean = sum / A(H);
   FASTRNN_SIMD_REDUCE(+ : squares)
   for (int64_t j = 0; j < H; ++j) squares += (x[j] - mean) * (x[j] - mean);
-  return {mean, RowStats<A>::rstd_of(squares / A(H))};
+  return {mean, RowStats<A>::rstd_of(squares / A(H), eps)};
 }
 
 // To the type of the arithmetic. The elements of a row of `in` are `stride` apart.
@@ -169,12 +169,13 @@ struct Scale {
 template <class A>
 struct NormalizeGates {
   int64_t width;
+  A eps;
   const A *weight, *bias;  // [width]; bias may be null
   RowView<A> gates;        // [B, width]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
     A* row = gates[b];
-    RowStats<A> stats = row_stats(row, width);
+    RowStats<A> stats = row_stats(row, width, eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < width; ++j) row[j] = stats.xhat(row[j]) * weight[j];
     if (bias == nullptr) return;
@@ -188,6 +189,7 @@ struct NormalizeGates {
 template <class A>
 struct NormalizeGatesBackward {
   int64_t width;
+  A eps;
   const A* weight;                 // [width]
   RowView<const A> dgh, gates;     // [B, width]; gates: W_hh h
   RowView<A> out;                  // [B, width]
@@ -198,7 +200,7 @@ struct NormalizeGatesBackward {
     const A *dgh_row = dgh[b], *gates_row = gates[b], *weight_row = weight;
     A* out_row = out[b];
     double *dweight_row = dweight[b], *dbias_row = dbias[b];
-    RowStats<A> stats = row_stats(gates_row, width);
+    RowStats<A> stats = row_stats(gates_row, width, eps);
     A sum = 0, sum_xhat = 0;
     FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
     for (int64_t j = 0; j < width; ++j) {

@@ -54,10 +54,11 @@ struct Weights {
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
   std::vector<A> of_cell;                 // [parameters * H]
+  A ln_eps = 0;                           // of all layer norms
 
   Affine<A> ln_c() const {
-    if (ln_c_weight.empty()) return {nullptr, nullptr};
-    return {ln_c_weight.data(), ln_c_bias.data()};
+    if (ln_c_weight.empty()) return {nullptr, nullptr, ln_eps};
+    return {ln_c_weight.data(), ln_c_bias.data(), ln_eps};
   }
 
   RowView<const A> parameters() const { return {of_cell.data(), 0}; }

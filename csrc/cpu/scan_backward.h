@@ -293,6 +293,7 @@ struct BackwardScan : Scan {
     if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
     multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
     walk_runs(runs, NormalizeGatesBackward<A>{cell.gates * H,
+                                              weights.ln_eps,
                                               weights.ln_hh.data(),
                                               {dgh.data, dgh.stride},
                                               work.gates,

@@ -100,7 +100,8 @@ struct ForwardScan : Scan {
     multiply(runs, *weights.w_hh, recurrent_mask ? work.operand : work.h, work.gates);
     if (weights.ln_hh.empty()) return;
     const A* bias = weights.b_hh.empty() ? nullptr : weights.b_hh.data();
-    walk_runs(runs, NormalizeGates<A>{cell.gates * H, weights.ln_hh.data(), bias, work.gates});
+    walk_runs(runs,
+              NormalizeGates<A>{cell.gates * H, weights.ln_eps, weights.ln_hh.data(), bias, work.gates});
   }
 
   // c is updated in place.
