@@ -110,7 +110,7 @@ def text_of(found: CellSpec) -> str:
 
 
 def layer_shapes(
-    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool, norm_c: bool = True
+    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool | str, norm_c: bool = True
 ) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras',
     then those of the cell itself.
@@ -129,7 +129,8 @@ def layer_shapes(
     if P:
         shapes["weight_hr"] = (P, H)
     if layer_norm:
-        shapes["ln_ih"] = (rows,)
+        if layer_norm not in ("sum", "gates"):
+            shapes["ln_ih"] = (rows,)
         if spec.recurrent:
             shapes["ln_hh"] = (rows,)
         if cell == "lstm" and norm_c:
@@ -150,7 +151,7 @@ def network_shapes(
     H: int,
     P: int,
     bias: bool,
-    layer_norm: bool,
+    layer_norm: bool | str,
     num_layers: int,
     bidirectional: bool,
     norm_c: bool = True,

@@ -154,12 +154,27 @@ def check_eps(eps) -> float:
     return float(eps)
 
 
+def check_layer_norm(cell: str, kind: bool | str) -> str:
+    """What is normalised in the gates, where anything is."""
+    if isinstance(kind, bool) or kind == "separate":
+        return "separate"
+    if kind not in ("sum", "gates"):
+        if not isinstance(kind, str):
+            check_flags(layer_norm=kind)
+        raise ValueError(f'layer_norm should be a bool, "separate", "sum" or "gates", got {kind!r}')
+    if spec_of(cell).program is not None:
+        raise ValueError(
+            f"layer_norm={kind!r} is for the LSTM, GRU and RNN of torch.nn, and not for the user's cell here"
+        )
+    return kind
+
+
 def check_layer_norm_cell(cell: str, kind: str | None) -> str | None:
     """Where the layer norm of c is; only an LSTM has a choice."""
     if kind == "inside":
         return kind
-    if kind is not None:
-        raise ValueError(f'layer_norm_cell should be "inside" or None, got {kind!r}')
+    if kind not in ("carried", None):
+        raise ValueError(f'layer_norm_cell should be "inside", "carried" or None, got {kind!r}')
     if cell != "lstm":
         raise ValueError(
             f"layer_norm_cell is for the LSTM, whose c it says how to normalise, and not {spec_of(cell).name}"
@@ -170,6 +185,7 @@ def check_layer_norm_cell(cell: str, kind: str | None) -> str | None:
 def check_options(
     cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
     weight_dropout, clip_norm, clip_value, layer_norm_eps=LN_EPS, layer_norm_cell="inside",
+    layer_norm=True, recurrent_dropout_per_gate=False,
 ) -> Options:  # fmt: skip
     """The options of a network, checked but for the sizes and flags."""
     return Options(
@@ -177,7 +193,8 @@ def check_options(
         check_probability("recurrent_dropout", recurrent_dropout), check_zoneout(cell, zoneout),
         check_probability("weight_dropout", weight_dropout),
         check_bound("clip_state_grad_norm", clip_norm, tensor=True), check_bound("clip_state_grad_value", clip_value),
-        check_eps(layer_norm_eps), check_layer_norm_cell(cell, layer_norm_cell),
+        check_eps(layer_norm_eps), check_layer_norm_cell(cell, layer_norm_cell), check_layer_norm(cell, layer_norm),
+        recurrent_dropout_per_gate and len(spec_of(cell).gates) > 1,
     )  # fmt: skip
 
 
@@ -257,6 +274,8 @@ def check(
     clip_state_grad_value=None,
     layer_norm_eps=LN_EPS,
     layer_norm_cell="inside",
+    layer_norm=True,
+    recurrent_dropout_per_gate=False,
     **step_inputs,
 ) -> Call:
     """Checks a call and brings it into one form; arguments as of `functional.recurrent`.
@@ -267,6 +286,7 @@ def check(
     options = check_options(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
         weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell,
+        layer_norm, recurrent_dropout_per_gate,
     )  # fmt: skip
     spec = spec_of(cell)
     if return_cells and len(spec.states) == 1:
@@ -278,9 +298,10 @@ def check(
         size = hidden_size
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
-    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params
+    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params or "ln_hh_l0" in params
     parameters = _check_parameters(
-        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params, layer_norm,
+        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params,
+        layer_norm and options.layer_norm,
         num_layers, bidirectional, layer_norm_cell is not None,
     )  # fmt: skip
     batched = packed is not None or input.dim() == 3
@@ -312,6 +333,8 @@ def check(
         ("return_cells", return_cells),
         ("return_layers", return_layers),
         ("layer_norm", layer_norm),
+        ("layer_norm_sum", layer_norm and options.layer_norm != "separate"),
+        ("layer_norm_carried", layer_norm and options.layer_norm_cell == "carried"),
         ("projection", projection > 0),
         ("eval_gradient", refused_by_cudnn(x, training)),
         ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),

@@ -30,9 +30,10 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
             projection and layer norm (`ln_ih_l0 [G*H]`, `ln_hh_l0 [G*H]`, `ln_c_l0 [H]`, `ln_c_bias_l0 [H]`).
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         options: num_layers, bidirectional, batch_first, dropout, residual, locked_dropout, recurrent_dropout,
-            zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell (None
-            where there is no `ln_c_l0`), as in `fastrnn.LSTM`; training, a bool, without which no mask is drawn;
-            lengths, reset_mask, tap, return_cells, return_layers, as in `fastrnn.LSTM.forward`.
+            recurrent_dropout_per_gate, zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+            layer_norm (its kind, where `params` have one), layer_norm_eps, layer_norm_cell (None where there is no
+            `ln_c_l0`), as in `fastrnn.LSTM`; training, a bool, without which no mask is drawn; lengths, reset_mask,
+            tap, return_cells, return_layers, as in `fastrnn.LSTM.forward`.
 
     Returns:
         `(output [T, B, D*P], (h_n, c_n))` as torch.nn.LSTM does, in the layout of the input; with `return_cells` also
@@ -156,7 +157,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
         states: `[B, H]` each; none are zeros.
         params: of one layer, under the names of a network's first layer (`weight_ih_l0`, ...).
         backend: as of `lstm`.
-        norms: layer_norm_eps and layer_norm_cell, as of `lstm`.
+        norms: layer_norm, layer_norm_eps and layer_norm_cell, as of `lstm`.
 
     Returns:
         The new states, a tuple.
