@@ -16,11 +16,12 @@ from typing import NamedTuple, get_type_hints
 from torch import Tensor
 
 from .cell_table import spec_of
-from .equations import accumulate_dtype
+from .equations import LN_EPS, accumulate_dtype
 
 
 class ScanInputs(NamedTuple):
-    """The tensors that a scan reads. A backward gets them without gx, because it has `saved`."""
+    """The tensors that a scan reads. A backward gets them without gx, because it has `saved`,
+    unless a layer norm is of W_ih x + W_hh h."""
 
     gx: Tensor | None  # [T, B, G*H]: W_ih x + b_ih for all steps
     w_hh: Tensor | None  # [G*H, P]; None where the cell is not recurrent
@@ -28,11 +29,11 @@ class ScanInputs(NamedTuple):
     c0: Tensor | None = None  # [B, (S-1)*H] acc: the states beyond h, a plane each
     b_hh: Tensor | None = None  # [G*H]
     w_hr: Tensor | None = None  # [P, H]: projection
-    ln_hh: Tensor | None = None  # [G*H]: weight of the layer norm on W_hh h
+    ln_hh: Tensor | None = None  # [G*H]: weight of the layer norm on W_hh h, or on the sum with W_ih x
     ln_c_weight: Tensor | None = None  # [H]: layer norm on c inside the tanh
     ln_c_bias: Tensor | None = None  # [H]
     flags: Tensor | None = None  # uint8 [T, B]: PAD, RESET, START of cell_table.py
-    recurrent_mask: Tensor | None = None  # [B, P]: multiplies the operand of W_hh
+    recurrent_mask: Tensor | None = None  # [B, P]: multiplies the operand of W_hh; [B, G*P]: one for each gate
     zone_h: Tensor | None = None  # [T, B, P]: the share of the previous h that zoneout keeps (0, 1 or the expectation)
     zone_c: Tensor | None = None  # [T, B, (S-1)*H]: the same of the states beyond h
     parameters: Tensor | None = None  # [Q*H]: a plane for each parameter of the cell
@@ -51,6 +52,9 @@ class Walk(NamedTuple):
     reverse: bool  # whether the (first) direction walks from the last step to the first
     backend: str
     clip_value: float | None = None  # bound of each element of the state gradients, applied before clip_norm
+    ln_eps: float = LN_EPS  # what the layer norms add to the variance
+    ln_of: str = "separate"  # W_hh h; or W_ih x + W_hh h: "sum", or "gates", each gate by itself. They need gx backward
+    ln_c_carried: bool = False  # whether the layer norm is of the c that is carried on, not inside the tanh
 
 
 class ScanOutputs(NamedTuple):
@@ -100,7 +104,7 @@ class ScanGradients(NamedTuple):
 NO_GRADIENT = ScanInputs(gx=None, w_hh=None, h0=None)
 """One gradient for each of ScanInputs, to be replaced by name."""
 
-NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None)
+NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None, ln_eps=None, ln_of=None, ln_c_carried=None)
 
 # The place of the batch, counted from the end, since a dimension for the directions may lead; None where there is none.
 BATCH_OF_INPUTS = ScanInputs(
@@ -116,7 +120,8 @@ BATCH_OF_GRADIENTS = ScanGradients(
 )  # fmt: skip
 
 _SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float | None: "float?",
+    Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float",
+    float | None: "float?",
 }  # fmt: skip
 
 

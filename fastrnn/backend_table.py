@@ -33,6 +33,9 @@ class Request(NamedTuple):
 
 FEATURES = (
     "tap", "clip", "lengths", "resets", "return_cells", "return_layers", "layer_norm", "projection",
+    "layer_norm_sum",  # of W_ih x + W_hh h, over all gates or each
+    "layer_norm_carried",  # of the c that is carried on
+    "recurrent_dropout_per_gate",
     "zoneout", "recurrent_dropout", "locked_dropout", "residual",
     "eval_gradient",  # a backward in eval mode on a GPU, which cuDNN refuses
     "autocast_lstm",  # an LSTM that autocast makes half on a CPU whose oneDNN has no half LSTM

@@ -109,11 +109,13 @@ def text_of(found: CellSpec) -> str:
     return "\n".join(f"{key} {value}".rstrip() for key, value in zip(_KEYS, values, strict=True))
 
 
-def layer_shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool) -> dict[str, tuple[int, ...]]:
+def layer_shapes(
+    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool | str, norm_c: bool = True
+) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras',
     then those of the cell itself.
 
-    P = 0 stands for no projection.
+    P = 0 stands for no projection. `norm_c`: whether the layer norm is of the LSTM's c, too.
     """
     spec = spec_of(cell)
     rows = len(spec.gates) * H
@@ -127,10 +129,11 @@ def layer_shapes(cell: str, width: int, H: int, P: int, bias: bool, layer_norm: 
     if P:
         shapes["weight_hr"] = (P, H)
     if layer_norm:
-        shapes["ln_ih"] = (rows,)
+        if layer_norm not in ("sum", "gates"):
+            shapes["ln_ih"] = (rows,)
         if spec.recurrent:
             shapes["ln_hh"] = (rows,)
-        if cell == "lstm":
+        if cell == "lstm" and norm_c:
             shapes |= {"ln_c": (H,), "ln_c_bias": (H,)}
     return shapes | dict.fromkeys(spec.parameters, (H,))
 
@@ -143,12 +146,20 @@ def suffixes(num_layers: int, bidirectional: bool) -> list[list[str]]:
 
 @lru_cache
 def network_shapes(
-    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool, num_layers: int, bidirectional: bool
+    cell: str,
+    width: int,
+    H: int,
+    P: int,
+    bias: bool,
+    layer_norm: bool | str,
+    num_layers: int,
+    bidirectional: bool,
+    norm_c: bool = True,
 ) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]:
     """Per layer and direction the names of the parameters and their shapes, in the order of `layer_shapes`."""
     found = []
     for layer, names in enumerate(suffixes(num_layers, bidirectional)):
-        shapes = layer_shapes(cell, width if layer == 0 else (P or H) * len(names), H, P, bias, layer_norm)
+        shapes = layer_shapes(cell, width if layer == 0 else (P or H) * len(names), H, P, bias, layer_norm, norm_c)
         found += [tuple((f"{kind}_{name}", shape) for kind, shape in shapes.items()) for name in names]
     return tuple(found)
 

@@ -18,7 +18,7 @@ from .activations import cell_of
 from .aten import refused_by_cudnn, refused_by_onednn
 from .cell_table import NONLINEARITIES, network_shapes, spec_of
 from .dispatch import Request
-from .equations import accumulate_dtype
+from .equations import LN_EPS, accumulate_dtype
 from .linear import in_forward_mode, recorded, tracing
 from .packing import packed_positions, pad
 from .stack import Options
@@ -147,9 +147,45 @@ def check_bound(name: str, bound, tensor: bool = False):
     return bound if type(bound) in (int, float) else float(bound)
 
 
+def check_eps(eps) -> float:
+    """What a layer norm adds to the variance."""
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 < eps < math.inf:
+        raise ValueError(f"layer_norm_eps should be a positive number, and finite, but got {eps!r}")
+    return float(eps)
+
+
+def check_layer_norm(cell: str, kind: bool | str) -> str:
+    """What is normalised in the gates, where anything is."""
+    if isinstance(kind, bool) or kind == "separate":
+        return "separate"
+    if kind not in ("sum", "gates"):
+        if not isinstance(kind, str):
+            check_flags(layer_norm=kind)
+        raise ValueError(f'layer_norm should be a bool, "separate", "sum" or "gates", got {kind!r}')
+    if spec_of(cell).program is not None:
+        raise ValueError(
+            f"layer_norm={kind!r} is for the LSTM, GRU and RNN of torch.nn, and not for the user's cell here"
+        )
+    return kind
+
+
+def check_layer_norm_cell(cell: str, kind: str | None) -> str | None:
+    """Where the layer norm of c is; only an LSTM has a choice."""
+    if kind == "inside":
+        return kind
+    if kind not in ("carried", None):
+        raise ValueError(f'layer_norm_cell should be "inside", "carried" or None, got {kind!r}')
+    if cell != "lstm":
+        raise ValueError(
+            f"layer_norm_cell is for the LSTM, whose c it says how to normalise, and not {spec_of(cell).name}"
+        )
+    return kind
+
+
 def check_options(
     cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
-    weight_dropout, clip_norm, clip_value,
+    weight_dropout, clip_norm, clip_value, layer_norm_eps=LN_EPS, layer_norm_cell="inside",
+    layer_norm=True, recurrent_dropout_per_gate=False,
 ) -> Options:  # fmt: skip
     """The options of a network, checked but for the sizes and flags."""
     return Options(
@@ -157,6 +193,8 @@ def check_options(
         check_probability("recurrent_dropout", recurrent_dropout), check_zoneout(cell, zoneout),
         check_probability("weight_dropout", weight_dropout),
         check_bound("clip_state_grad_norm", clip_norm, tensor=True), check_bound("clip_state_grad_value", clip_value),
+        check_eps(layer_norm_eps), check_layer_norm_cell(cell, layer_norm_cell), check_layer_norm(cell, layer_norm),
+        recurrent_dropout_per_gate and len(spec_of(cell).gates) > 1,
     )  # fmt: skip
 
 
@@ -234,6 +272,10 @@ def check(
     weight_dropout: float = 0.0,
     clip_state_grad_norm=None,
     clip_state_grad_value=None,
+    layer_norm_eps=LN_EPS,
+    layer_norm_cell="inside",
+    layer_norm=True,
+    recurrent_dropout_per_gate=False,
     **step_inputs,
 ) -> Call:
     """Checks a call and brings it into one form; arguments as of `functional.recurrent`.
@@ -243,7 +285,8 @@ def check(
     """
     options = check_options(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
-        weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+        weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell,
+        layer_norm, recurrent_dropout_per_gate,
     )  # fmt: skip
     spec = spec_of(cell)
     if return_cells and len(spec.states) == 1:
@@ -255,10 +298,11 @@ def check(
         size = hidden_size
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
-    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params
+    projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params or "ln_hh_l0" in params
     parameters = _check_parameters(
-        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params, layer_norm,
-        num_layers, bidirectional,
+        params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params,
+        layer_norm and options.layer_norm,
+        num_layers, bidirectional, layer_norm_cell is not None,
     )  # fmt: skip
     batched = packed is not None or input.dim() == 3
     stacked = num_layers * (2 if bidirectional else 1)
@@ -289,6 +333,8 @@ def check(
         ("return_cells", return_cells),
         ("return_layers", return_layers),
         ("layer_norm", layer_norm),
+        ("layer_norm_sum", layer_norm and options.layer_norm != "separate"),
+        ("layer_norm_carried", layer_norm and options.layer_norm_cell == "carried"),
         ("projection", projection > 0),
         ("eval_gradient", refused_by_cudnn(x, training)),
         ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),
@@ -529,7 +575,7 @@ def check_cell_call(
     return x, tuple(batched)
 
 
-def check_step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Call:
+def check_step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], **options) -> Call:
     """A step of a cell as the call of a network; `x [B, I]`, states `[B, H]` or none."""
     hx = tuple(s.unsqueeze(0) for s in states)
-    return check(cell, x.unsqueeze(0), (hx if len(hx) > 1 else hx[0]) if hx else None, params)
+    return check(cell, x.unsqueeze(0), (hx if len(hx) > 1 else hx[0]) if hx else None, params, **options)

@@ -21,6 +21,8 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+NORMS = ("layer_norm_eps", "layer_norm_cell")
+"""What matters only with layer norm."""
 _COMPILED = "_compiled_call_impl"  # module.compile() puts it there
 
 
@@ -38,7 +40,9 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     """The same module in the other library, with the same parameter objects and everything its user added to it."""
     ours = isinstance(module, (modules._Recurrent, modules._Cell))
     if library is torch_nn:
-        on = [name for name in modules.EXTRAS if name != "backend" and _is_on(getattr(module, name, None))]
+        on = [
+            name for name in modules.EXTRAS if name not in ("backend", *NORMS) and _is_on(getattr(module, name, None))
+        ]
         on += [name for name, usual in modules.CELL_SETTINGS.items() if getattr(module, name, usual) != usual]
         if on:
             raise ValueError(
@@ -56,8 +60,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     elif settings["num_layers"] == 1:
         settings["dropout"] = 0.0  # set below: the constructors would warn of it
     extras = [n for n in modules.EXTRAS if hasattr(module, n)] if ours and library is not torch_nn else []
-    if "layer_norm" in extras:
-        settings["layer_norm"] = module.layer_norm
+    settings |= {name: getattr(module, name) for name in ("layer_norm", *NORMS) if name in extras}
     new = getattr(library, kind)(module.input_size, module.hidden_size, **settings, device="meta")
     for name in ("dropout", *extras):
         if hasattr(module, name):
@@ -191,7 +194,7 @@ def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
         ValueError, RuntimeError: as in the module's forward.
     """
     if isinstance(module, modules._Cell):
-        call = checks.check_step(*module._call(input, hx))
+        call = checks.check_step(*module._call(input, hx), **module._norms())
         return dispatch.explanation(call.request, module.backend)
     if not isinstance(module, modules._Recurrent):
         kind = type(module)

@@ -24,6 +24,7 @@ from .cell_table import CellSpec, spec_of
 from .program import run
 
 LN_EPS = 1e-5
+"""What layer norm adds to the variance, unless it is told otherwise."""
 LEAKY_SLOPE = 0.01
 
 
@@ -48,16 +49,18 @@ class Beside(NamedTuple):
 
 
 class LayerNorm(NamedTuple):
-    """Weight and bias `[H]` of the layer norm on the LSTM's cell state inside the tanh."""
+    """Weight and bias `[H]` of the layer norm on the LSTM's cell state: inside the tanh, or on the state itself."""
 
     weight: Tensor
     bias: Tensor
+    eps: float
+    carried: bool = False
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x - mean) / std over the last dimension, and 1 / std `[..., 1]`: layer norm without weight and bias."""
     centred = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LN_EPS)
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd
 
 
@@ -72,7 +75,14 @@ def lstm_cell_state(saved: Tensor, c_prev: Tensor) -> Tensor:
 
 
 def _lstm_tanh(c: Tensor, ln_c: LayerNorm | None) -> Tensor:
-    return torch.tanh(c if ln_c is None else normalize(c)[0] * ln_c.weight + ln_c.bias)
+    return torch.tanh(c if ln_c is None else normalize(c, ln_c.eps)[0] * ln_c.weight + ln_c.bias)
+
+
+def lstm_carried(c: Tensor, ln_c: LayerNorm | None) -> tuple[Tensor, LayerNorm | None]:
+    """The state that the cell carries on, from the c of `lstm_cell_state`; and the layer norm left for the tanh."""
+    if ln_c is None or not ln_c.carried:
+        return c, ln_c
+    return normalize(c, ln_c.eps)[0] * ln_c.weight + ln_c.bias, None
 
 
 def lstm_output(saved: Tensor, c: Tensor, ln_c: LayerNorm | None) -> Tensor:
@@ -86,19 +96,19 @@ def lstm_output_backward(saved: Tensor, c: Tensor, dh: Tensor, ln_c: LayerNorm |
 
 
 def lstm_forward(gx: Tensor, gh: Tensor, state_prev, ln_c: LayerNorm | None = None):
-    """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(LN(c))."""
+    """i, f, o = sigmoid; g = tanh; c = f c_prev + i g; h = o tanh(LN(c)). Carried: c = LN(f c_prev + i g)."""
     saved = gx + gh
-    c = lstm_cell_state(saved, state_prev[1])
-    return (lstm_output(saved, c, ln_c), c), saved
+    c, inside = lstm_carried(lstm_cell_state(saved, state_prev[1]), ln_c)
+    return (lstm_output(saved, c, inside), c), saved
 
 
 def lstm_total(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = None):
     """dc + dh o (1 - tanh²(LN(c))) LN'(c): the whole dL/dc of the step."""
     dh, dc = dstate
-    c = lstm_cell_state(saved, state_prev[1])
-    du = lstm_output_backward(saved, c, dh, ln_c)
-    if ln_c is not None:
-        du = normalize_backward(du * ln_c.weight, *normalize(c))
+    c, inside = lstm_carried(lstm_cell_state(saved, state_prev[1]), ln_c)
+    du = lstm_output_backward(saved, c, dh, inside)
+    if inside is not None:
+        du = normalize_backward(du * inside.weight, *normalize(c, inside.eps))
     return dh, dc + du
 
 
@@ -107,7 +117,10 @@ def lstm_backward(saved: Tensor, state_prev, dstate, ln_c: LayerNorm | None = No
     c_prev = state_prev[1]
     i, f, g, o = saved.chunk(4, -1)
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    u = _lstm_tanh(f * c_prev + i * g, ln_c)
+    unnormalized = f * c_prev + i * g
+    u = _lstm_tanh(*lstm_carried(unnormalized, ln_c))
+    if ln_c is not None and ln_c.carried:
+        dc = normalize_backward(dc * ln_c.weight, *normalize(unnormalized, ln_c.eps))
     di = dc * g * i * (1 - i)
     df = dc * c_prev * f * (1 - f)
     dg = dc * i * (1 - g * g)

@@ -30,9 +30,10 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
             projection and layer norm (`ln_ih_l0 [G*H]`, `ln_hh_l0 [G*H]`, `ln_c_l0 [H]`, `ln_c_bias_l0 [H]`).
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         options: num_layers, bidirectional, batch_first, dropout, residual, locked_dropout, recurrent_dropout,
-            zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, as in `fastrnn.LSTM`; training, a
-            bool, without which no mask is drawn; lengths, reset_mask, tap, return_cells, return_layers, as in
-            `fastrnn.LSTM.forward`.
+            recurrent_dropout_per_gate, zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+            layer_norm (its kind, where `params` have one), layer_norm_eps, layer_norm_cell (None where there is no
+            `ln_c_l0`), as in `fastrnn.LSTM`; training, a bool, without which no mask is drawn; lengths, reset_mask,
+            tap, return_cells, return_layers, as in `fastrnn.LSTM.forward`.
 
     Returns:
         `(output [T, B, D*P], (h_n, c_n))` as torch.nn.LSTM does, in the layout of the input; with `return_cells` also
@@ -147,7 +148,7 @@ def with_tap(call: Call, tap: Tensor | None = None) -> Call:
     return call._replace(tap=tap, request=call.request._replace(features=call.request.features | {"tap"}))
 
 
-def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], backend: str | None):
+def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], backend: str | None, **norms):
     """One step, as the single-step cells take it.
 
     Args:
@@ -156,6 +157,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
         states: `[B, H]` each; none are zeros.
         params: of one layer, under the names of a network's first layer (`weight_ih_l0`, ...).
         backend: as of `lstm`.
+        norms: layer_norm, layer_norm_eps and layer_norm_cell, as of `lstm`.
 
     Returns:
         The new states, a tuple.
@@ -165,7 +167,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     needs_scan = not torch.compiler.is_compiling() and transformed() and not in_forward_mode()
     if plain and not needs_scan and dispatch.forced(backend) in (None, "aten"):
         return aten.step(cell, x, states, params.values())
-    call = check_step(cell, x, states, params)
+    call = check_step(cell, x, states, params, **norms)
     name = export.choose(call.request, backend)
     _, states, _, _ = _scanned(call, params, name, step=True)
     return tuple(s[0] for s in states)

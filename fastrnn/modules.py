@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from . import aten, checks, dispatch, functional
 from .activations import cell_of, leaky_cell_of
 from .cell_table import CELLS, layer_shapes, network_shapes, spec_of
+from .equations import LN_EPS
 from .linear import tracing
 from .subclassing import ForSubclasses
 
@@ -32,9 +33,12 @@ PLAIN = {
 }
 EXTRAS = {
     "layer_norm": False,
+    "layer_norm_eps": LN_EPS,
+    "layer_norm_cell": "inside",
     "residual": False,
     "locked_dropout": False,
     "recurrent_dropout": 0.0,
+    "recurrent_dropout_per_gate": False,
     "zoneout": 0.0,
     "weight_dropout": 0.0,
     "clip_state_grad_norm": None,
@@ -48,7 +52,7 @@ CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False}
 _extras, _NO_EXTRAS = attrgetter(*EXTRAS), tuple(EXTRAS.values())
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
-    *(name for name in EXTRAS if name not in ("layer_norm", "backend")),
+    *(name for name in EXTRAS if name != "backend"),
 )  # fmt: skip
 
 
@@ -101,10 +105,13 @@ class _Recurrent(ForSubclasses, nn.Module):
         device=None,
         dtype=None,
         *,
-        layer_norm: bool = False,
+        layer_norm: bool | str = False,
+        layer_norm_eps: float = LN_EPS,
+        layer_norm_cell: str | None = "inside",
         residual: bool = False,
         locked_dropout: bool = False,
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_per_gate: bool = False,
         zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0,
         clip_state_grad_norm: float | Tensor | None = None,
@@ -116,12 +123,14 @@ class _Recurrent(ForSubclasses, nn.Module):
         num_layers = checks.check_layers(num_layers)
         checks.check_flags(
             bias=bias, batch_first=batch_first,
-            layer_norm=layer_norm, residual=residual, locked_dropout=locked_dropout,
+            residual=residual, locked_dropout=locked_dropout,
+            recurrent_dropout_per_gate=recurrent_dropout_per_gate,
         )  # fmt: skip
         checks.check_projection(proj_size, hidden_size)
         options = checks.check_options(
             self._cell, num_layers, bool(bidirectional), dropout, True, residual, locked_dropout, recurrent_dropout,
-            zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,
+            zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell,
+            layer_norm, recurrent_dropout_per_gate,
         )  # fmt: skip
         dispatch.forced(backend)
         if options.dropout > 0 and num_layers == 1:
@@ -137,6 +146,8 @@ class _Recurrent(ForSubclasses, nn.Module):
         self.bias, self.batch_first, self.dropout = bias, batch_first, options.dropout
         self.bidirectional, self.proj_size = options.bidirectional, proj_size
         self.layer_norm, self.residual, self.locked_dropout = layer_norm, residual, locked_dropout
+        self.layer_norm_eps, self.layer_norm_cell = options.layer_norm_eps, layer_norm_cell
+        self.recurrent_dropout_per_gate = recurrent_dropout_per_gate
         self.recurrent_dropout, self.zoneout, self.weight_dropout = recurrent_dropout, zoneout, weight_dropout
         self.clip_state_grad_norm, self.clip_state_grad_value = clip_state_grad_norm, clip_state_grad_value
         self.backend = backend
@@ -156,7 +167,7 @@ class _Recurrent(ForSubclasses, nn.Module):
     def _shapes(self):
         return network_shapes(
             self._cell, self.input_size, self.hidden_size, self.proj_size, self.bias, self.layer_norm,
-            self.num_layers, self.bidirectional,
+            self.num_layers, self.bidirectional, self.layer_norm_cell is not None,
         )  # fmt: skip
 
     @property
@@ -262,12 +273,17 @@ class _Recurrent(ForSubclasses, nn.Module):
 _ARGUMENTS = """
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.
-        layer_norm: layer norm of W_ih x and of W_hh h, each over all gates (weight only: the biases are the shifts),
-            and for the LSTM of c inside the tanh (Ba et al. 2016).
+        layer_norm: True or "separate": layer norm of W_ih x and of W_hh h, each over all gates (weight only: the biases
+            are the shifts), and for the LSTM of c (Ba et al. 2016). "sum": one norm of W_ih x + W_hh h; "gates": the
+            same, each gate by itself; their weight is `ln_hh`.
+        layer_norm_eps: what layer norm adds to the variance, a positive float.
+        layer_norm_cell: for the LSTM with layer_norm: "inside" normalises c in the tanh only, "carried" also the c
+            that is carried on to the next step, None not at all.
         residual: from the second layer on, a layer's output is h + its input.
         locked_dropout: the mask of `dropout` is the same at every step (Gal & Ghahramani 2016).
         recurrent_dropout: probability that a unit of the h that W_hh multiplies is dropped, by one mask per sequence
             (Gal & Ghahramani 2016).
+        recurrent_dropout_per_gate: a mask for each gate's rows of W_hh, as Keras has it; on backend reference only.
         zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h)
             (Krueger et al. 2017).
         weight_dropout: probability that an entry of W_hh is dropped, by one mask per call (Merity et al. 2018).
@@ -411,6 +427,10 @@ def _show_arguments() -> None:
 _show_arguments()
 
 
+_OF_CELLS = {name: EXTRAS[name] for name in ("layer_norm", "layer_norm_eps", "layer_norm_cell")}
+"""The extras that the single-step cells take."""
+
+
 class _Cell(nn.Module):
     """The base class of LSTMCell, GRUCell and RNNCell: a network of one layer and one step."""
 
@@ -422,16 +442,22 @@ class _Cell(nn.Module):
         device=None,
         dtype=None,
         *,
-        layer_norm: bool = False,
+        layer_norm: bool | str = False,
+        layer_norm_eps: float = LN_EPS,
+        layer_norm_cell: str | None = "inside",
         backend: str | None = None,
     ):
         super().__init__()
         input_size, hidden_size = checks.check_cell_sizes(input_size=input_size, hidden_size=hidden_size)
-        checks.check_flags(layer_norm=layer_norm)
+        checks.check_layer_norm(self._cell, layer_norm)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         self.layer_norm, self.backend = layer_norm, backend
+        self.layer_norm_eps = checks.check_eps(layer_norm_eps)
+        self.layer_norm_cell = checks.check_layer_norm_cell(self._cell, layer_norm_cell)
         dispatch.forced(backend)
-        shapes = layer_shapes(self._cell, input_size, hidden_size, 0, self.bias, layer_norm)
+        shapes = layer_shapes(
+            self._cell, input_size, hidden_size, 0, self.bias, layer_norm, layer_norm_cell is not None
+        )
         self.all_names = list(shapes)
         for name, shape in shapes.items():
             self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -457,13 +483,19 @@ class _Cell(nn.Module):
         Raises:
             ValueError, RuntimeError: an argument does not fit, or a forced backend cannot run the call.
         """
-        state = functional.step(*self._call(input, hx), self.backend)
+        state = functional.step(*self._call(input, hx), self.backend, **self._norms())
         if input.dim() == 1:
             state = tuple(s[0] for s in state)
         return state if len(state) > 1 else state[0]
 
     def __prepare_scriptable__(self):
         checks.refuse_script(self)
+
+    def _norms(self) -> dict:
+        """The settings of layer norm as keyword arguments of `checks.check`, where there is any."""
+        if not self.layer_norm:
+            return {}
+        return {name: getattr(self, name) for name in _OF_CELLS}
 
     def _call(self, input: Tensor, hx):
         """The arguments of `functional.step`: cell, input `[B, I]`, states `[B, H]`, parameters."""
@@ -476,7 +508,7 @@ class _Cell(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        for name, default in (("bias", True), ("layer_norm", False), ("nonlinearity", "tanh"), ("backend", None)):
+        for name, default in {"bias": True, **_OF_CELLS, "nonlinearity": "tanh", "backend": None}.items():
             if getattr(self, name, default) != default:
                 parts.append(f"{name}={_shown(getattr(self, name))}")
         return ", ".join(parts)

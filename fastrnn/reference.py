@@ -11,7 +11,6 @@ from torch import Tensor
 from .arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
 from .cell_table import PAD, RESET, START, spec_of
 from .equations import (
-    LN_EPS,
     Beside,
     LayerNorm,
     accumulate_dtype,
@@ -72,22 +71,28 @@ def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
-def _layer_norm_of_c(inputs: ScanInputs, acc: torch.dtype) -> LayerNorm | None:
+def _layer_norm_of_c(inputs: ScanInputs, walk: Walk, acc: torch.dtype) -> LayerNorm | None:
     if inputs.ln_c_weight is None:
         return None
-    return LayerNorm(inputs.ln_c_weight.to(acc).contiguous(), inputs.ln_c_bias.to(acc).contiguous())
+    weight, bias = (x.to(acc).contiguous() for x in (inputs.ln_c_weight, inputs.ln_c_bias))
+    return LayerNorm(weight, bias, walk.ln_eps, walk.ln_c_carried)
 
 
-def _beside(cell: str, inputs: ScanInputs, T: int, acc: torch.dtype) -> list[LayerNorm | Beside | None]:
+def _beside(walk: Walk, inputs: ScanInputs, T: int, acc: torch.dtype) -> list[LayerNorm | Beside | None]:
     """What the equations get at each step beside gates and states (`equations.py`)."""
-    spec = spec_of(cell)
+    spec = spec_of(walk.cell)
     if spec.program is None:
-        ln_c = _layer_norm_of_c(inputs, acc)
+        ln_c = _layer_norm_of_c(inputs, walk, acc)
         return [ln_c for _ in range(T)]
     Q, N = len(spec.parameters), len(spec.inputs)
     parameters = inputs.parameters.to(acc).chunk(Q, -1) if Q else ()
     steps = inputs.step_inputs.to(acc).unbind() if N else [None for _ in range(T)]
     return [Beside(parameters, step.chunk(N, -1) if N else ()) for step in steps]
+
+
+def _groups(walk: Walk) -> int:
+    """How many parts of the gates have a layer norm of their own."""
+    return len(spec_of(walk.cell).gates) if walk.ln_of == "gates" else 1
 
 
 class _Steps:
@@ -115,24 +120,33 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
-    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk.cell, inputs, T, acc)
+    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
+    per_gate = inputs.recurrent_mask is not None and inputs.recurrent_mask.shape[-1] != h0.shape[-1]
+    groups, no_gx = _groups(walk), None if walk.ln_of == "separate" else torch.zeros_like(gx[0])
     for t in _order(T, walk.reverse):
         carried = state
         if reset[t] is not None:
             state = tuple(s.masked_fill(reset[t], 0) for s in state)
-        operand = state[0].to(acc)
-        if inputs.recurrent_mask is not None:
+        operand, gx_t = state[0].to(acc), gx[t]
+        if inputs.recurrent_mask is not None and not per_gate:
             operand = operand * inputs.recurrent_mask
         if w_t is None:
             gh = None
+        elif per_gate or walk.ln_of != "separate":
+            gh = times_w_hh(operand, w_hh, inputs.recurrent_mask if per_gate else None)
+            if walk.ln_of != "separate":  # the cell gets the sum, normalised, as gh
+                gh, gx_t = normalize_gates(gh + gx_t, groups, walk.ln_eps)[0] * ln_hh, no_gx
+            elif ln_hh is not None:
+                gh = normalize_gates(gh, groups, walk.ln_eps)[0] * ln_hh
+            gh = gh if b_hh is None else gh + b_hh
         elif ln_hh is not None:
-            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, LN_EPS)
+            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, walk.ln_eps)
         else:
             gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
-        new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), beside[t])
+        new, saved_t = cell_forward(gx_t, gh, (state[0].to(acc), *state[1:]), beside[t])
         if w_hr is not None:
             new = (new[0] @ w_hr.t(), *new[1:])
         new = [
@@ -175,7 +189,44 @@ def layer_norm_c_gradients(dh_new, saved, c_prev, w_hr, ln_c: LayerNorm) -> tupl
     saved, dh = saved.to(acc), dh_new.to(acc)
     c = lstm_cell_state(saved, c_prev)
     du = lstm_output_backward(saved, c, dh if w_hr is None else dh @ w_hr.to(acc), ln_c)
-    return (du * normalize(c)[0]).sum(0), du.sum(0)
+    return (du * normalize(c, ln_c.eps)[0]).sum(0), du.sum(0)
+
+
+def carried_norm_gradients(dc: Tensor, saved, c_prev, ln_c: LayerNorm) -> tuple[Tensor, Tensor]:
+    """As `layer_norm_c_gradients` where the normalised c is carried on; `dc [T, B, H]`: its whole gradient."""
+    c = lstm_cell_state(saved.to(c_prev.dtype), c_prev)
+    return (dc * normalize(c, ln_c.eps)[0]).sum(0), dc.sum(0)
+
+
+def normalize_gates(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`normalize` of `[.., G*H]` over all gates or in `groups` of them; 1 / std is `[.., groups, 1]`."""
+    xhat, rstd = normalize(x.unflatten(-1, (groups, -1)), eps)
+    return xhat.flatten(-2), rstd
+
+
+def normalize_gates_backward(dxhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
+    groups = rstd.shape[-2]
+    return normalize_backward(*(x.unflatten(-1, (groups, -1)) for x in (dxhat, xhat)), rstd).flatten(-2)
+
+
+def times_w_hh(h: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
+    """W_hh (h * mask) `[.., G*H]`, for one mask `[B, P]` or a mask for each gate `[B, G*P]`."""
+    if mask is None or mask.shape[-1] == h.shape[-1]:
+        return (h if mask is None else h * mask) @ w_hh.t()
+    gates = mask.shape[-1] // h.shape[-1]
+    each = zip(mask.chunk(gates, -1), w_hh.chunk(gates), strict=True)
+    return torch.cat([(h * one) @ w.t() for one, w in each], -1)
+
+
+def back_through_w_hh(dgh: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of h from that of `times_w_hh`."""
+    P = w_hh.shape[-1]
+    if mask is None or mask.shape[-1] == P:
+        product = dgh @ w_hh
+        return product if mask is None else product * mask
+    gates = mask.shape[-1] // P
+    each = zip(dgh.chunk(gates, -1), w_hh.chunk(gates), mask.chunk(gates, -1), strict=True)
+    return sum((d @ w) * one for d, w, one in each)
 
 
 def backward(
@@ -194,8 +245,9 @@ def backward(
     T, acc, spec = saved.shape[0], accumulate_dtype(saved.dtype), spec_of(walk.cell)
     _, cell_total, cell_backward = equations_of(walk.cell)
     w_hh, w_hr, ln_hh, clip_norm = _to(acc, inputs.w_hh, inputs.w_hr, inputs.ln_hh, inputs.clip_norm)
-    beside = _beside(walk.cell, inputs, T, acc)
+    beside = _beside(walk, inputs, T, acc)
     ln_c = None if inputs.ln_c_weight is None else beside[0]
+    carries = ln_c is not None and ln_c.carried
     before = by_state(
         walk.cell,
         previous_state(kept.y, inputs.h0, flags, walk.reverse),
@@ -212,9 +264,12 @@ def backward(
     )
     pad, reset = (_by_step(flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     if ln_hh is not None:
-        operand = before[0].to(acc) if mask is None else before[0].to(acc) * mask
-        gh_hat, gh_rstd = normalize(operand @ w_hh.t())
+        normalised = times_w_hh(before[0].to(acc), w_hh, mask)
+        if walk.ln_of != "separate":
+            normalised = normalised + inputs.gx
+        gh_hat, gh_rstd = normalize_gates(normalised, _groups(walk), walk.ln_eps)
     dgx, dgh, dh_new, dgh_raw, dcell = (_Steps(T, saved.dtype, differentiable) for _ in range(5))
+    dc_new = _Steps(T, acc, differentiable)
     tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 
     for t in _order(T, not walk.reverse):
@@ -246,8 +301,8 @@ def backward(
         dcell_t = rest[0] if rest else None
         raw_t, back = dgh_t, list(dprev)
         if w_hh is not None:
-            raw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
-            product = raw_t @ w_hh if mask is None else (raw_t @ w_hh) * mask
+            raw_t = dgh_t if ln_hh is None else normalize_gates_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
+            product = back_through_w_hh(raw_t, w_hh, mask)
             back[0] = product if dprev[0] is None else product + dprev[0]
         back = [b if z is None else b + d * z for b, d, z in zip(back, dstate, zone, strict=True)]
         if reset[t] is not None:
@@ -257,9 +312,10 @@ def backward(
             dgx_t, dgh_t, raw_t, to_cell, dcell_t = (
                 None if g is None else g.masked_fill(pad[t], 0) for g in (dgx_t, dgh_t, raw_t, to_cell, dcell_t)
             )
+            total = tuple(g.masked_fill(pad[t], 0) for g in total) if carries else total
         carried = tuple(back)
-        dgx[t] = dgx_t
-        if spec.distinct_dgh:
+        dgx[t] = dgx_t if walk.ln_of == "separate" else raw_t
+        if spec.distinct_dgh or walk.ln_of != "separate":
             dgh[t] = dgh_t
         if ln_hh is not None:
             dgh_raw[t] = raw_t
@@ -267,6 +323,8 @@ def backward(
             dh_new[t] = to_cell
         if dcell_t is not None:
             dcell[t] = dcell_t
+        if carries:
+            dc_new[t] = total[1]
 
     found = ScanGradients(
         dgx=dgx.tensor(),
@@ -278,9 +336,14 @@ def backward(
         norms=tap.masked_fill(_bit(flags, PAD).squeeze(-1), 0) if norms and flags is not None else tap,
     )
     if ln_hh is not None:
-        db_hh, dln_hh = layer_norm_gradients(found.dgh if spec.distinct_dgh else found.dgx, gh_hat)
+        db_hh, dln_hh = layer_norm_gradients(
+            dgh.tensor() if spec.distinct_dgh or walk.ln_of != "separate" else found.dgx, gh_hat
+        )
         found = found._replace(dgh=dgh_raw.tensor(), db_hh=db_hh, dln_hh=dln_hh)
     if ln_c is not None:
-        of_c = layer_norm_c_gradients(dh_new.tensor(), saved, before[1], inputs.w_hr, ln_c)
+        if carries:
+            of_c = carried_norm_gradients(dc_new.tensor(), saved, before[1], ln_c)
+        else:
+            of_c = layer_norm_c_gradients(dh_new.tensor(), saved, before[1], inputs.w_hr, ln_c)
         found = found._replace(dln_c_weight=of_c[0], dln_c_bias=of_c[1])
     return found

@@ -39,7 +39,7 @@ from .arguments import (
 )
 from .cell_table import PAD, spec_of
 from .directions import each_direction
-from .equations import LayerNorm, lstm_cell_state, lstm_output
+from .equations import LayerNorm, lstm_carried, lstm_cell_state, lstm_output
 from .linear import linear, tracing, transformed
 from .reference import previous_state
 from .vmapping import vmap
@@ -123,7 +123,8 @@ class Scan(Function):
             ctx.differentiable = ScanOutputs(y=True, c=has_c and keep_c, h_n=True, c_n=has_c, saved=False)
             ctx.mark_non_differentiable(*(v for v, d in zip(output, ctx.differentiable, strict=True) if not d))
         # No backward reads the bias, which the user may change in between.
-        inputs, biased = inputs._replace(gx=None, b_hh=None), inputs.b_hh is not None
+        gx, biased = None if walk.ln_of == "separate" else inputs.gx, inputs.b_hh is not None
+        inputs = inputs._replace(gx=gx, b_hh=None)
         ctx.save_for_backward(*inputs, outputs.y, outputs.c if has_c else None, outputs.saved)
         ctx.walk, ctx.device, ctx.tapped, ctx.biased = walk, outputs.saved.device.type, tap is not None, biased
 
@@ -160,10 +161,12 @@ def _gradients(
     dgh = found.dgh if spec_of(walk.cell).distinct_dgh or inputs.ln_hh is not None else found.dgx
     dw_hh = db_hh = None
     if inputs.w_hh is not None:
-        h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
-        if inputs.recurrent_mask is not None:
-            h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
-        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
+        h_prev, mask = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse), inputs.recurrent_mask
+        if mask is not None and mask.shape[-1] != h_prev.shape[-1]:
+            dw_hh = _over_gates(dgh, h_prev, mask, inputs.flags)
+        else:
+            h_prev = h_prev if mask is None else h_prev * mask.unsqueeze(-3)
+            dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
     if biased:
         db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.ln_hh)
     of_inputs = NO_GRADIENT._replace(
@@ -217,12 +220,24 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     return linear(rows.t(), terms.t())
 
 
+def _over_gates(dgh: Tensor, h_prev: Tensor, mask: Tensor, flags: Tensor | None) -> Tensor:
+    """The gradient of W_hh where each gate's rows multiply h by a mask of their own, `[B, G*P]`."""
+    gates = mask.shape[-1] // h_prev.shape[-1]
+    each = zip(dgh.chunk(gates, -1), mask.chunk(gates, -1), strict=True)
+    return torch.cat([_over_steps(d, (h_prev * one.unsqueeze(-3)).to(d.dtype), flags) for d, one in each], -2)
+
+
 def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: Walk) -> Tensor:
     """The gradient of w_hr, which multiplies the LSTM's h `[T, B, H]`; h is computed again from `saved`."""
     c, saved = kept.c, kept.saved.to(kept.c.dtype)
+    ln_c = None
+    if inputs.ln_c_weight is not None:
+        ln_c = LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias, walk.ln_eps, walk.ln_c_carried)
     if inputs.zone_c is not None:  # zoneout mixes the cell's own c with the one before
         c = lstm_cell_state(saved, previous_state(c, inputs.c0, inputs.flags, walk.reverse))
-    ln_c = None if inputs.ln_c_weight is None else LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias)
+        c, ln_c = lstm_carried(c, ln_c)
+    elif walk.ln_c_carried:  # c is normalised already
+        ln_c = None
     return _over_steps(dh_new, lstm_output(saved, c, ln_c).to(dh_new.dtype))
 
 

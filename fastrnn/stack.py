@@ -38,6 +38,10 @@ class Options(NamedTuple):
     weight_dropout: float = 0.0
     clip_norm: float | Tensor | None = None
     clip_value: float | None = None
+    layer_norm_eps: float = LN_EPS
+    layer_norm_cell: str | None = "inside"
+    layer_norm: str = "separate"  # where there is any
+    recurrent_dropout_per_gate: bool = False
 
     # Methods, not properties: the compiler of torch 2.10 cannot read a property of a named tuple.
     def features(self) -> tuple[tuple[str, bool], ...]:
@@ -47,6 +51,7 @@ class Options(NamedTuple):
             ("clip", self.clip_norm is not None or self.clip_value is not None),
             ("zoneout", any(self.zoneout)),
             ("recurrent_dropout", self.recurrent_dropout > 0),
+            ("recurrent_dropout_per_gate", self.recurrent_dropout_per_gate and self.recurrent_dropout > 0),
             ("locked_dropout", self.locked_dropout and self.dropout > 0 and between),
             ("residual", self.residual and between),
         )
@@ -108,11 +113,16 @@ def _direction(
     """The parameters of one direction, and its masks, drawn."""
     spec = spec_of(options.cell)
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
-    if b_hh is not None and not spec.distinct_dgh:
+    if options.layer_norm != "separate" and f"ln_hh_{name}" in params:
+        b_ih, b_hh = None, b_hh if b_ih is None else b_ih + b_hh  # added after the layer norm of the sum
+    elif b_hh is not None and not spec.distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
     recurrent_mask = None
     if options.recurrent_dropout and options.training:
-        recurrent_mask = F.dropout(torch.ones_like(h0), options.recurrent_dropout)
+        like = h0
+        if options.recurrent_dropout_per_gate:
+            like = h0.new_empty(*h0.shape[:-1], len(spec.gates) * h0.shape[-1])
+        recurrent_mask = F.dropout(torch.ones_like(like), options.recurrent_dropout)
     zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
     zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
     inputs = ScanInputs(
@@ -136,13 +146,13 @@ def _direction(
     return Direction(params[f"weight_ih_{name}"], b_ih, params.get(f"ln_ih_{name}"), inputs, tap)
 
 
-def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _layer_norm(gx: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Over the last dimension; on a CPU in acc, because PyTorch sums the weights' gradients in a half type there."""
     if gx.device.type != "cpu":
-        return F.layer_norm(gx, weight.shape, weight, bias, LN_EPS)
+        return F.layer_norm(gx, weight.shape, weight, bias, eps)
     acc = accumulate_dtype(gx.dtype)
     bias = None if bias is None else bias.to(acc)
-    return F.layer_norm(gx.to(acc), weight.shape, weight.to(acc), bias, LN_EPS).to(gx.dtype)
+    return F.layer_norm(gx.to(acc), weight.shape, weight.to(acc), bias, eps).to(gx.dtype)
 
 
 def _one(
@@ -154,7 +164,7 @@ def _one(
     rows = x.data if isinstance(x, PackedSequence) else x
     gx = linear(rows, layer.w_ih, layer.b_ih if layer.ln_ih is None else None)
     if layer.ln_ih is not None:
-        gx = _layer_norm(gx, layer.ln_ih, layer.b_ih)
+        gx = _layer_norm(gx, layer.ln_ih, layer.b_ih, walk.ln_eps)
     if isinstance(x, PackedSequence):
         gx = pad(PackedSequence(gx, x.batch_sizes), positions)  # torch.compile loses fields in x._replace
     return scan(ScanInputs(gx, *layer.inputs[1:]), walk, tap=layer.tap, keep_c=keep_c)
@@ -241,9 +251,10 @@ def run(
     elif clip_norm is not None:  # not copied from the host, which would wait for the GPU and fail in a CUDA graph
         clip_norm = torch.full((), clip_norm, dtype=acc, device=states[0].device)
     # With these, a scan takes one direction at a time.
-    whole_rows = "weight_hr_l0" in params or "ln_ih_l0" in params
+    whole_rows = "weight_hr_l0" in params or "ln_ih_l0" in params or "ln_hh_l0" in params
     side_by_side = options.bidirectional and row(backend).directions and not whole_rows
-    walks = [Walk(options.cell, bool(d), backend, options.clip_value) for d in directions]
+    norms = (options.layer_norm_eps, options.layer_norm, options.layer_norm_cell == "carried")
+    walks = [Walk(options.cell, bool(d), backend, options.clip_value, *norms) for d in directions]
     final, outputs, before, below = [], [], None, []
     apart = states[0].device.type == "cpu" and torch.is_grad_enabled()
     for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):

@@ -66,10 +66,10 @@ def program_tile(B, t, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.const
 
 
 @triton.jit
-def layer_norm_c(c, weight_ptr, bias_ptr, tile, H: tl.constexpr):
+def layer_norm_c(c, weight_ptr, bias_ptr, tile, H: tl.constexpr, EPS: tl.constexpr):
     """The layer norm on c of an LSTM: its weight, the normalised c, 1 / std, and u = tanh of its output."""
     weight, bias = load_vectors(weight_ptr, tile, 1, H)[0], load_vectors(bias_ptr, tile, 1, H)[0]
-    c_hat, rstd = normalize((c,), tile.inside, 1, H)
+    c_hat, rstd = normalize((c,), tile.inside, 1, H, EPS)
     return weight, c_hat[0], rstd, tanh(c_hat[0] * weight + bias)
 
 
@@ -77,13 +77,13 @@ def layer_norm_c(c, weight_ptr, bias_ptr, tile, H: tl.constexpr):
 
 
 @triton.jit
-def gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.constexpr):
+def gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr):
     """LN(W_hh h) + b_hh. After a reset W_hh h is zero."""
     raw, gh = load_planes(gh_ptr, tile.origin, tile, G, H), ()
     for g in tl.static_range(G):
         gh = gh + (choose(flags, RESET, 0.0, raw[g]),)
     if ln_hh_ptr is not None:
-        weight, xhat, gh = load_vectors(ln_hh_ptr, tile, G, H), normalize(gh, tile.inside, G, H)[0], ()
+        weight, xhat, gh = load_vectors(ln_hh_ptr, tile, G, H), normalize(gh, tile.inside, G, H, EPS)[0], ()
         for g in tl.static_range(G):
             gh = gh + (xhat[g] * weight[g],)
     if b_ptr is not None:
@@ -141,6 +141,7 @@ def forward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    LN_EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -150,7 +151,7 @@ def forward_kernel(
     gx = load_planes(gx_ptr, tile.row, tile, G, H)
     gh = ()
     if gh_ptr is not None:
-        gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H)
+        gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H, LN_EPS)
     beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     # With projection h has fewer columns. The LSTM does not read it, so c is loaded in its place.
     in_ptrs = (h_in_ptr if out_ptr is None else c_in_ptr, c_in_ptr)
@@ -162,7 +163,7 @@ def forward_kernel(
     else:
         saved = lstm_pre_activations(gx, gh)
         c = lstm_cell_state(saved, before[1])
-        u = layer_norm_c(c, ln_c_weight_ptr, ln_c_bias_ptr, tile, H)[3]
+        u = layer_norm_c(c, ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS)[3]
         cell_states = (lstm_output(saved, u), c)
     if saved_ptr is not None:
         store_planes(saved_ptr, tile.row, tile, drop_padded(saved, flags, K), K, H)
@@ -288,6 +289,7 @@ def backward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    LN_EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -317,7 +319,7 @@ def backward_kernel(
         dstate = dstate + (carry[s] + dc[s - 1],)
     ln_c = None
     if ln_c_weight_ptr is not None:
-        ln_c = layer_norm_c(lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H)
+        ln_c = layer_norm_c(lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS)
 
     to_cell, past_cell, total, dtotal = state_gradient(
         dstate, carry, dh_cell_ptr, saved, before, beside, ln_c, zone_ptrs, clip_value, norms_ptr, tile.row, T * batch,

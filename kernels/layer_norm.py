@@ -1,13 +1,11 @@
 """Layer norm of complete rows, over all planes of a row jointly (Ba et al. 2016).
 
-The variance is biased, eps is 1e-5; the caller applies weight and bias. The rows are COUNT tiles `[R, N]`, one per
+The variance is biased; the caller applies weight and bias. The rows are COUNT tiles `[R, N]`, one per
 plane, with H elements in each row, those `inside`. The results are zero outside.
 """
 
 import triton
 import triton.language as tl
-
-EPS = tl.constexpr(1e-5)
 
 
 @triton.jit
@@ -20,7 +18,7 @@ def row_mean(planes, inside, COUNT: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def normalize(planes, inside, COUNT: tl.constexpr, H: tl.constexpr):
+def normalize(planes, inside, COUNT: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr):
     """(x - mean) / std, and 1 / std `[R, 1]`."""
     mean = row_mean(planes, inside, COUNT, H)
     centred, squares = (), ()

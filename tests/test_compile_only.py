@@ -66,7 +66,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
     S, H = len(spec.states), case["hidden_size"]
     constants = dict(
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S,
-        Q=len(spec.parameters), N=len(spec.inputs), H=H, BLOCK_B=tile.block_b,
+        Q=len(spec.parameters), N=len(spec.inputs), H=H, LN_EPS=1e-5, BLOCK_B=tile.block_b,
     )  # fmt: skip
     if case["gemm"]:
         width = 1 << (H - 1).bit_length()

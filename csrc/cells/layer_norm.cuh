@@ -1,5 +1,4 @@
-// Layer norm over H, per element; the caller computes the row's sums. Biased variance, eps 1e-5 (Ba et al.
-// 2016).
+// Layer norm over H, per element; the caller computes the row's sums. Biased variance (Ba et al. 2016).
 #pragma once
 
 #include <cmath>
@@ -12,9 +11,7 @@ template <class A>
 struct RowStats {
   A mean, rstd;  // of one row of H; rstd = 1 / sqrt(variance + eps)
 
-  static constexpr A eps = A(1e-5);
-
-  FASTRNN_HD static A rstd_of(A variance) { return A(1) / std::sqrt(variance + eps); }
+  FASTRNN_HD static A rstd_of(A variance, A eps) { return A(1) / std::sqrt(variance + eps); }
   FASTRNN_HD A xhat(A x) const { return (x - mean) * rstd; }
 
   // dL/dx, from dL/dxhat, xhat, and the means over the row of dxhat and of dxhat * xhat

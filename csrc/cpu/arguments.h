@@ -18,6 +18,12 @@ struct ScanInputs {
   const Optional &c0, &b_hh, &w_hr, &ln_hh, &ln_c_weight, &ln_c_bias, &flags, &recurrent_mask, &zone_h,
       &zone_c, &parameters, &step_inputs, &clip_norm;
 };
+// The layer norms of a call, as in Walk of fastrnn/arguments.py.
+struct LayerNorms {
+  double eps;
+  const std::string& of;
+  bool c_carried;
+};
 struct IncomingGradients {
   const Optional &dy, &dc, &dh_n, &dc_n;
 };
@@ -147,12 +153,20 @@ struct Call {
 
   // The fields that the forward and the backward scan share.
   template <class ScanOfCell>
-  void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse) const {
+  void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse,
+            const LayerNorms& norms) const {
     scan.T = T, scan.B = B, scan.H = H, scan.P = P, scan.C = C;
     scan.reverse = reverse;
     scan.flags = flags(inputs.flags);
     scan.weights =
         weights(inputs, scan.cell.gates * H, scan.cell.parameters, forward, reads_once(scan.flags));
+    check(norms.of == "separate" || norms.of == "sum" || norms.of == "gates",
+          "ln_of should be separate, sum or gates, got ", norms.of);
+    check(norms.of == "separate" || inputs.ln_hh.has_value(), "a layer norm of the sum needs ln_hh");
+    scan.weights.ln_eps = static_cast<A>(norms.eps);
+    scan.weights.ln_of_sum = norms.of != "separate";
+    scan.weights.ln_groups = norms.of == "gates" ? scan.cell.gates : 1;
+    scan.weights.ln_c_carried = norms.c_carried;
     scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
     scan.c0 = view<A>("c0", inputs.c0, {B, C});
     scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});

@@ -87,7 +87,8 @@ struct BuiltInCell {
     if constexpr (states == 2) {
       if (step.ln_c.weight != nullptr)
         walk_runs(runs, CellNormGradients<Cell, S, A>{step.H, step.saved, read_only(step.c_hat), step.dh,
-                                                      step.ln_c, step.dln_c_weight, step.dln_c_bias});
+                                                      read_only(step.total_c), step.ln_c, step.dln_c_weight,
+                                                      step.dln_c_bias});
     }
   }
 

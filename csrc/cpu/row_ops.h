@@ -34,14 +34,14 @@ FASTRNN_INLINE void store(Storage* row, int64_t H, int64_t j, const A (&values)[
 }
 
 template <class A>
-FASTRNN_INLINE RowStats<A> row_stats(const A* x, int64_t H) {
+FASTRNN_INLINE RowStats<A> row_stats(const A* x, int64_t H, A eps) {
   A sum = 0, squares = 0;
   FASTRNN_SIMD_REDUCE(+ : sum)
   for (int64_t j = 0; j < H; ++j) sum += x[j];
   A mean = sum / A(H);
   FASTRNN_SIMD_REDUCE(+ : squares)
   for (int64_t j = 0; j < H; ++j) squares += (x[j] - mean) * (x[j] - mean);
-  return {mean, RowStats<A>::rstd_of(squares / A(H))};
+  return {mean, RowStats<A>::rstd_of(squares / A(H), eps)};
 }
 
 // To the type of the arithmetic. The elements of a row of `in` are `stride` apart.
@@ -165,21 +165,26 @@ struct Scale {
   FASTRNN_INLINE A operator()(int64_t b, A x) const { return x * factor[b]; }
 };
 
-// Layer norm of W_hh h, in place.
+// Layer norm of W_hh h, in place: of `groups` parts of `width` gates' units each, every part by itself.
 template <class A>
 struct NormalizeGates {
-  int64_t width;
-  const A *weight, *bias;  // [width]; bias may be null
-  RowView<A> gates;        // [B, width]
+  int64_t groups, width;
+  A eps;
+  const A *weight, *bias;  // [groups * width]; bias may be null
+  RowView<A> gates;        // [B, groups * width]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    A* row = gates[b];
-    RowStats<A> stats = row_stats(row, width);
+    for (int64_t g = 0; g < groups; ++g)
+      part(gates[b] + g * width, weight + g * width, bias == nullptr ? nullptr : bias + g * width);
+  }
+
+  FASTRNN_INLINE void part(A* row, const A* weight_row, const A* bias_row) const {
+    RowStats<A> stats = row_stats(row, width, eps);
     FASTRNN_SIMD
-    for (int64_t j = 0; j < width; ++j) row[j] = stats.xhat(row[j]) * weight[j];
-    if (bias == nullptr) return;
+    for (int64_t j = 0; j < width; ++j) row[j] = stats.xhat(row[j]) * weight_row[j];
+    if (bias_row == nullptr) return;
     FASTRNN_SIMD
-    for (int64_t j = 0; j < width; ++j) row[j] += bias[j];
+    for (int64_t j = 0; j < width; ++j) row[j] += bias_row[j];
   }
 };
 
@@ -187,18 +192,23 @@ struct NormalizeGates {
 // and dL/dbias.
 template <class A>
 struct NormalizeGatesBackward {
-  int64_t width;
-  const A* weight;                 // [width]
-  RowView<const A> dgh, gates;     // [B, width]; gates: W_hh h
-  RowView<A> out;                  // [B, width]
-  RowView<double> dweight, dbias;  // [B, width]
+  int64_t groups, width;
+  A eps;
+  const A* weight;                 // [groups * width]
+  RowView<const A> dgh, gates;     // [B, groups * width]; gates: W_hh h
+  RowView<A> out;                  // [B, groups * width]
+  RowView<double> dweight, dbias;  // [B, groups * width]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
+    for (int64_t g = 0; g < groups; ++g) part(b, g * width);
+  }
+
+  FASTRNN_INLINE void part(int64_t b, int64_t from) const {
     // `weight` is copied because g++ does not vectorise a reduction that reads it from the struct.
-    const A *dgh_row = dgh[b], *gates_row = gates[b], *weight_row = weight;
-    A* out_row = out[b];
-    double *dweight_row = dweight[b], *dbias_row = dbias[b];
-    RowStats<A> stats = row_stats(gates_row, width);
+    const A *dgh_row = dgh[b] + from, *gates_row = gates[b] + from, *weight_row = weight + from;
+    A* out_row = out[b] + from;
+    double *dweight_row = dweight[b] + from, *dbias_row = dbias[b] + from;
+    RowStats<A> stats = row_stats(gates_row, width, eps);
     A sum = 0, sum_xhat = 0;
     FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
     for (int64_t j = 0; j < width; ++j) {

@@ -29,7 +29,8 @@ auto with_cell_of(const std::string& cell, const char* name, const Tensor& t, co
 }
 
 template <class Cell>
-ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool reverse, bool save) {
+ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool reverse,
+                    const LayerNorms& layer_norms, bool save) {
   using Storage = typename Cell::Storage;
   using A = typename Cell::A;
   Call<Storage, A> call("gx", gx, cell.gates, inputs.h0, cell.states);
@@ -43,7 +44,7 @@ ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool
   Tensor saved = call.template output<Storage>(save, {T, B, cell.saved * H});
 
   ForwardScan<Cell> scan(cell);
-  call.fill(scan, inputs, true, reverse);
+  call.fill(scan, inputs, true, reverse, layer_norms);
   scan.gx = call.template view<Storage>("gx", gx, {T, B, cell.gates * H});
   scan.y = output_view<Storage>(y);
   scan.c = output_view<A>(c);
@@ -56,8 +57,8 @@ ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool
 
 template <class Cell>
 ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, const Kept& kept,
-                       const ScanInputs& inputs, bool reverse, std::optional<double> clip_value,
-                       bool with_norms) {
+                       const Optional& gx, const ScanInputs& inputs, bool reverse,
+                       std::optional<double> clip_value, const LayerNorms& layer_norms, bool with_norms) {
   using Storage = typename Cell::Storage;
   using A = typename Cell::A;
   Call<Storage, A> call("saved", kept.saved, cell.saved, inputs.h0, cell.states);
@@ -79,7 +80,7 @@ ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, cons
   Tensor norms = call.template output<A>(with_norms, {2, cell.states, T, B});
 
   BackwardScan<Cell> scan(cell);
-  call.fill(scan, inputs, false, reverse);
+  call.fill(scan, inputs, false, reverse, layer_norms);
   scan.clip_norm = call.number("clip_norm", inputs.clip_norm);
   if (clip_value.has_value()) scan.clip_value = static_cast<A>(*clip_value);
   scan.dy = call.template view<Storage>("dy", incoming.dy, {T, B, P});
@@ -87,6 +88,10 @@ ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, cons
   scan.dh_n = call.template view<Storage>("dh_n", incoming.dh_n, {B, P});
   scan.dc_n = call.template view<A>("dc_n", incoming.dc_n, {B, C});
   scan.saved = call.template view<Storage>("saved", kept.saved, {T, B, cell.saved * H});
+  if (scan.weights.ln_of_sum) {
+    check(gx.has_value(), "a layer norm of the sum needs gx");
+    scan.gx = call.template view<Storage>("gx", gx, {T, B, width});
+  }
   scan.y = call.template view<Storage>("y", kept.y, {T, B, P});
   scan.c = call.template view<A>("c", kept.c, {T, B, C});
   scan.dgx = output_view<Storage>(dgx);
@@ -117,28 +122,34 @@ ScanOutputs scan_forward(Tensor gx, Optional w_hh, Tensor h0, Optional c0, Optio
                          Optional ln_hh, Optional ln_c_weight, Optional ln_c_bias, Optional flags,
                          Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional parameters,
                          Optional step_inputs, Optional clip_norm, std::string cell, bool reverse,
-                         std::string /*backend*/, std::optional<double> /*clip_value*/, bool save) {
+                         std::string /*backend*/, std::optional<double> /*clip_value*/, double ln_eps,
+                         std::string ln_of, bool ln_c_carried, bool save) {
+  LayerNorms layer_norms{ln_eps, ln_of, ln_c_carried};
   make_rows_contiguous(step_inputs);
   ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
                     ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
                     zone_h, zone_c,      parameters, step_inputs, clip_norm};
-  return with_cell_of(cell, "gx", gx, [&](const auto& of) { return forward(of, gx, inputs, reverse, save); });
+  return with_cell_of(cell, "gx", gx,
+                      [&](const auto& of) { return forward(of, gx, inputs, reverse, layer_norms, save); });
 }
 
 ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc_n, Optional dsaved, Tensor y,
-                            Optional c, Tensor saved, Optional /*gx*/, Optional w_hh, Tensor h0, Optional c0,
+                            Optional c, Tensor saved, Optional gx, Optional w_hh, Tensor h0, Optional c0,
                             Optional b_hh, Optional w_hr, Optional ln_hh, Optional ln_c_weight,
                             Optional ln_c_bias, Optional flags, Optional recurrent_mask, Optional zone_h,
                             Optional zone_c, Optional parameters, Optional step_inputs, Optional clip_norm,
                             std::string cell, bool reverse, std::string /*backend*/,
-                            std::optional<double> clip_value, bool norms) {
+                            std::optional<double> clip_value, double ln_eps, std::string ln_of,
+                            bool ln_c_carried, bool norms) {
+  LayerNorms layer_norms{ln_eps, ln_of, ln_c_carried};
   check(!dsaved.has_value(), "the cpu backend does not take dsaved; the reference does");
   make_rows_contiguous(step_inputs);
   ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
                     ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
                     zone_h, zone_c,      parameters, step_inputs, clip_norm};
   return with_cell_of(cell, "saved", saved, [&](const auto& of) {
-    return backward(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, inputs, reverse, clip_value, norms);
+    return backward(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, gx, inputs, reverse, clip_value, layer_norms,
+                    norms);
   });
 }
 
@@ -149,7 +160,8 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
   "Tensor? w_hh, Tensor h0, Tensor? c0, Tensor? b_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? ln_c_weight, " \
   "Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, Tensor? zone_h, Tensor? zone_c, "            \
   "Tensor? parameters, Tensor? step_inputs, Tensor? clip_norm, "
-#define FASTRNN_WALK "str cell, bool reverse, str backend, float? clip_value, "
+#define FASTRNN_WALK \
+  "str cell, bool reverse, str backend, float? clip_value, float ln_eps, str ln_of, bool ln_c_carried, "
 
 // The schemas of fastrnn/ops.py: shapes and meaning are in fastrnn/arguments.py.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {

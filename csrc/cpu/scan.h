@@ -54,10 +54,15 @@ struct Weights {
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
   std::vector<A> of_cell;                 // [parameters * H]
+  A ln_eps = 0;                           // of all layer norms
+  // Whether that of the gates is of W_ih x + W_hh h, in how many parts; whether that of c is of the carried
+  // c.
+  bool ln_of_sum = false, ln_c_carried = false;
+  int64_t ln_groups = 1;
 
   Affine<A> ln_c() const {
-    if (ln_c_weight.empty()) return {nullptr, nullptr};
-    return {ln_c_weight.data(), ln_c_bias.data()};
+    if (ln_c_weight.empty()) return {nullptr, nullptr, ln_eps, false};
+    return {ln_c_weight.data(), ln_c_bias.data(), ln_eps, ln_c_carried};
   }
 
   RowView<const A> parameters() const { return {of_cell.data(), 0}; }

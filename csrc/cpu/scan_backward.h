@@ -21,6 +21,7 @@ struct BackwardScan : Scan {
   Steps<const A> dc_n;            // [1, B, C]
   Steps<const Storage> saved, y;  // [T, B, saved * H], [T, B, P]
   Steps<const A> c;               // [T, B, C]
+  Steps<const Storage> gx;        // [T, B, gates * H]; only where the layer norm is of W_ih x + W_hh h
   Steps<const Storage> h0;        // [1, B, P]
   Steps<const A> c0;              // [1, B, C]
   Weights<Storage> weights;
@@ -63,6 +64,7 @@ struct BackwardScan : Scan {
     Buffer<A> h_prev, c_prev;        // the state before the step
     Buffer<A> dgx, dgh;              // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;        // W_hh h_prev and its gradient, before that layer norm
+    Buffer<A> gx;                    // W_ih x, where that layer norm is of the sum
     Buffer<A> dh_past_w;             // what reaches h_prev past W_hh
     Buffer<A> recurrent_mask, zone_h, zone_c;
     // Sums over the steps, of which there may be many.
@@ -88,6 +90,7 @@ struct BackwardScan : Scan {
           dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
           dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
@@ -292,7 +295,13 @@ struct BackwardScan : Scan {
     RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
     if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
     multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
-    walk_runs(runs, NormalizeGatesBackward<A>{cell.gates * H,
+    if (weights.ln_of_sum) {
+      read(runs, cell.gates * H, gx, t, b, work.gx);
+      elementwise(runs, cell.gates * H, Sum{}, work.gates, work.gates, work.gx);
+    }
+    walk_runs(runs, NormalizeGatesBackward<A>{weights.ln_groups,
+                                              cell.gates * H / weights.ln_groups,
+                                              weights.ln_eps,
                                               weights.ln_hh.data(),
                                               {dgh.data, dgh.stride},
                                               work.gates,
@@ -308,6 +317,7 @@ struct BackwardScan : Scan {
       walk_runs(runs, Write<Storage, A>{width, work.dgx, dgx.at(t, b)});
     if (dh_new) walk_runs(runs, Write<Storage, A>{P, dh_new_of(work), dh_new.at(t, b)});
     if (dln_hh) backward_of_gate_norm(t, b, work);
+    if (weights.ln_of_sum) walk_runs(runs, Write<Storage, A>{width, work.dgh_raw, dgx.at(t, b)});
     if (dgh) walk_runs(runs, Write<Storage, A>{width, dgh_rows(t, b, work), dgh.at(t, b)});
   }
 

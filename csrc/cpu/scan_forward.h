@@ -37,6 +37,9 @@ struct ForwardScan : Scan {
   struct Work {
     Buffer<A> h, operand, gates, cell_h, projected_h, c, c_before, recurrent_mask, zone_h, zone_c;
     Buffer<Storage> unsaved;  // what the cell would save
+    // Where W_ih x is inside the layer norm: its rows, and the zeros that the cell gets for them.
+    Buffer<A> gx;
+    Buffer<Storage> no_gx;
     typename Cell::Memory of_cell;
     Runs all, running, ended;
 
@@ -51,7 +54,11 @@ struct ForwardScan : Scan {
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
           zone_c(rows, scan.zone_c ? scan.C : 0),
-          unsaved(rows, !scan.saved && Cell::always_saves ? scan.cell.saved * scan.H : 0) {}
+          unsaved(rows, !scan.saved && Cell::always_saves ? scan.cell.saved * scan.H : 0),
+          gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0) {
+      if (scan.weights.ln_of_sum) std::fill_n(no_gx[0], scan.cell.gates * scan.H, Storage{});
+    }
   };
 
   // All steps of `rows` sequences from b on.
@@ -75,7 +82,7 @@ struct ForwardScan : Scan {
       std::fill_n(work.h[r], P, A(0));
       if (has_c()) std::fill_n(work.c[r], C, A(0));
     });
-    if (cell.recurrent) product_of_gates(work);
+    if (cell.recurrent) product_of_gates(t, b, work);
     if (zone_c) elementwise(runs, C, Copy{}, work.c_before, work.c);
     run_cell(t, b, work);
     const Buffer<A>& new_h = weights.w_hr ? work.projected_h : work.cell_h;
@@ -94,13 +101,18 @@ struct ForwardScan : Scan {
     if (c) walk_runs(runs, Write<A, A>{C, work.c, c.at(t, b)});
   }
 
-  void product_of_gates(Work& work) const {
+  void product_of_gates(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (recurrent_mask) elementwise(runs, P, Product{}, work.operand, work.h, work.recurrent_mask);
     multiply(runs, *weights.w_hh, recurrent_mask ? work.operand : work.h, work.gates);
     if (weights.ln_hh.empty()) return;
+    if (weights.ln_of_sum) {
+      read(runs, cell.gates * H, gx, t, b, work.gx);
+      elementwise(runs, cell.gates * H, Sum{}, work.gates, work.gates, work.gx);
+    }
     const A* bias = weights.b_hh.empty() ? nullptr : weights.b_hh.data();
-    walk_runs(runs, NormalizeGates<A>{cell.gates * H, weights.ln_hh.data(), bias, work.gates});
+    walk_runs(runs, NormalizeGates<A>{weights.ln_groups, cell.gates * H / weights.ln_groups, weights.ln_eps,
+                                      weights.ln_hh.data(), bias, work.gates});
   }
 
   // c is updated in place.
@@ -108,7 +120,7 @@ struct ForwardScan : Scan {
     RowView<Storage> unsaved = work.unsaved;
     if (!Cell::always_saves) unsaved.data = nullptr;
     ForwardStep<Storage> step{H,
-                              gx.at(t, b),
+                              weights.ln_of_sum ? RowView<const Storage>{work.no_gx[0], 0} : gx.at(t, b),
                               work.gates,
                               work.h,
                               work.c,

@@ -51,13 +51,15 @@ class _Steps:
 
     def __init__(self, walk: Walk, T: int, B: int, tile: tiles.GemmTile, initial: States, final: States, buffers):
         self.reverse, self.T, self.B, self.tile = walk.reverse, T, B, tile
-        self.cell, self.spec = walk.cell, spec_of(walk.cell)
+        self.cell, self.spec, self.ln_eps = walk.cell, spec_of(walk.cell), walk.ln_eps
         self.ends, self.buffers, self.prepared = {-1: initial, T - 1: final}, buffers, {}
 
     def sizes(self) -> dict[str, int]:
         """The cell's constants in both kernels of a step."""
         spec = self.spec
-        return dict(G=len(spec.gates), K=len(spec.saved), Q=len(spec.parameters), N=len(spec.inputs))
+        return dict(
+            G=len(spec.gates), K=len(spec.saved), Q=len(spec.parameters), N=len(spec.inputs), LN_EPS=self.ln_eps
+        )
 
     def after(self, i: int) -> States:
         """The memory of the states after step i."""
@@ -185,7 +187,7 @@ class _BackwardSteps(_Steps):
         operand = h_prev if x.recurrent_mask is None else (h_prev * x.recurrent_mask).to(h_prev.dtype)
         gh = scratch(*self.gradients.dgx.shape, like=h_prev)
         _product(x.w_hh.t(), gh.flatten(0, 1))(operand.flatten(0, 1))
-        return normalize(gh)
+        return normalize(gh, self.ln_eps)
 
     def prepare(self, i: int) -> tuple[Launch, Launch]:
         from ..kernels import gemm_step as kernels
@@ -254,7 +256,7 @@ def backward(
         gradients = gradients._replace(db_hh=db_hh, dln_hh=dln_hh)
     if inputs.ln_c_weight is not None:
         c_prev = previous_state(kept.c, inputs.c0, inputs.flags, walk.reverse)
-        ln_c = LayerNorm(inputs.ln_c_weight.float(), inputs.ln_c_bias.float())
+        ln_c = LayerNorm(inputs.ln_c_weight.float(), inputs.ln_c_bias.float(), walk.ln_eps)
         weight, bias = layer_norm_c_gradients(step.dh_new, kept.saved, c_prev, inputs.w_hr, ln_c)
         gradients = gradients._replace(dln_c_weight=weight, dln_c_bias=bias)
     return gradients

@@ -23,6 +23,9 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
+UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate")
+"""Features of a call that change a step in a way that the kernels do not know."""
+
 
 def why_not(request) -> str | None:
     if not INSTALLED:
@@ -35,6 +38,9 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
+    unknown = [name for name in UNSUPPORTED if name in request.features]
+    if unknown:
+        return f"its kernels have no {', '.join(unknown)}"
     return tiles.why_not_mode(request.cell, _asked_mode())
 
 
