@@ -31,7 +31,7 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         options: num_layers, bidirectional, batch_first, dropout, residual, locked_dropout, recurrent_dropout,
             zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, as in `fastrnn.LSTM`; training, a
-            bool, without which no mask is drawn; lengths, reset_mask, tap, return_cells, return_layers, as in
+            bool, without which no mask is drawn; lengths, reset_mask, decay, tap, return_cells, return_layers, as in
             `fastrnn.LSTM.forward`.
 
     Returns:
@@ -199,7 +199,7 @@ def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers
     with without_autocast(device):
         y, states, c, below = stack.run(
             x, (h0, *others), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
-            step_inputs=step_inputs, keep_c=keep_c, keep_layers=keep_layers, backend=backend,
+            step_inputs=step_inputs, decay=call.decay, keep_c=keep_c, keep_layers=keep_layers, backend=backend,
         )  # fmt: skip
     ys = [v.to(h_dtype) for v in (*(below or ()), y)]
     states = (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))

@@ -161,6 +161,8 @@ def _gradients(
     dw_hh = db_hh = None
     if inputs.w_hh is not None:
         h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
+        if inputs.decay_h is not None:
+            h_prev = h_prev * inputs.decay_h
         if inputs.recurrent_mask is not None:
             h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
         dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
@@ -176,6 +178,8 @@ def _gradients(
         ln_hh=_over_batch(found.dln_hh, inputs.ln_hh),
         ln_c_weight=_over_batch(found.dln_c_weight, inputs.ln_c_weight),
         ln_c_bias=_over_batch(found.dln_c_bias, inputs.ln_c_bias),
+        decay_h=None if inputs.decay_h is None else found.ddecay_h,
+        decay_c=None if inputs.decay_c is None else found.ddecay_c,
     )
     if inputs.parameters is not None:
         of_parameters = found.dcell[..., : inputs.parameters.shape[-1]]
@@ -221,7 +225,8 @@ def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: W
     """The gradient of w_hr, which multiplies the LSTM's h `[T, B, H]`; h is computed again from `saved`."""
     c, saved = kept.c, kept.saved.to(kept.c.dtype)
     if inputs.zone_c is not None:  # zoneout mixes the cell's own c with the one before
-        c = lstm_cell_state(saved, previous_state(c, inputs.c0, inputs.flags, walk.reverse))
+        c_prev = previous_state(c, inputs.c0, inputs.flags, walk.reverse)
+        c = lstm_cell_state(saved, c_prev if inputs.decay_c is None else c_prev * inputs.decay_c)
     ln_c = None if inputs.ln_c_weight is None else LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias)
     return _over_steps(dh_new, lstm_output(saved, c, ln_c).to(dh_new.dtype))
 
