@@ -6,11 +6,25 @@ import pytest
 import torch
 from by_hand import hand_inputs as parameters_by_hand
 from by_hand import hand_step
-from setups import DOUBLE, agree, every_backend, flat, gradients, loss_of, needs_cpu_library, random
+from setups import (
+    DOUBLE,
+    agree,
+    every_backend,
+    flat,
+    gradients,
+    kept_of,
+    loss_of,
+    needs_cpu_library,
+    random,
+    random_incoming,
+    random_inputs,
+)
 from torch.nn.utils.rnn import pack_padded_sequence
 from user_cells import OWN, call
 
 import fastrnn
+from fastrnn import ops
+from fastrnn.arguments import MASKS, ScanGradients, ScanOutputs, Walk
 from fastrnn.dispatch import BACKENDS, Request
 
 T, B, I, H = 6, 4, 3, 5
@@ -304,10 +318,41 @@ def test_other_dtypes_and_autocast(dtype):
     agree([got], [want], rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@needs_cpu_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", OWN["three"].text], ids=["lstm", "gru", "rnn", "three"])
+def test_the_raw_ops_agree_in_every_result(cell, dtype):
+    """With every mask, and with a projection for the LSTM; more rows than a block of the C++ scan has."""
+    features = ("decay", *MASKS, "clip_norm", "projection", "layer_norm")
+    inputs, found = random_inputs(cell, features, sizes=(3, 70, 4), reverse=True, dtype=dtype), []
+    for name in ("cpu", "reference"):
+        walk = Walk(cell, True, name, 1.5)
+        outputs = ScanOutputs(*ops.scan_forward(*inputs, *walk, True))
+        arguments = (*random_incoming(inputs), *kept_of(outputs), *inputs._replace(gx=None), *walk, True)
+        results = outputs._asdict() | ScanGradients(*ops.scan_backward(*arguments))._asdict()
+        found.append({key: x.double() for key, x in results.items()})
+    assert found[0]["ddecay_h"].shape == inputs.decay_h.shape and found[0]["ddecay_h"].any()
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    for key, want in found[1].items():
+        largest = float(want.abs().max()) if want.numel() else 0.0
+        torch.testing.assert_close(found[0][key], want, rtol=tolerance, atol=tolerance * (1 + largest))
+
+
+def test_examination_of_the_raw_ops():
+    inputs = random_inputs("lstm", ("decay", "flags"), sizes=(1, 3, 2), dtype=torch.float32)
+    walk, tests = Walk("lstm", False, "reference"), ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fastrnn.scan_forward.default, (*inputs, *walk, True), test_utils=tests)
+    kept = kept_of(ScanOutputs(*torch.ops.fastrnn.scan_forward(*inputs, *walk, True)))
+    arguments = (*random_incoming(inputs), *kept, *inputs._replace(gx=None), *walk, True)
+    torch.library.opcheck(torch.ops.fastrnn.scan_backward.default, arguments, test_utils=tests)
+
+
 def test_which_backends_take_it():
     request = Request("lstm", "cpu", torch.float32, H, features=frozenset({"decay"}))
     assert BACKENDS["reference"].reason(request) is None
     assert BACKENDS["aten"].reason(request) is not None
+    with pytest.raises(RuntimeError, match="its kernels have no decay"):
+        BACKENDS["triton"].launcher.forward(random_inputs("lstm", ("decay",), sizes=(1, 2, 3)), None, True)
     assert "decay" in BACKENDS["cuda"].reason(request._replace(device="cuda")) or BACKENDS["cuda"].launcher.MISSING
 
 

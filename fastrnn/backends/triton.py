@@ -86,9 +86,15 @@ def _device(x: Tensor):
     return torch.get_device_module(x.device).device(x.device) if x.device.type in GPUS else nullcontext()
 
 
+def _refuse_decay(inputs: ScanInputs):
+    if inputs.decay_h is not None:
+        raise RuntimeError("backend 'triton' cannot run this call: its kernels have no decay")
+
+
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
+    _refuse_decay(inputs)
     tile = tile or _tile_of(inputs, walk)
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
@@ -107,6 +113,7 @@ def backward(
     if incoming.dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
     sequence.raise_after_timeout(kept.y)
+    _refuse_decay(inputs)
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or _tile_of(inputs, walk)
