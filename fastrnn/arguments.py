@@ -36,6 +36,8 @@ class ScanInputs(NamedTuple):
     recurrent_mask: Tensor | None = None  # [B, P]: multiplies the operand of W_hh; [B, G*P]: one for each gate
     zone_h: Tensor | None = None  # [T, B, P]: the share of the previous h that zoneout keeps (0, 1 or the expectation)
     zone_c: Tensor | None = None  # [T, B, (S-1)*H]: the same of the states beyond h
+    decay_h: Tensor | None = None  # [T, B, P]: multiplies h before each step; 1 at padding and resets
+    decay_c: Tensor | None = None  # [T, B, (S-1)*H]: the same of the states beyond h
     parameters: Tensor | None = None  # [Q*H]: a plane for each parameter of the cell
     step_inputs: Tensor | None = None  # [T, B, N*H]: the planes that a user's cell is given at every step
     clip_norm: Tensor | None = None  # [] acc: bound of the state gradients' joint norm, per sample and step
@@ -98,6 +100,8 @@ class ScanGradients(NamedTuple):
     dln_c_weight: Tensor | None = None  # [B, H] acc
     dln_c_bias: Tensor | None = None  # [B, H] acc
     dcell: Tensor | None = None  # [T, B, (Q+N)*H]: of the cell's parameters, at each step, and of step_inputs
+    ddecay_h: Tensor | None = None  # [T, B, P]
+    ddecay_c: Tensor | None = None  # [T, B, (S-1)*H]
     norms: Tensor | None = None  # [2, S, T, B] acc: total and carried; only where asked for
 
 
@@ -108,7 +112,8 @@ NO_GRADIENT_OF_WALK = Walk(cell=None, reverse=None, backend=None, ln_eps=None, l
 
 # The place of the batch, counted from the end, since a dimension for the directions may lead; None where there is none.
 BATCH_OF_INPUTS = ScanInputs(
-    gx=-2, w_hh=None, h0=-2, c0=-2, flags=-1, recurrent_mask=-2, zone_h=-2, zone_c=-2, step_inputs=-2
+    gx=-2, w_hh=None, h0=-2, c0=-2, flags=-1, recurrent_mask=-2, zone_h=-2, zone_c=-2, decay_h=-2,
+    decay_c=-2, step_inputs=-2,
 )  # fmt: skip
 BATCH_OF_WALK = NO_GRADIENT_OF_WALK
 BATCH_OF_OUTPUTS = ScanOutputs(y=-2, c=-2, h_n=-2, c_n=-2, saved=-2)
@@ -116,7 +121,7 @@ BATCH_OF_KEPT = Kept(y=-2, c=-2, saved=-2)
 BATCH_OF_INCOMING = IncomingGradients(dy=-2, dc=-2, dh_n=-2, dc_n=-2, dsaved=-2)
 BATCH_OF_GRADIENTS = ScanGradients(
     dgx=-2, dgh=-2, dh0=-2, dc0=-2, dh_new=-2, db_hh=-2, dln_hh=-2, dln_c_weight=-2, dln_c_bias=-2, dcell=-2,
-    norms=-1,
+    ddecay_h=-2, ddecay_c=-2, norms=-1,
 )  # fmt: skip
 
 _SCHEMA_TYPES = {
@@ -194,5 +199,7 @@ def empty_gradients(kept: Kept, inputs: ScanInputs, walk: Walk, norms: bool) -> 
         dln_c_weight=of_sequences(inputs.ln_c_weight),
         dln_c_bias=of_sequences(inputs.ln_c_bias),
         dcell=saved.new_empty(*D, T, B, beside) if beside else None,
+        ddecay_h=None if inputs.decay_h is None else saved.new_empty(inputs.decay_h.shape),
+        ddecay_c=None if inputs.decay_c is None else saved.new_empty(inputs.decay_c.shape),
         norms=saved.new_empty(*D, 2, len(spec.states), T, B, dtype=acc) if norms else None,
     )

@@ -247,6 +247,7 @@ class Call(NamedTuple):
     tap: Tensor | None  # [L*D, 2, S, T, B]
     packed: PackedSequence | None
     step_inputs: tuple[Tensor, ...] = ()  # the inputs of a user's cell, [L*D, T, B, H] each
+    decay: Tensor | None = None  # [T, B, 1 or H]
 
 
 def check(
@@ -258,6 +259,7 @@ def check(
     batch_first: bool = False,
     lengths=None,
     reset_mask=None,
+    decay=None,
     tap=None,
     return_cells: bool = False,
     return_layers: bool = False,
@@ -324,12 +326,15 @@ def check(
     if step_inputs or spec.inputs:
         sizes = (stacked, T, batch, hidden_size)
         inputs = _check_step_inputs(spec, step_inputs, sizes, x, packed, batched, batch_first)
+    if decay is not None:
+        decay = _check_decay(decay, (T, batch, hidden_size), projection, x, packed, batched, batch_first)
     traced, forward_mode = tracing(), in_forward_mode()
     features = (
         *options.features(),
         ("tap", tap is not None),
         ("lengths", lengths is not None),
         ("resets", reset_mask is not None),
+        ("decay", decay is not None),
         ("return_cells", return_cells),
         ("return_layers", return_layers),
         ("layer_norm", layer_norm),
@@ -345,6 +350,8 @@ def check(
     known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
     tensors = (x, *states, *parameters, *inputs)
+    if decay is not None:
+        tensors = (*tensors, decay)
     subclass = not traced and _has_subclass(tensors)
     # ExpandedWeight does not say whether it requires grad.
     gradients = torch.is_grad_enabled() and (subclass or any([t.requires_grad for t in tensors]))
@@ -352,7 +359,7 @@ def check(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
         known_T, known_batch, filled, gradients, subclass,
     )  # fmt: skip
-    return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs)
+    return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs, decay)
 
 
 def _has_subclass(tensors: tuple[Tensor, ...]) -> bool:
@@ -523,6 +530,36 @@ def _check_reset_mask(reset_mask: Tensor, T: int, batch: int, x: Tensor, batched
     if reset_mask.device != x.device:
         raise RuntimeError(f"reset_mask is on {reset_mask.device}, but input on {x.device}")
     return reset_mask.transpose(0, 1) if transposed else reset_mask
+
+
+def _check_decay(decay, sizes, projection: int, x: Tensor, packed, batched: bool, batch_first: bool) -> Tensor:
+    """`decay [T, B, 1 or H]` in x's dtype, in the order of the batch; `sizes`: T, B, H."""
+    if isinstance(decay, PackedSequence):
+        if packed is None or not _same_order(decay, packed):
+            raise ValueError("decay is a PackedSequence, but input is none of the same lengths")
+        rows = decay.data if decay.data.dim() == 2 else decay.data.unsqueeze(-1)
+        found = pad(PackedSequence(rows, decay.batch_sizes), packed_positions(decay.batch_sizes))
+        given, order = [len(rows), *decay.data.shape[1:]], None
+    else:
+        found = decay if isinstance(decay, Tensor) else torch.as_tensor(decay, dtype=x.dtype, device=x.device)
+        given, order = list(found.shape), None if packed is None else packed.sorted_indices
+        if not batched and found.dim() in (1, 2):
+            found = found.unsqueeze(1)
+        elif batched and batch_first and packed is None and found.dim() in (2, 3):
+            found = found.transpose(0, 1)
+        if found.dim() == 2:
+            found = found.unsqueeze(-1)
+    T, B, H = sizes
+    if tuple(found.shape) not in ((T, B, 1), sizes) or (projection and found.shape[-1] != 1):
+        first = f"[{'B, T' if batch_first and packed is None else 'T, B'}" if batched else "[T"
+        forms = f"{first}]" if projection else f"{first}] or {first}, H]"
+        why = " (with a projection h and c have different sizes)" if projection else ""
+        raise ValueError(f"decay should be {forms}{why}; T, B, H = {T}, {B}, {H}; got {given}")
+    if found.is_complex():
+        raise ValueError(f"decay should be of a real dtype, got {found.dtype}")
+    if found.device != x.device:
+        raise RuntimeError(f"decay is on {found.device}, but input on {x.device}")
+    return (found if order is None else found.index_select(1, order)).to(x.dtype)
 
 
 def _check_tap(tap: Tensor, shape, x: Tensor) -> None:

@@ -21,7 +21,8 @@ from .dispatch import Request
 from .linear import recorded
 from .reference import forward as reference_forward
 
-BY_STEP = tuple(name for name in ("gx", "flags", "zone_h", "zone_c", "step_inputs") if name in ScanInputs._fields)
+STEPWISE = ("gx", "flags", "zone_h", "zone_c", "decay_h", "decay_c", "step_inputs")
+BY_STEP = tuple(name for name in STEPWISE if name in ScanInputs._fields)
 """The inputs that have a row for each step; the others are the same in all of them."""
 
 

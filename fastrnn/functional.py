@@ -33,7 +33,7 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
             recurrent_dropout_per_gate, zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,
             layer_norm (its kind, where `params` have one), layer_norm_eps, layer_norm_cell (None where there is no
             `ln_c_l0`), as in `fastrnn.LSTM`; training, a bool, without which no mask is drawn; lengths, reset_mask,
-            tap, return_cells, return_layers, as in `fastrnn.LSTM.forward`.
+            decay, tap, return_cells, return_layers, as in `fastrnn.LSTM.forward`.
 
     Returns:
         `(output [T, B, D*P], (h_n, c_n))` as torch.nn.LSTM does, in the layout of the input; with `return_cells` also
@@ -201,7 +201,7 @@ def _scanned(call: Call, params, backend: str, keep_c: bool = False, keep_layers
     with without_autocast(device):
         y, states, c, below = stack.run(
             x, (h0, *others), params, call.options, lengths=lengths, reset_mask=call.reset_mask, tap=call.tap,
-            step_inputs=step_inputs, keep_c=keep_c, keep_layers=keep_layers, backend=backend,
+            step_inputs=step_inputs, decay=call.decay, keep_c=keep_c, keep_layers=keep_layers, backend=backend,
         )  # fmt: skip
     ys = [v.to(h_dtype) for v in (*(below or ()), y)]
     states = (states[0].to(h_dtype), *(state.to(c_dtype) for state in states[1:]))

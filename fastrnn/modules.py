@@ -212,7 +212,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         checks.refuse_script(self)  # torch.jit.script asks here for what to compile
 
     def forward(
-        self, input, hx=None, *defaults, lengths=None, reset_mask=None, tap=None, return_cells=False,
+        self, input, hx=None, *defaults, lengths=None, reset_mask=None, decay=None, tap=None, return_cells=False,
         return_layers=False,
     ):  # fmt: skip
         """Runs the network.
@@ -226,6 +226,10 @@ class _Recurrent(ForSubclasses, nn.Module):
                 and its output is zero, as with a PackedSequence. On a GPU the values are not read back but clamped.
             reset_mask: bool `[T, B]` (`[B, T]` with batch_first), a tensor or anything that torch.as_tensor takes.
                 True where a step starts a new segment: the state before it is zero, and no gradient crosses.
+            decay: `[T, B]`, or without projection `[T, B, H]` (`[B, T]`, `[B, T, H]` with batch_first; without B when
+                unbatched; also a PackedSequence beside a packed input), of any layers and directions: the factor on
+                every state, h and c, before each step, also on the initial ones before step 0. It has a gradient. In
+                the backward direction `decay[t + 1]` is the factor between t + 1 and t; its initial states have none.
             tap: zeros `[L*D, 2, S, T, B]`, float32 (float64 for float64 input), requiring grad. After `.backward()`
                 its `.grad` holds the norms ||dL/ds_t||: `[:, 0]` the total (before clipping), `[:, 1]` the part
                 carried back from the next step. S is the number of states: 2 (h, c) for the LSTM, otherwise 1. The
@@ -243,7 +247,8 @@ class _Recurrent(ForSubclasses, nn.Module):
         """
         if type(defaults) is not tuple or defaults:  # torch.fx makes something else of it
             checks.check_defaults(self, defaults)
-        plain = lengths is None and reset_mask is None and tap is None and not return_cells and not return_layers
+        plain = lengths is None and reset_mask is None and tap is None and decay is None
+        plain = plain and not return_cells and not return_layers
         watch = self._watch
         if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
             result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
@@ -253,7 +258,8 @@ class _Recurrent(ForSubclasses, nn.Module):
                 return result
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
-            tap=tap, return_cells=return_cells, return_layers=return_layers, watch=watch, **self._arguments(),
+            decay=decay, tap=tap, return_cells=return_cells, return_layers=return_layers, watch=watch,
+            **self._arguments(),
         )  # fmt: skip
 
     # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.

@@ -54,14 +54,15 @@ class Recurrent(_Recurrent):
                 nn.init.constant_(parameter, first)
 
     def forward(
-        self, input, hx=None, *, lengths=None, reset_mask=None, tap=None, return_cells=False, return_layers=False,
-        **inputs: Tensor,
+        self, input, hx=None, *, lengths=None, reset_mask=None, decay=None, tap=None, return_cells=False,
+        return_layers=False, **inputs: Tensor,
     ):  # fmt: skip
         """Runs the network.
 
         Args:
-            input, lengths, reset_mask, tap, return_cells, return_layers: as of `fastrnn.LSTM.forward`. `return_cells`
-                returns the state after the first, at every step of the last layer; a tuple of them if there are more.
+            input, lengths, reset_mask, decay, tap, return_cells, return_layers: as of `fastrnn.LSTM.forward`.
+                `return_cells` returns the state after the first, at every step of the last layer; a tuple of them if
+                there are more. `decay` multiplies every state.
             hx: initial states `[L*D, B, H]`: one tensor, or a tuple for a cell with several states; None for zeros.
             inputs: the cell's inputs, by name: `[T, B, H]` (`[B, T, H]` with batch_first; `[T, H]` unbatched), `[B, H]`
                 constant in time, or `[L*D, T, B, H]`. With a PackedSequence, another of the same lengths, or padded.
@@ -74,7 +75,7 @@ class Recurrent(_Recurrent):
         """
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
-            tap=tap, return_cells=return_cells, return_layers=return_layers, watch=self._watch, **inputs,
+            decay=decay, tap=tap, return_cells=return_cells, return_layers=return_layers, watch=self._watch, **inputs,
             **self._arguments(),
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The scan in PyTorch: the order of a step, readable. Every kernel is tested against it, and it runs everywhere.
 
-Within a step: reset, recurrent-dropout mask, W_hh, layer norm, the cell, projection, zoneout, carry where the sequence
-has ended. `arguments.py` gives the shapes, `equations.py` the cells.
+Within a step: decay, reset, recurrent-dropout mask, W_hh, layer norm, the cell, projection, zoneout, carry where the
+sequence has ended. `arguments.py` gives the shapes, `equations.py` the cells.
 """
 
 import torch
@@ -56,6 +56,14 @@ def by_state(cell: str, of_h: Tensor | None, of_others: Tensor | None) -> tuple[
     if others == 0:
         return (of_h,)
     return of_h, *([None for _ in range(others)] if of_others is None else of_others.chunk(others, -1))
+
+
+def decayed(states: tuple[Tensor | None, ...], factors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The states before a step, or before every step, times their factors, in the arithmetic's dtype."""
+    return tuple(
+        s if factor is None else s.to(accumulate_dtype(s.dtype)) * factor
+        for s, factor in zip(states, factors, strict=True)
+    )
 
 
 def as_planes(states) -> Tensor | None:
@@ -122,12 +130,15 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
     w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
+    factors = by_state(walk.cell, inputs.decay_h, inputs.decay_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
     per_gate = inputs.recurrent_mask is not None and inputs.recurrent_mask.shape[-1] != h0.shape[-1]
     groups, no_gx = _groups(walk), None if walk.ln_of == "separate" else torch.zeros_like(gx[0])
     for t in _order(T, walk.reverse):
         carried = state
+        if inputs.decay_h is not None:
+            state = decayed(state, tuple(factor[t] for factor in factors))
         if reset[t] is not None:
             state = tuple(s.masked_fill(reset[t], 0) for s in state)
         operand, gx_t = state[0].to(acc), gx[t]
@@ -253,6 +264,9 @@ def backward(
         previous_state(kept.y, inputs.h0, flags, walk.reverse),
         None if kept.c is None else previous_state(kept.c, inputs.c0, flags, walk.reverse),
     )
+    undecayed, factors = before, by_state(walk.cell, inputs.decay_h, inputs.decay_c)
+    if inputs.decay_h is not None:
+        before = decayed(before, factors)
     zones, arriving = by_state(walk.cell, inputs.zone_h, inputs.zone_c), by_state(walk.cell, incoming.dy, incoming.dc)
     if flags is not None:  # what arrives at padding may be infinite, which a second derivative would multiply by zero
         arriving = tuple(None if d is None else d.masked_fill(_bit(flags, PAD), 0) for d in arriving)
@@ -270,6 +284,7 @@ def backward(
         gh_hat, gh_rstd = normalize_gates(normalised, _groups(walk), walk.ln_eps)
     dgx, dgh, dh_new, dgh_raw, dcell = (_Steps(T, saved.dtype, differentiable) for _ in range(5))
     dc_new = _Steps(T, acc, differentiable)
+    ddecay = [_Steps(T, saved.dtype, differentiable) for _ in spec.states]
     tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 
     for t in _order(T, not walk.reverse):
@@ -307,6 +322,10 @@ def backward(
         back = [b if z is None else b + d * z for b, d, z in zip(back, dstate, zone, strict=True)]
         if reset[t] is not None:
             back = [b.masked_fill(reset[t], 0) for b in back]
+        if inputs.decay_h is not None:
+            for written, b, s in zip(ddecay, back, undecayed, strict=True):
+                written[t] = b * s[t] if pad[t] is None else (b * s[t]).masked_fill(pad[t], 0)
+            back = [b * factor[t] for b, factor in zip(back, factors, strict=True)]
         if pad[t] is not None:
             back = [torch.where(pad[t], carry, b) for carry, b in zip(carried, back, strict=True)]
             dgx_t, dgh_t, raw_t, to_cell, dcell_t = (
@@ -333,6 +352,8 @@ def backward(
         dc0=as_planes(carried[1:]),
         dh_new=None if w_hr is None else dh_new.tensor(),
         dcell=None if dcell_t is None else dcell.tensor(),
+        ddecay_h=None if inputs.decay_h is None else ddecay[0].tensor(),
+        ddecay_c=None if inputs.decay_c is None else as_planes([of_state.tensor() for of_state in ddecay[1:]]),
         norms=tap.masked_fill(_bit(flags, PAD).squeeze(-1), 0) if norms and flags is not None else tap,
     )
     if ln_hh is not None:

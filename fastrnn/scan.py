@@ -162,6 +162,8 @@ def _gradients(
     dw_hh = db_hh = None
     if inputs.w_hh is not None:
         h_prev, mask = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse), inputs.recurrent_mask
+        if inputs.decay_h is not None:
+            h_prev = h_prev * inputs.decay_h
         if mask is not None and mask.shape[-1] != h_prev.shape[-1]:
             dw_hh = _over_gates(dgh, h_prev, mask, inputs.flags)
         else:
@@ -179,6 +181,8 @@ def _gradients(
         ln_hh=_over_batch(found.dln_hh, inputs.ln_hh),
         ln_c_weight=_over_batch(found.dln_c_weight, inputs.ln_c_weight),
         ln_c_bias=_over_batch(found.dln_c_bias, inputs.ln_c_bias),
+        decay_h=None if inputs.decay_h is None else found.ddecay_h,
+        decay_c=None if inputs.decay_c is None else found.ddecay_c,
     )
     if inputs.parameters is not None:
         of_parameters = found.dcell[..., : inputs.parameters.shape[-1]]
@@ -234,7 +238,8 @@ def _projection_gradient(dh_new: Tensor, kept: Kept, inputs: ScanInputs, walk: W
     if inputs.ln_c_weight is not None:
         ln_c = LayerNorm(inputs.ln_c_weight, inputs.ln_c_bias, walk.ln_eps, walk.ln_c_carried)
     if inputs.zone_c is not None:  # zoneout mixes the cell's own c with the one before
-        c = lstm_cell_state(saved, previous_state(c, inputs.c0, inputs.flags, walk.reverse))
+        c_prev = previous_state(c, inputs.c0, inputs.flags, walk.reverse)
+        c = lstm_cell_state(saved, c_prev if inputs.decay_c is None else c_prev * inputs.decay_c)
         c, ln_c = lstm_carried(c, ln_c)
     elif walk.ln_c_carried:  # c is normalised already
         ln_c = None

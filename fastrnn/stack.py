@@ -78,6 +78,19 @@ def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | 
     return (flags + START * start).to(torch.uint8)
 
 
+def fold_decay(decay: Tensor, flags: Tensor | None, reverse: bool) -> Tensor:
+    """`decay [T, B, ..]` for the walk of one direction: its factor between two steps is the same in both.
+
+    The backward direction enters t from t + 1 with the factor of t + 1; before its first step there is none. The factor
+    is 1 at padding and resets, whatever it was, so that it has no gradient there.
+    """
+    if reverse:
+        decay = torch.cat((decay[1:], torch.ones_like(decay[:1])))
+    if flags is None:
+        return decay
+    return decay.masked_fill((flags & (PAD | RESET | START)).bool().unsqueeze(-1), 1)
+
+
 def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor | None:
     """The share of the previous state that each unit keeps: drawn in training, its expectation otherwise."""
     if probability == 0:
@@ -108,9 +121,10 @@ def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor, T: int) -> Tens
 
 
 def _direction(
-    T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap, step_inputs
-) -> Direction:
-    """The parameters of one direction, and its masks, drawn."""
+    T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap, step_inputs,
+    decay,
+) -> Direction:  # fmt: skip
+    """The parameters of one direction, and its masks, drawn; `decay [T, B, 1 or H]`, folded."""
     spec = spec_of(options.cell)
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     if options.layer_norm != "separate" and f"ln_hh_{name}" in params:
@@ -125,6 +139,12 @@ def _direction(
         recurrent_mask = F.dropout(torch.ones_like(like), options.recurrent_dropout)
     zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
     zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
+    decay_h = decay_c = None
+    if decay is not None:
+        decay_h = decay.expand(T, *h0.shape)
+        if c0 is not None:
+            planes = decay if decay.shape[-1] == 1 else decay.repeat(1, 1, len(spec.states) - 1)
+            decay_c = planes.expand(T, *c0.shape)
     inputs = ScanInputs(
         gx=None,
         w_hh=params.get(f"weight_hh_{name}"),
@@ -139,6 +159,8 @@ def _direction(
         recurrent_mask=recurrent_mask,
         zone_h=zone_h,
         zone_c=zone_c,
+        decay_h=decay_h,
+        decay_c=decay_c,
         parameters=torch.cat([params[f"{one}_{name}"] for one in spec.parameters]) if spec.parameters else None,
         step_inputs=step_inputs,
         clip_norm=clip_norm,
@@ -225,6 +247,7 @@ def run(
     reset_mask: Tensor | None,  # bool [T, B]
     tap: Tensor | None,  # [L*D, 2, S, T, B]
     step_inputs: tuple[Tensor, ...] = (),  # [L*D, T, B, H] each
+    decay: Tensor | None = None,  # [T, B, 1 or H]
     keep_c: bool,
     keep_layers: bool,
     backend: str,
@@ -245,6 +268,7 @@ def run(
     if lengths is not None and not by_rows:
         # The padding's values, NaN included, must reach neither the weights' gradients nor the states.
         x = x.masked_fill((flags[0] & PAD).bool().unsqueeze(-1), 0)
+    decays = [None if decay is None else fold_decay(decay.to(dtype), flags[d], reverse=bool(d)) for d in directions]
     clip_norm = options.clip_norm
     if isinstance(clip_norm, Tensor):
         clip_norm = clip_norm.detach().to(states[0].device, acc)
@@ -264,7 +288,7 @@ def run(
             h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states[1:]])
             tap_k = None if tap is None else tap[k]
             given = as_planes([one[k] for one in step_inputs]) if step_inputs else None
-            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k, given))
+            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k, given, decays[d]))
         if side_by_side:
             outputs = _both_directions(x, each, walks[0], keep_c)
         else:

@@ -150,6 +150,8 @@ class Call:
             self.keywords["lengths"] = torch.linspace(1, T, B).long().to(job.device)
         if "resets" in job.features:
             self.keywords["reset_mask"] = (torch.rand(T, B, generator=generator) < 0.1).to(job.device)
+        if "decay" in job.features:
+            self.keywords["decay"] = torch.rand(T, B, generator=generator).to(job.device, dtype)
         for name in ("return_cells", "return_layers"):
             if name in job.features:
                 self.keywords[name] = True

@@ -61,6 +61,8 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
         recurrent_mask=2 * (share(batch, P) < 0.5).to(dtype) if "recurrent_dropout" in features else None,
         zone_h=share(steps, batch, P) if zoneout else None,
         zone_c=share(steps, batch, others) if zoneout and others else None,
+        decay_h=share(steps, batch, P) if "decay" in features else None,
+        decay_c=share(steps, batch, others) if "decay" in features and others else None,
         parameters=normal(len(spec.parameters) * H) if spec.parameters else None,
         step_inputs=normal(steps, batch, len(spec.inputs) * H) if spec.inputs else None,
         clip_norm=torch.tensor(0.9 * H**0.5, dtype=acc, device=device) if "clip" in features else None,

@@ -171,7 +171,7 @@ def make_flags(generator, T, B, reverse):
 def random_inputs(
     cell, features=(), *, sizes, projection=None, reverse=False, dtype=torch.float64, device="cpu", bias=True, seed=0
 ) -> ScanInputs:
-    """Random arguments of one direction. features: out of FEATURES; projection only for the LSTM.
+    """Random arguments of one direction. features: out of FEATURES, or "decay"; projection only for the LSTM.
 
     sizes: (T, B, H). projection: P; H // 2, rounded up, unless given.
     """
@@ -201,6 +201,8 @@ def random_inputs(
         recurrent_mask=2 * keep if "recurrent_mask" in features else None,
         zone_h=zone(P) if "zone_h" in features else None,
         zone_c=zone(others * H) if "zone_c" in features and others else None,
+        decay_h=randn(T, B, P) if "decay" in features else None,
+        decay_c=randn(T, B, others * H) if "decay" in features and others else None,
         parameters=randn(len(spec.parameters) * H) if spec.parameters else None,
         step_inputs=randn(T, B, len(spec.inputs) * H) if spec.inputs else None,
         # A bound that some of the gradients of `random_incoming` exceed.

@@ -16,7 +16,7 @@ struct ScanInputs {
   const Optional& w_hh;
   const Tensor& h0;
   const Optional &c0, &b_hh, &w_hr, &ln_hh, &ln_c_weight, &ln_c_bias, &flags, &recurrent_mask, &zone_h,
-      &zone_c, &parameters, &step_inputs, &clip_norm;
+      &zone_c, &decay_h, &decay_c, &parameters, &step_inputs, &clip_norm;
 };
 // The layer norms of a call, as in Walk of fastrnn/arguments.py.
 struct LayerNorms {
@@ -172,6 +172,10 @@ struct Call {
     scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});
     scan.zone_h = view<Storage>("zone_h", inputs.zone_h, {T, B, P});
     scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, C});
+    scan.decay_h = view<Storage>("decay_h", inputs.decay_h, {T, B, P});
+    scan.decay_c = view<Storage>("decay_c", inputs.decay_c, {T, B, C});
+    check(scan.C == 0 || inputs.decay_h.has_value() == inputs.decay_c.has_value(),
+          "decay_h and decay_c must be given together");
     // Its rows are contiguous: `scan_forward` and `scan_backward` see to it.
     scan.step_inputs = view<Storage>("step_inputs", inputs.step_inputs, {T, B, scan.cell.inputs * H});
   }

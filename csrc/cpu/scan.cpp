@@ -14,8 +14,8 @@ namespace fastrnn {
 namespace {
 
 using ScanOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using ScanGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                 Tensor, Tensor, Tensor, Tensor>;
 
 // f(cell) with the cell of this name or text, for tensors of the dtype of `t`.
 template <class F>
@@ -77,6 +77,8 @@ ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, cons
   Tensor dln_c_weight = call.template output<A>(ln_c, {B, H}),
          dln_c_bias = call.template output<A>(ln_c, {B, H});
   Tensor dcell = call.template output<Storage>(of_cell > 0, {T, B, of_cell});
+  Tensor ddecay_h = call.template output<Storage>(inputs.decay_h.has_value(), {T, B, P}),
+         ddecay_c = call.template output<Storage>(inputs.decay_c.has_value(), {T, B, C});
   Tensor norms = call.template output<A>(with_norms, {2, cell.states, T, B});
 
   BackwardScan<Cell> scan(cell);
@@ -104,9 +106,12 @@ ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, cons
   scan.dln_c_weight = output_view<A>(dln_c_weight);
   scan.dln_c_bias = output_view<A>(dln_c_bias);
   scan.dcell = output_view<Storage>(dcell);
+  scan.ddecay_h = output_view<Storage>(ddecay_h);
+  scan.ddecay_c = output_view<Storage>(ddecay_c);
   scan.norms = with_norms ? static_cast<A*>(norms.mutable_data_ptr()) : nullptr;
   call.run(scan, cell.gates);
-  return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, norms);
+  return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, ddecay_h,
+                       ddecay_c, norms);
 }
 
 // The rows of the step inputs are read as they are.
@@ -120,15 +125,16 @@ void make_rows_contiguous(Optional& step_inputs) {
 // Python passes the tuples of fastrnn/arguments.py as they are: that is why some arguments are not used.
 ScanOutputs scan_forward(Tensor gx, Optional w_hh, Tensor h0, Optional c0, Optional b_hh, Optional w_hr,
                          Optional ln_hh, Optional ln_c_weight, Optional ln_c_bias, Optional flags,
-                         Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional parameters,
-                         Optional step_inputs, Optional clip_norm, std::string cell, bool reverse,
-                         std::string /*backend*/, std::optional<double> /*clip_value*/, double ln_eps,
-                         std::string ln_of, bool ln_c_carried, bool save) {
+                         Optional recurrent_mask, Optional zone_h, Optional zone_c, Optional decay_h,
+                         Optional decay_c, Optional parameters, Optional step_inputs, Optional clip_norm,
+                         std::string cell, bool reverse, std::string /*backend*/,
+                         std::optional<double> /*clip_value*/, double ln_eps, std::string ln_of,
+                         bool ln_c_carried, bool save) {
   LayerNorms layer_norms{ln_eps, ln_of, ln_c_carried};
   make_rows_contiguous(step_inputs);
-  ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
-                    ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
-                    zone_h, zone_c,      parameters, step_inputs, clip_norm};
+  ScanInputs inputs{w_hh,        h0,        c0,         b_hh,           w_hr,     ln_hh,
+                    ln_c_weight, ln_c_bias, flags,      recurrent_mask, zone_h,   zone_c,
+                    decay_h,     decay_c,   parameters, step_inputs,    clip_norm};
   return with_cell_of(cell, "gx", gx,
                       [&](const auto& of) { return forward(of, gx, inputs, reverse, layer_norms, save); });
 }
@@ -137,16 +143,16 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
                             Optional c, Tensor saved, Optional gx, Optional w_hh, Tensor h0, Optional c0,
                             Optional b_hh, Optional w_hr, Optional ln_hh, Optional ln_c_weight,
                             Optional ln_c_bias, Optional flags, Optional recurrent_mask, Optional zone_h,
-                            Optional zone_c, Optional parameters, Optional step_inputs, Optional clip_norm,
-                            std::string cell, bool reverse, std::string /*backend*/,
-                            std::optional<double> clip_value, double ln_eps, std::string ln_of,
-                            bool ln_c_carried, bool norms) {
+                            Optional zone_c, Optional decay_h, Optional decay_c, Optional parameters,
+                            Optional step_inputs, Optional clip_norm, std::string cell, bool reverse,
+                            std::string /*backend*/, std::optional<double> clip_value, double ln_eps,
+                            std::string ln_of, bool ln_c_carried, bool norms) {
   LayerNorms layer_norms{ln_eps, ln_of, ln_c_carried};
   check(!dsaved.has_value(), "the cpu backend does not take dsaved; the reference does");
   make_rows_contiguous(step_inputs);
-  ScanInputs inputs{w_hh,   h0,          c0,         b_hh,        w_hr,
-                    ln_hh,  ln_c_weight, ln_c_bias,  flags,       recurrent_mask,
-                    zone_h, zone_c,      parameters, step_inputs, clip_norm};
+  ScanInputs inputs{w_hh,        h0,        c0,         b_hh,           w_hr,     ln_hh,
+                    ln_c_weight, ln_c_bias, flags,      recurrent_mask, zone_h,   zone_c,
+                    decay_h,     decay_c,   parameters, step_inputs,    clip_norm};
   return with_cell_of(cell, "saved", saved, [&](const auto& of) {
     return backward(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, gx, inputs, reverse, clip_value, layer_norms,
                     norms);
@@ -159,7 +165,7 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
 #define FASTRNN_INPUTS                                                                                    \
   "Tensor? w_hh, Tensor h0, Tensor? c0, Tensor? b_hh, Tensor? w_hr, Tensor? ln_hh, Tensor? ln_c_weight, " \
   "Tensor? ln_c_bias, Tensor? flags, Tensor? recurrent_mask, Tensor? zone_h, Tensor? zone_c, "            \
-  "Tensor? parameters, Tensor? step_inputs, Tensor? clip_norm, "
+  "Tensor? decay_h, Tensor? decay_c, Tensor? parameters, Tensor? step_inputs, Tensor? clip_norm, "
 #define FASTRNN_WALK \
   "str cell, bool reverse, str backend, float? clip_value, float ln_eps, str ln_of, bool ln_c_carried, "
 
@@ -171,7 +177,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
       "scan_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved, "
       "Tensor y, Tensor? c, Tensor saved, Tensor? gx, " FASTRNN_INPUTS FASTRNN_WALK
       "bool norms) -> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh_new, Tensor db_hh, "
-      "Tensor dln_hh, Tensor dln_c_weight, Tensor dln_c_bias, Tensor dcell, Tensor norms)");
+      "Tensor dln_hh, Tensor dln_c_weight, Tensor dln_c_bias, Tensor dcell, Tensor ddecay_h, Tensor "
+      "ddecay_c, Tensor norms)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {

@@ -26,6 +26,7 @@ struct BackwardScan : Scan {
   Steps<const A> c0;              // [1, B, C]
   Weights<Storage> weights;
   Steps<const Storage> recurrent_mask, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, C]
+  Steps<const Storage> decay_h, decay_c;                // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;                     // [T, B, inputs * H]
   std::optional<A> clip_norm, clip_value;
   Steps<Storage> dgx, dgh;            // [T, B, gates * H]; dgh only where it differs
@@ -35,6 +36,7 @@ struct BackwardScan : Scan {
   Steps<A> db_hh, dln_hh;             // [1, B, gates * H], may not exist
   Steps<A> dln_c_weight, dln_c_bias;  // [1, B, H], may not exist
   Steps<Storage> dcell;               // [T, B, (parameters + inputs) * H], may not exist
+  Steps<Storage> ddecay_h, ddecay_c;  // [T, B, P], [T, B, C], may not exist
   A* norms;                           // [2, states, T, B] or null
 
   explicit BackwardScan(const Cell& cell) : cell(cell) {}
@@ -47,6 +49,7 @@ struct BackwardScan : Scan {
 
  private:
   bool has_c() const { return cell.states > 1; }
+  bool reads_h_prev() const { return cell.reads_h_prev || dln_hh; }
 
   // Whether `cell.backward` does the work of `cell.total`: where nothing between them reads the totals.
   bool joined() const {
@@ -55,18 +58,19 @@ struct BackwardScan : Scan {
 
   // One thread's rows.
   struct Work {
-    Buffer<A> carried_h, carried_c;  // what the next step sent back
-    Buffer<A> dh, dc;                // plus the incoming gradients of this step's outputs
-    Buffer<A> dh_new, dc_new;        // the part that zoneout passes to the new state
-    Buffer<A> dh_cell;               // of the h before the projection
-    Buffer<A> total_h, total_c;      // the same, with the gradients between the states of this step
-    Buffer<A> c_hat;                 // c, normalised
-    Buffer<A> h_prev, c_prev;        // the state before the step
-    Buffer<A> dgx, dgh;              // after the layer norm of W_hh h, where there is one
-    Buffer<A> gates, dgh_raw;        // W_hh h_prev and its gradient, before that layer norm
-    Buffer<A> gx;                    // W_ih x, where that layer norm is of the sum
-    Buffer<A> dh_past_w;             // what reaches h_prev past W_hh
-    Buffer<A> recurrent_mask, zone_h, zone_c;
+    Buffer<A> carried_h, carried_c;      // what the next step sent back
+    Buffer<A> dh, dc;                    // plus the incoming gradients of this step's outputs
+    Buffer<A> dh_new, dc_new;            // the part that zoneout passes to the new state
+    Buffer<A> dh_cell;                   // of the h before the projection
+    Buffer<A> total_h, total_c;          // the same, with the gradients between the states of this step
+    Buffer<A> c_hat;                     // c, normalised
+    Buffer<A> h_prev, c_prev;            // the state before the step
+    Buffer<A> dgx, dgh;                  // after the layer norm of W_hh h, where there is one
+    Buffer<A> gates, dgh_raw;            // W_hh h_prev and its gradient, before that layer norm
+    Buffer<A> gx;                        // W_ih x, where that layer norm is of the sum
+    Buffer<A> dh_past_w;                 // what reaches h_prev past W_hh
+    Buffer<A> h_undecayed, c_undecayed;  // the state before the step, before its decay
+    Buffer<A> recurrent_mask, zone_h, zone_c, decay_h, decay_c;
     // Sums over the steps, of which there may be many.
     Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
     Buffer<A> norm_of_state, norms_of_row, factor;  // of clipping by norm
@@ -84,7 +88,7 @@ struct BackwardScan : Scan {
           total_h(rows, scan.cell.adds_to_dh && !scan.joined() ? scan.H : 0),
           total_c(rows, scan.joined() ? 0 : scan.C),
           c_hat(rows, scan.dln_c_weight ? scan.H : 0),
-          h_prev(rows, scan.dln_hh || scan.cell.reads_h_prev ? scan.P : 0),
+          h_prev(rows, scan.reads_h_prev() ? scan.P : 0),
           c_prev(rows, scan.C),
           dgx(rows, std::is_same_v<Storage, A> ? 0 : scan.cell.gates * scan.H),
           dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
@@ -92,9 +96,13 @@ struct BackwardScan : Scan {
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
           dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
+          h_undecayed(rows, scan.decay_h ? scan.P : 0),
+          c_undecayed(rows, scan.decay_c ? scan.C : 0),
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
           zone_c(rows, scan.zone_c ? scan.C : 0),
+          decay_h(rows, scan.decay_h ? scan.P : 0),
+          decay_c(rows, scan.decay_c ? scan.C : 0),
           db_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dln_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dln_c_weight(rows, scan.dln_c_weight ? scan.H : 0),
@@ -173,8 +181,20 @@ struct BackwardScan : Scan {
   void load_incoming(int64_t i, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t t = step(i);
-    if (cell.reads_h_prev || dln_hh) previous(y, h0, P, i, b, work, work.h_prev);
-    if (has_c()) previous(c, c0, C, i, b, work, work.c_prev);
+    if (decay_h) {
+      previous(y, h0, P, i, b, work, work.h_undecayed);
+      read(runs, P, decay_h, t, b, work.decay_h);
+      if (reads_h_prev()) elementwise(runs, P, Product{}, work.h_prev, work.h_undecayed, work.decay_h);
+    } else if (reads_h_prev()) {
+      previous(y, h0, P, i, b, work, work.h_prev);
+    }
+    if (decay_c) {
+      previous(c, c0, C, i, b, work, work.c_undecayed);
+      read(runs, C, decay_c, t, b, work.decay_c);
+      elementwise(runs, C, Product{}, work.c_prev, work.c_undecayed, work.decay_c);
+    } else if (has_c()) {
+      previous(c, c0, C, i, b, work, work.c_prev);
+    }
     if (dy) {
       read(runs, P, dy, t, b, work.dh);
       elementwise(runs, P, Sum{}, work.dh, work.carried_h, work.dh);
@@ -340,6 +360,17 @@ struct BackwardScan : Scan {
       std::fill_n(work.carried_h[r], P, A(0));
       if (has_c()) std::fill_n(work.carried_c[r], C, A(0));
     });
+    if (decay_h) through_decay(runs, P, work.h_undecayed, work.decay_h, work.carried_h, ddecay_h.at(t, b));
+    if (decay_c) through_decay(runs, C, work.c_undecayed, work.decay_c, work.carried_c, ddecay_c.at(t, b));
+  }
+
+  // carried becomes the gradient of the state before its decay, from that of the state after it. `undecayed`
+  // is overwritten.
+  static void through_decay(const Runs& runs, int64_t width, const Buffer<A>& undecayed,
+                            const Buffer<A>& decay, const Buffer<A>& carried, RowView<Storage> ddecay) {
+    elementwise(runs, width, Product{}, undecayed, undecayed, carried);
+    walk_runs(runs, Write<Storage, A>{width, undecayed, ddecay});
+    elementwise(runs, width, Product{}, carried, carried, decay);
   }
 
   // After the end of a sequence the gradients of its inputs are zero; those of its state stay.
@@ -348,6 +379,8 @@ struct BackwardScan : Scan {
     if (dgh) fill_zero(ended, cell.gates * H, dgh.at(t, b));
     if (dcell) fill_zero(ended, (cell.parameters + cell.inputs) * H, dcell.at(t, b));
     if (dh_new) fill_zero(ended, P, dh_new.at(t, b));
+    if (ddecay_h) fill_zero(ended, P, ddecay_h.at(t, b));
+    if (ddecay_c) fill_zero(ended, C, ddecay_c.at(t, b));
     if (norms == nullptr) return;
     for (int64_t part = 0; part < 2; ++part)
       for (int64_t state = 0; state < cell.states; ++state)

@@ -12,6 +12,7 @@ struct ForwardScan : Scan {
 
   const Cell& cell;
   Steps<const Storage> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, C]
+  Steps<const Storage> decay_h, decay_c;    // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;         // [T, B, inputs * H]
   Steps<const Storage> h0, recurrent_mask;  // [1, B, P]
   Steps<const A> c0;                        // [1, B, C]
@@ -35,7 +36,8 @@ struct ForwardScan : Scan {
   // One thread's rows. h, c: the states. operand: h times the recurrent mask. cell_h: h as the cell returns
   // it. projected_h: after the projection.
   struct Work {
-    Buffer<A> h, operand, gates, cell_h, projected_h, c, c_before, recurrent_mask, zone_h, zone_c;
+    Buffer<A> h, operand, gates, cell_h, projected_h, c, c_before, recurrent_mask, zone_h, zone_c, decay_h,
+        decay_c;
     Buffer<Storage> unsaved;  // what the cell would save
     // Where W_ih x is inside the layer norm: its rows, and the zeros that the cell gets for them.
     Buffer<A> gx;
@@ -54,6 +56,8 @@ struct ForwardScan : Scan {
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
           zone_c(rows, scan.zone_c ? scan.C : 0),
+          decay_h(rows, scan.decay_h ? scan.P : 0),
+          decay_c(rows, scan.decay_c ? scan.C : 0),
           unsaved(rows, !scan.saved && Cell::always_saves ? scan.cell.saved * scan.H : 0),
           gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
           no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0) {
@@ -78,6 +82,14 @@ struct ForwardScan : Scan {
 
   void run_step(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
+    if (decay_h) {
+      read(runs, P, decay_h, t, b, work.decay_h);
+      elementwise(runs, P, Product{}, work.h, work.h, work.decay_h);
+    }
+    if (decay_c) {
+      read(runs, C, decay_c, t, b, work.decay_c);
+      elementwise(runs, C, Product{}, work.c, work.c, work.decay_c);
+    }
     each_flagged(runs, t, b, reset, [&](int64_t r) {
       std::fill_n(work.h[r], P, A(0));
       if (has_c()) std::fill_n(work.c[r], C, A(0));

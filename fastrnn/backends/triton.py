@@ -23,7 +23,7 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
-UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate")
+UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "decay")
 """Features of a call that change a step in a way that the kernels do not know."""
 
 
@@ -90,9 +90,15 @@ def _device(x: Tensor):
     return torch.get_device_module(x.device).device(x.device) if x.device.type in GPUS else nullcontext()
 
 
+def _refuse_decay(inputs: ScanInputs):
+    if inputs.decay_h is not None:
+        raise RuntimeError("backend 'triton' cannot run this call: its kernels have no decay")
+
+
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
+    _refuse_decay(inputs)
     tile = tile or _tile_of(inputs, walk)
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
@@ -111,6 +117,7 @@ def backward(
     if incoming.dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
     sequence.raise_after_timeout(kept.y)
+    _refuse_decay(inputs)
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or _tile_of(inputs, walk)
