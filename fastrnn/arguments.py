@@ -23,7 +23,7 @@ class ScanInputs(NamedTuple):
     """The tensors that a scan reads. A backward gets them without gx, because it has `saved`."""
 
     gx: Tensor | None  # [T, B, G*H]: W_ih x + b_ih for all steps
-    w_hh: Tensor | None  # [G*H, P]; None where the cell is not recurrent
+    w_hh: Tensor | None  # [G*H, P], or in heads (`heads.py`) [N, G*H/N, H/N]; None where the cell is not recurrent
     h0: Tensor  # [B, P]
     c0: Tensor | None = None  # [B, (S-1)*H] acc: the states beyond h, a plane each
     b_hh: Tensor | None = None  # [G*H]

@@ -154,7 +154,7 @@ def flatten_weights(module: nn.Module) -> None:
     # Only stored weights: a computed one may not exist yet, or change when it is read (spectral norm).
     weights = [module._parameters.get(name) for layer in module.all_names for name in layer]
     first = weights[0]
-    if module.layer_norm or module._cell not in KNOWN_CELLS:
+    if module.layer_norm or module.num_heads > 1 or module._cell not in KNOWN_CELLS:
         return
     if not all(type(w) is Parameter and w.is_cuda and w.dtype == first.dtype for w in weights):
         return

@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 
 FEATURES = (
-    "tap", "clip", "lengths", "resets", "return_cells", "return_layers", "layer_norm", "projection",
+    "tap", "clip", "lengths", "resets", "return_cells", "return_layers", "layer_norm", "projection", "heads",
     "zoneout", "recurrent_dropout", "locked_dropout", "residual",
     "eval_gradient",  # a backward in eval mode on a GPU, which cuDNN refuses
     "autocast_lstm",  # an LSTM that autocast makes half on a CPU whose oneDNN has no half LSTM

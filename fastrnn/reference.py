@@ -22,6 +22,7 @@ from .equations import (
     normalize_backward,
     row_norm,
 )
+from .heads import times_w, times_w_transposed
 
 
 def _bit(flags: Tensor | None, bit: int) -> Tensor | None:
@@ -115,7 +116,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
-    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk.cell, inputs, T, acc)
+    beside = _beside(walk.cell, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
@@ -126,12 +127,14 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         operand = state[0].to(acc)
         if inputs.recurrent_mask is not None:
             operand = operand * inputs.recurrent_mask
-        if w_t is None:
+        if w_hh is None:
             gh = None
         elif ln_hh is not None:
-            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, LN_EPS)
+            gh = F.layer_norm(times_w(operand, w_hh), ln_hh.shape, ln_hh, b_hh, LN_EPS)
+        elif b_hh is not None and w_hh.dim() == 2:
+            gh = torch.addmm(b_hh, operand, w_hh.t())
         else:
-            gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
+            gh = times_w(operand, w_hh) if b_hh is None else times_w(operand, w_hh) + b_hh
         new, saved_t = cell_forward(gx[t], gh, (state[0].to(acc), *state[1:]), beside[t])
         if w_hr is not None:
             new = (new[0] @ w_hr.t(), *new[1:])
@@ -213,7 +216,7 @@ def backward(
     pad, reset = (_by_step(flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     if ln_hh is not None:
         operand = before[0].to(acc) if mask is None else before[0].to(acc) * mask
-        gh_hat, gh_rstd = normalize(operand @ w_hh.t())
+        gh_hat, gh_rstd = normalize(times_w(operand, w_hh))
     dgx, dgh, dh_new, dgh_raw, dcell = (_Steps(T, saved.dtype, differentiable) for _ in range(5))
     tap = saved.new_empty(2, len(spec.states), T, saved.shape[1], dtype=acc) if norms else None
 
@@ -247,7 +250,8 @@ def backward(
         raw_t, back = dgh_t, list(dprev)
         if w_hh is not None:
             raw_t = dgh_t if ln_hh is None else normalize_backward(dgh_t * ln_hh, gh_hat[t], gh_rstd[t])
-            product = raw_t @ w_hh if mask is None else (raw_t @ w_hh) * mask
+            product = times_w_transposed(raw_t, w_hh)
+            product = product if mask is None else product * mask
             back[0] = product if dprev[0] is None else product + dprev[0]
         back = [b if z is None else b + d * z for b, d, z in zip(back, dstate, zone, strict=True)]
         if reset[t] is not None:

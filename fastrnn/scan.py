@@ -40,6 +40,7 @@ from .arguments import (
 from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_cell_state, lstm_output
+from .heads import of_each_head
 from .linear import linear, tracing, transformed
 from .reference import previous_state
 from .vmapping import vmap
@@ -163,7 +164,12 @@ def _gradients(
         h_prev = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse)
         if inputs.recurrent_mask is not None:
             h_prev = h_prev * inputs.recurrent_mask.unsqueeze(-3)
-        dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
+        h_prev = h_prev.to(dgh.dtype)
+        if inputs.w_hh.dim() == h_prev.dim():  # in heads: one dimension more than dense
+            heads = of_each_head(dgh, h_prev, inputs.w_hh)
+            dw_hh = torch.stack([_over_steps(*head, inputs.flags) for head in heads], -3)
+        else:
+            dw_hh = _over_steps(dgh, h_prev, inputs.flags)
     if biased:
         db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.ln_hh)
     of_inputs = NO_GRADIENT._replace(

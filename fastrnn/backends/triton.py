@@ -35,6 +35,8 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
+    if "heads" in request.features:
+        return "its kernels take W_hh as one matrix, and here it is in heads"
     return tiles.why_not_mode(request.cell, _asked_mode())
 
 
