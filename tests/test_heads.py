@@ -11,8 +11,7 @@ from fastrnn.backends import cpu
 from fastrnn.cell_table import spec_of
 
 T, B, I, H, N = 5, 3, 2, 6, 3
-BACKENDS = ["reference"]
-LATER = [
+BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(cpu.MISSING is not None, reason="the C++ library is not built")),
 ]
@@ -235,3 +234,27 @@ def test_the_monitor_reads_the_blocks():
     with fastrnn.GradientMonitor(module) as monitor:
         module(torch.randn(T, B, I, dtype=torch.float64))[0].sum().backward()
     assert len(monitor.report()) == 2
+
+
+# Of the largest element: sums of some hundred terms in float32; of the half types their rounding of y and dgx.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_sizes_and_dtypes_of_the_c_scan(name, dtype):
+    """Heads wider than a panel of the product, and than the terms that it sums at once; and a call of one step."""
+    kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU}[name]
+    for units, heads, steps in ((20, 3, 2), (130, 2, 2), (33, 2, 1), (1, 5, 2)):
+        torch.manual_seed(0)
+        settings = {"num_heads": heads, "layer_norm": units == 20, "dtype": dtype}
+        module = kind(I, units * heads, **settings)
+        x = torch.randn(steps, 70, I).to(dtype)
+        found = []
+        for backend in ("cpu", "reference"):
+            y, _ = run(module, dict(module.named_parameters()), x, backend)
+            found.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), list(module.parameters()))])
+        for a, b in zip(*found, strict=True):
+            scale = float(b.abs().max())
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)

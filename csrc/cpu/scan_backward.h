@@ -63,7 +63,8 @@ struct BackwardScan : Scan {
     Buffer<A> h_prev, c_prev;        // the state before the step
     Buffer<A> dgx, dgh;              // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;        // W_hh h_prev and its gradient, before that layer norm
-    Buffer<A> dh_past_w;             // what reaches h_prev past W_hh
+    Buffer<A> gates_of_head, h_of_head;
+    Buffer<A> dh_past_w;  // what reaches h_prev past W_hh
     Buffer<A> recurrent_mask, zone_h, zone_c;
     // Sums over the steps, of which there may be many.
     Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
@@ -88,6 +89,8 @@ struct BackwardScan : Scan {
           dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          gates_of_head(rows, scan.weights.w_hh.gates_of_head()),
+          h_of_head(rows, scan.weights.w_hh.units_of_head()),
           dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
           recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
           zone_h(rows, scan.zone_h ? scan.P : 0),
@@ -291,7 +294,7 @@ struct BackwardScan : Scan {
     const Runs& runs = work.running;
     RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
     if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
-    multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
+    weights.forward_w_hh.times(runs, work.h_prev, work.gates_of_head, work.gates);
     walk_runs(runs, NormalizeGatesBackward<A>{cell.gates * H,
                                               weights.ln_hh.data(),
                                               {dgh.data, dgh.stride},
@@ -315,7 +318,8 @@ struct BackwardScan : Scan {
   void carry(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (cell.recurrent) {
-      multiply(runs, *weights.w_hh, dgh_rows(t, b, work), work.carried_h);
+      weights.w_hh.times_transposed(runs, dgh_rows(t, b, work), work.gates_of_head, work.h_of_head,
+                                    work.carried_h);
       if (recurrent_mask)
         elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
       if (cell.gives_h_prev) elementwise(runs, P, Sum{}, work.carried_h, work.carried_h, work.dh_past_w);

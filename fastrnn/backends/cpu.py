@@ -9,8 +9,6 @@ MISSING = extension.load("cpu")
 
 
 def why_not(request) -> str | None:
-    if "heads" in request.features:
-        return "its scan takes W_hh as one matrix, and here it is in heads"
     return extension.why_not(request, "cpu", MISSING)
 
 
