@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cases, contestants, feature_cases, own_cells, rivals
+from . import cases, contestants, feature_cases, heads, own_cells, rivals
 from .contestants import LOOPS, Contestant
 from .problem import Model, Problem
 
@@ -56,6 +56,10 @@ SUITES = {
     "cells": Suite(
         own_cells.CASES, lambda case: own_cells.CONTESTANTS, contestants.reference, (own_cells.BUILT_IN,), "ratio",
         session_seconds=120.0, case_seconds=5.0,
+    ),
+    "heads": Suite(
+        heads.CASES, lambda case: heads.CONTESTANTS, heads.reference, (heads.DENSE,), "ratio", session_seconds=60.0,
+        case_seconds=10.0,
     ),
     # FlashRNN runs nvcc several times per shape where `warm.py` has not done it: hence the long limit.
     "rivals": Suite(

@@ -108,6 +108,11 @@ TABLES = {
             lambda records: throughput(records, "fastrnn:cpu")
         ),
     },
+    "heads": {
+        "Time of eight heads relative to the dense W_hh with the same blocks (below 1 is faster)": (
+            lambda records: throughput(records, "dense")
+        ),
+    },
     "rivals": {
         "Time relative to torch.nn (below 1 is faster), beside other projects' kernels": throughput,
         "Peak memory relative to torch.nn's (below 1 is less), beside other projects' kernels": memory,

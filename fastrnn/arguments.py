@@ -24,7 +24,7 @@ class ScanInputs(NamedTuple):
     unless a layer norm is of W_ih x + W_hh h."""
 
     gx: Tensor | None  # [T, B, G*H]: W_ih x + b_ih for all steps
-    w_hh: Tensor | None  # [G*H, P]; None where the cell is not recurrent
+    w_hh: Tensor | None  # [G*H, P], or in heads (`heads.py`) [N, G*H/N, H/N]; None where the cell is not recurrent
     h0: Tensor  # [B, P]
     c0: Tensor | None = None  # [B, (S-1)*H] acc: the states beyond h, a plane each
     b_hh: Tensor | None = None  # [G*H]

@@ -125,8 +125,8 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
                 return None
             weights.append(weight)
     # torch's kernels check for themselves that all weights are on one device.
-    device = input.get_device()  # a number; a device would be a new object each time
-    if sizes[2] != module.input_size or weights[0].dtype != dtype or weights[0].get_device() != device:
+    weight = weights[0]
+    if sizes[2] != module.input_size or weight.dtype != dtype or not _on_one_device(input, weight):
         return None
     if pair and refused_by_onednn(cell, input, proj_size, False):
         return None
@@ -138,7 +138,7 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
         return None
     else:
         for state, shape in zip(states, state_shapes, strict=True):
-            if state.shape != shape or state.dtype != dtype or state.get_device() != device:
+            if state.shape != shape or state.dtype != dtype or not _on_one_device(input, state):
                 return None
     y, *states = getattr(torch, cell)(
         input, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
@@ -149,12 +149,17 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
     return y, tuple(states) if pair else states[0]
 
 
+def _on_one_device(x: Tensor, other: Tensor) -> bool:
+    """By numbers, since `device` is a new object each time. The meta device has that of a CPU."""
+    return x.get_device() == other.get_device() and x.is_cpu == other.is_cpu
+
+
 def flatten_weights(module: nn.Module) -> None:
     """Lays the weights of a fastrnn LSTM, GRU or RNN out in the one chunk that cuDNN wants, where it can run them."""
     # Only stored weights: a computed one may not exist yet, or change when it is read (spectral norm).
     weights = [module._parameters.get(name) for layer in module.all_names for name in layer]
     first = weights[0]
-    if module.layer_norm or module._cell not in KNOWN_CELLS:
+    if module.layer_norm or module.num_heads > 1 or module._cell not in KNOWN_CELLS:
         return
     if not all(type(w) is Parameter and w.is_cuda and w.dtype == first.dtype for w in weights):
         return

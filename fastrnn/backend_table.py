@@ -33,6 +33,7 @@ class Request(NamedTuple):
 
 FEATURES = (
     "tap", "clip", "lengths", "resets", "decay", "return_cells", "return_layers", "layer_norm", "projection",
+    "heads",
     "layer_norm_sum",  # of W_ih x + W_hh h, over all gates or each
     "layer_norm_carried",  # of the c that is carried on
     "recurrent_dropout_per_gate",

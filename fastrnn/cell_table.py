@@ -110,7 +110,7 @@ def text_of(found: CellSpec) -> str:
 
 
 def layer_shapes(
-    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool | str, norm_c: bool = True
+    cell: str, width: int, H: int, P: int, bias: bool, layer_norm: bool | str, norm_c: bool = True, num_heads: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras',
     then those of the cell itself.
@@ -121,7 +121,8 @@ def layer_shapes(
     rows = len(spec.gates) * H
     shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width)}
     if spec.recurrent:
-        shapes["weight_hh"] = (rows, P or H)
+        heads = (num_heads, rows // num_heads, H // num_heads)
+        shapes["weight_hh"] = heads if num_heads > 1 else (rows, P or H)
     if bias:
         shapes["bias_ih"] = (rows,)
         if spec.recurrent:
@@ -155,11 +156,13 @@ def network_shapes(
     num_layers: int,
     bidirectional: bool,
     norm_c: bool = True,
+    num_heads: int = 1,
 ) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]:
     """Per layer and direction the names of the parameters and their shapes, in the order of `layer_shapes`."""
     found = []
     for layer, names in enumerate(suffixes(num_layers, bidirectional)):
-        shapes = layer_shapes(cell, width if layer == 0 else (P or H) * len(names), H, P, bias, layer_norm, norm_c)
+        size = width if layer == 0 else (P or H) * len(names)
+        shapes = layer_shapes(cell, size, H, P, bias, layer_norm, norm_c, num_heads)
         found += [tuple((f"{kind}_{name}", shape) for kind, shape in shapes.items()) for name in names]
     return tuple(found)
 

@@ -144,7 +144,7 @@ def min_lstm(x, state):
 
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, u, state):
-    """LSTM with an exponential input gate, a normaliser n and a stabiliser m. Without heads.
+    """LSTM with an exponential input gate, a normaliser n and a stabiliser m; the paper's heads are `num_heads`.
 
         m' = max(log sigmoid(f) + m, i),  i' = exp(i - m'),  f' = exp(log sigmoid(f) + m - m')
         c' = f' c + i' tanh(z),  n' = f' n + i',  h' = sigmoid(o) c' / n'

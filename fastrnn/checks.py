@@ -70,6 +70,17 @@ def check_projection(proj_size: int, hidden_size: int) -> None:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
 
 
+def check_heads(num_heads, hidden_size: int, proj_size: int = 0, mask_per_gate: bool = False) -> None:
+    """A divisor of the hidden size; more than one head only without a projection and a recurrent mask for each gate."""
+    check_sizes(num_heads=num_heads)
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size has to be divisible by num_heads, got {hidden_size} and {num_heads}")
+    if num_heads > 1 and proj_size:
+        raise ValueError(f"num_heads is for a network without proj_size, got {num_heads} and {proj_size}")
+    if num_heads > 1 and mask_per_gate:
+        raise ValueError("num_heads is for a network without recurrent_dropout_per_gate")
+
+
 def without_projection(args: tuple, kwargs: dict) -> tuple:
     """The positional arguments of a GRU or RNN constructor, with a proj_size of 0 in its place.
 
@@ -294,17 +305,20 @@ def check(
     if return_cells and len(spec.states) == 1:
         raise ValueError(f"return_cells needs a cell with a cell state; {spec.name} has none")
     weight_ih = params["weight_ih_l0"]
-    rows, size = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
+    shape = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
+    rows, size = shape if len(shape) == 2 else (shape[0] * shape[1], shape[0] * shape[2])
+    num_heads = shape[0] if len(shape) == 3 else 1
     hidden_size = rows // len(spec.gates)
     if not spec.recurrent:
         size = hidden_size
     packed = input if isinstance(input, PackedSequence) else None
     x, batch = _check_input(cell, input, packed, weight_ih, batch_first)
     projection, layer_norm = size if "weight_hr_l0" in params else 0, "ln_ih_l0" in params or "ln_hh_l0" in params
+    if num_heads > 1:
+        check_heads(num_heads, hidden_size, projection, options.recurrent_dropout_per_gate)
     parameters = _check_parameters(
         params, x.device, cell, weight_ih.shape[1], hidden_size, projection, "bias_ih_l0" in params,
-        layer_norm and options.layer_norm,
-        num_layers, bidirectional, layer_norm_cell is not None,
+        layer_norm and options.layer_norm, num_layers, bidirectional, layer_norm_cell is not None, num_heads,
     )  # fmt: skip
     batched = packed is not None or input.dim() == 3
     stacked = num_layers * (2 if bidirectional else 1)
@@ -341,6 +355,7 @@ def check(
         ("layer_norm_sum", layer_norm and options.layer_norm != "separate"),
         ("layer_norm_carried", layer_norm and options.layer_norm_cell == "carried"),
         ("projection", projection > 0),
+        ("heads", num_heads > 1),
         ("eval_gradient", refused_by_cudnn(x, training)),
         ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),
         # The scan has no forward mode, and what torch.jit.trace writes of it has no gradient; torch's own kernels do.

@@ -138,7 +138,8 @@ OF_OPERATORS = ("gx", "w_hh", "h0", "c0", "b_hh", "clip_norm")
 def has_operator(inputs: ScanInputs, walk: Walk, keep_c: bool) -> bool:
     """Whether ONNX has an operator for a layer in one direction. Its LSTM does not return c of every step."""
     beyond = (x for name, x in inputs._asdict().items() if name not in OF_OPERATORS)
-    return walk.cell in OPERATORS and not keep_c and all(x is None for x in beyond)
+    in_heads = inputs.w_hh is not None and inputs.w_hh.dim() == 3
+    return walk.cell in OPERATORS and not keep_c and not in_heads and all(x is None for x in beyond)
 
 
 def operator(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, inputs: ScanInputs, walk: Walk) -> ScanOutputs:

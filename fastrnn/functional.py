@@ -27,7 +27,8 @@ def lstm(input, hx, params: Mapping[str, Tensor], *, backend=None, **options):
         input: `[T, B, I]`, `[B, T, I]` with `batch_first`, `[T, I]` unbatched, or a PackedSequence.
         hx: `(h0 [L*D, B, P], c0 [L*D, B, H])` (without B when unbatched), or None for zeros.
         params: the parameters under torch.nn.LSTM's names (`weight_ih_l0`, ...); the names present decide on bias,
-            projection and layer norm (`ln_ih_l0 [G*H]`, `ln_hh_l0 [G*H]`, `ln_c_l0 [H]`, `ln_c_bias_l0 [H]`).
+            projection and layer norm (`ln_ih_l0 [G*H]`, `ln_hh_l0 [G*H]`, `ln_c_l0 [H]`, `ln_c_bias_l0 [H]`). A
+            `weight_hh_l0 [N, G*H/N, H/N]` is in N heads.
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         options: num_layers, bidirectional, batch_first, dropout, residual, locked_dropout, recurrent_dropout,
             recurrent_dropout_per_gate, zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value,

@@ -24,6 +24,7 @@ one without the biases that the function sets, or one whose weights are parametr
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -46,7 +47,7 @@ class _Layer(NamedTuple):
 
     cell: str
     W_ih: dict[str, Tensor]
-    W_hh: dict[str, Tensor]  # empty in a cell that is not recurrent
+    W_hh: dict[str, tuple[Tensor, ...]]  # the blocks of the heads, or one [H, P]; empty where there is no W_hh
     b_ih: dict[str, Tensor]  # empty without biases
     b_hh: dict[str, Tensor]
     W_hr: Tensor | None  # [P, H]
@@ -89,16 +90,24 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = (), biases: 
         for end in (key.removeprefix("weight_ih") for key in parameters if key.startswith("weight_ih")):
             split = {
                 kind: dict(zip(gates, parameters[kind + end].split(module.hidden_size), strict=True))
-                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                for kind in ("weight_ih", "bias_ih", "bias_hh")
                 if parameters.get(kind + end) is not None
             }
+            w_hh = parameters.get("weight_hh" + end)
             layers.append(
                 _Layer(
-                    cell, split["weight_ih"], split.get("weight_hh", {}), split.get("bias_ih", {}),
+                    cell, split["weight_ih"], {} if w_hh is None else _blocks(w_hh, gates), split.get("bias_ih", {}),
                     split.get("bias_hh", {}), parameters.get("weight_hr" + end),
                 )
             )  # fmt: skip
     return layers
+
+
+def _blocks(w_hh: Tensor, gates: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
+    """For each gate its rows of W_hh; in heads, a block for each head."""
+    if w_hh.dim() == 2:
+        return {gate: (block,) for gate, block in zip(gates, w_hh.chunk(len(gates)), strict=True)}
+    return {gate: rows.unbind() for gate, rows in zip(gates, w_hh.chunk(len(gates), 1), strict=True)}
 
 
 def _gain(activation: str) -> float:
@@ -128,7 +137,7 @@ def xavier_(module: Module, gain: float = 1.0) -> Module:
     X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
     """
     for layer in _layers(module, "xavier_"):
-        for block in (*layer.W_ih.values(), *layer.W_hh.values()):
+        for block in (*layer.W_ih.values(), *chain(*layer.W_hh.values())):
             nn.init.xavier_uniform_(block, gain)
         if layer.W_hr is not None:
             nn.init.xavier_uniform_(layer.W_hr, gain)
@@ -146,8 +155,9 @@ def kaiming_(module: Module) -> Module:
     K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", 2015.
     """
     for layer in _layers(module, "kaiming_"):
-        for gates in (layer.W_ih, layer.W_hh):
-            for gate, block in gates.items():
+        blocks_of_ih = {gate: (block,) for gate, block in layer.W_ih.items()}
+        for gates in (blocks_of_ih, layer.W_hh):
+            for gate, block in ((gate, block) for gate, blocks in gates.items() for block in blocks):
                 activation = ACTIVATION.get(gate, "sigmoid") if layer.cell in CELLS else "sigmoid"
                 nn.init.kaiming_uniform_(block, nonlinearity="linear").mul_(_gain(activation))
         if layer.W_hr is not None:
@@ -165,7 +175,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
     networks", 2014.
     """
     for layer in _layers(module, "orthogonal_"):
-        for block in layer.W_hh.values():
+        for block in chain(*layer.W_hh.values()):
             # The QR decomposition that it uses does not exist for the half types.
             wide = block if block.dtype == torch.float64 else block.float()
             block.copy_(nn.init.orthogonal_(wide, gain))
@@ -181,7 +191,7 @@ def identity_(module: Module, scale: float = 1.0) -> Module:
     this function does not, and takes scale = 0.01 for tasks that need little memory.
     """
     for layer in _layers(module, "identity_", RNNS):
-        for block in layer.W_hh.values():
+        for block in chain(*layer.W_hh.values()):
             nn.init.eye_(block).mul_(scale)
         for bias in (*layer.b_ih.values(), *layer.b_hh.values()):
             nn.init.zeros_(bias)

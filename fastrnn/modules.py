@@ -47,9 +47,9 @@ EXTRAS = {
 }
 ACTIVATIONS = {"activation": "tanh", "gate_activation": "sigmoid"}
 """Of an LSTM and a GRU, torch.nn's."""
-CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False}
+CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 1}
 """What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
-_extras, _NO_EXTRAS = attrgetter(*EXTRAS), tuple(EXTRAS.values())
+_extras, _NO_EXTRAS = attrgetter(*EXTRAS, "num_heads"), (*EXTRAS.values(), 1)
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
     *(name for name in EXTRAS if name != "backend"),
@@ -117,6 +117,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         clip_state_grad_norm: float | Tensor | None = None,
         clip_state_grad_value: float | None = None,
         backend: str | None = None,
+        num_heads: int = 1,
     ):
         super().__init__()
         checks.check_sizes(input_size=input_size, hidden_size=hidden_size)
@@ -127,6 +128,7 @@ class _Recurrent(ForSubclasses, nn.Module):
             recurrent_dropout_per_gate=recurrent_dropout_per_gate,
         )  # fmt: skip
         checks.check_projection(proj_size, hidden_size)
+        checks.check_heads(num_heads, hidden_size, proj_size, recurrent_dropout_per_gate)
         options = checks.check_options(
             self._cell, num_layers, bool(bidirectional), dropout, True, residual, locked_dropout, recurrent_dropout,
             zoneout, weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell,
@@ -150,7 +152,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         self.recurrent_dropout_per_gate = recurrent_dropout_per_gate
         self.recurrent_dropout, self.zoneout, self.weight_dropout = recurrent_dropout, zoneout, weight_dropout
         self.clip_state_grad_norm, self.clip_state_grad_value = clip_state_grad_norm, clip_state_grad_value
-        self.backend = backend
+        self.backend, self.num_heads = backend, num_heads
         self.all_names: list[list[str]] = []
         for shapes in self._shapes():
             self.all_names.append([name for name, _ in shapes])
@@ -167,7 +169,7 @@ class _Recurrent(ForSubclasses, nn.Module):
     def _shapes(self):
         return network_shapes(
             self._cell, self.input_size, self.hidden_size, self.proj_size, self.bias, self.layer_norm,
-            self.num_layers, self.bidirectional, self.layer_norm_cell is not None,
+            self.num_layers, self.bidirectional, self.layer_norm_cell is not None, self.num_heads,
         )  # fmt: skip
 
     @property
@@ -298,6 +300,9 @@ _ARGUMENTS = """
             before they pass through the cell. This changes the gradient on purpose.
         clip_state_grad_value: a bound on each element of dL/dh_t and dL/dc_t, applied first.
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
+        num_heads: a divisor N of H. With more than one, W_hh is block-diagonal: `weight_hh_l0 [N, G*H/N, H/N]`, the
+            rows of each head its gates in order. Head n reads and writes units n*H/N to (n+1)*H/N of h. Without
+            proj_size. A layer norm is still over all gates of all heads.
 
     Raises:
         ValueError, TypeError: an argument does not fit; of the type that torch.nn raises, where it does.

@@ -32,8 +32,8 @@ class Recurrent(_Recurrent):
             raise TypeError(f"cell should be made by fastrnn.cell, or be one of fastrnn.cells, got {cell!r}")
         self.cell = cell
         super().__init__(*checks.without_projection((input_size, hidden_size, *args), kwargs), **kwargs)
-        if not cell.recurrent and (self.recurrent_dropout or self.weight_dropout):
-            raise ValueError(f"recurrent_dropout and weight_dropout act on W_hh, which {cell.name} has not")
+        if not cell.recurrent and (self.recurrent_dropout or self.weight_dropout or self.num_heads > 1):
+            raise ValueError(f"recurrent_dropout, weight_dropout and num_heads act on W_hh, which {cell.name} has not")
 
     @property
     def _cell(self) -> str:

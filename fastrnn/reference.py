@@ -21,6 +21,7 @@ from .equations import (
     normalize_backward,
     row_norm,
 )
+from .heads import times_w, times_w_transposed
 
 
 def _bit(flags: Tensor | None, bit: int) -> Tensor | None:
@@ -128,7 +129,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
-    w_t, beside = None if w_hh is None else w_hh.t(), _beside(walk, inputs, T, acc)
+    beside = _beside(walk, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     factors = by_state(walk.cell, inputs.decay_h, inputs.decay_c)
     y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
@@ -144,7 +145,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
         operand, gx_t = state[0].to(acc), gx[t]
         if inputs.recurrent_mask is not None and not per_gate:
             operand = operand * inputs.recurrent_mask
-        if w_t is None:
+        if w_hh is None:
             gh = None
         elif per_gate or walk.ln_of != "separate":
             gh = times_w_hh(operand, w_hh, inputs.recurrent_mask if per_gate else None)
@@ -154,9 +155,11 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
                 gh = normalize_gates(gh, groups, walk.ln_eps)[0] * ln_hh
             gh = gh if b_hh is None else gh + b_hh
         elif ln_hh is not None:
-            gh = F.layer_norm(operand @ w_t, ln_hh.shape, ln_hh, b_hh, walk.ln_eps)
+            gh = F.layer_norm(times_w(operand, w_hh), ln_hh.shape, ln_hh, b_hh, walk.ln_eps)
+        elif b_hh is not None and w_hh.dim() == 2:
+            gh = torch.addmm(b_hh, operand, w_hh.t())
         else:
-            gh = operand @ w_t if b_hh is None else torch.addmm(b_hh, operand, w_t)
+            gh = times_w(operand, w_hh) if b_hh is None else times_w(operand, w_hh) + b_hh
         new, saved_t = cell_forward(gx_t, gh, (state[0].to(acc), *state[1:]), beside[t])
         if w_hr is not None:
             new = (new[0] @ w_hr.t(), *new[1:])
@@ -223,7 +226,7 @@ def normalize_gates_backward(dxhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tenso
 def times_w_hh(h: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
     """W_hh (h * mask) `[.., G*H]`, for one mask `[B, P]` or a mask for each gate `[B, G*P]`."""
     if mask is None or mask.shape[-1] == h.shape[-1]:
-        return (h if mask is None else h * mask) @ w_hh.t()
+        return times_w(h if mask is None else h * mask, w_hh)
     gates = mask.shape[-1] // h.shape[-1]
     each = zip(mask.chunk(gates, -1), w_hh.chunk(gates), strict=True)
     return torch.cat([(h * one) @ w.t() for one, w in each], -1)
@@ -231,9 +234,9 @@ def times_w_hh(h: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
 
 def back_through_w_hh(dgh: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of h from that of `times_w_hh`."""
-    P = w_hh.shape[-1]
+    P = w_hh.shape[-1] * (1 if w_hh.dim() == 2 else len(w_hh))
     if mask is None or mask.shape[-1] == P:
-        product = dgh @ w_hh
+        product = times_w_transposed(dgh, w_hh)
         return product if mask is None else product * mask
     gates = mask.shape[-1] // P
     each = zip(dgh.chunk(gates, -1), w_hh.chunk(gates), mask.chunk(gates, -1), strict=True)

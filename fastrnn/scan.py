@@ -40,6 +40,7 @@ from .arguments import (
 from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_carried, lstm_cell_state, lstm_output
+from .heads import of_each_head
 from .linear import linear, tracing, transformed
 from .reference import previous_state
 from .vmapping import vmap
@@ -164,11 +165,17 @@ def _gradients(
         h_prev, mask = _previous_states(kept.y, inputs.h0, inputs.flags, walk.reverse), inputs.recurrent_mask
         if inputs.decay_h is not None:
             h_prev = h_prev * inputs.decay_h
-        if mask is not None and mask.shape[-1] != h_prev.shape[-1]:
+        per_gate = mask is not None and mask.shape[-1] != h_prev.shape[-1]
+        if mask is not None and not per_gate:
+            h_prev = h_prev * mask.unsqueeze(-3)
+        h_prev = h_prev.to(dgh.dtype)
+        if per_gate:
             dw_hh = _over_gates(dgh, h_prev, mask, inputs.flags)
+        elif inputs.w_hh.dim() == h_prev.dim():  # in heads: one dimension more than dense
+            heads = of_each_head(dgh, h_prev, inputs.w_hh)
+            dw_hh = torch.stack([_over_steps(*head, inputs.flags) for head in heads], -3)
         else:
-            h_prev = h_prev if mask is None else h_prev * mask.unsqueeze(-3)
-            dw_hh = _over_steps(dgh, h_prev.to(dgh.dtype), inputs.flags)
+            dw_hh = _over_steps(dgh, h_prev, inputs.flags)
     if biased:
         db_hh = dgh.sum((-3, -2)) if inputs.ln_hh is None else _over_batch(found.db_hh, inputs.ln_hh)
     of_inputs = NO_GRADIENT._replace(

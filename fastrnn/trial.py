@@ -85,6 +85,8 @@ def _options(job: Job) -> dict[str, Any]:
     }
     for feature in job.features:
         found |= by_feature.get(feature, {})
+    if "heads" in job.features:  # of how many, a request does not say
+        found["num_heads"] = next(n for n in range(2, job.hidden_size + 1) if job.hidden_size % n == 0)
     return found
 
 

@@ -32,9 +32,10 @@ BELOW = {
     "tasks": set(),
     "packing": set(),
     "linear": set(),
+    "heads": set(),
     "equations": {"adjoint", "cell_table", "program"},
     "arguments": {"cell_table", "equations"},
-    "reference": {"arguments", "cell_table", "equations"},
+    "reference": {"arguments", "cell_table", "equations", "heads"},
     "aten": {"cell_table"},
     "backends": {
         *("arguments", "cell_table", "directions", "equations", "tiles", "reference", "kernels", "_C", "backends"),
@@ -52,7 +53,10 @@ BELOW = {
     "ops": {"dispatch", "arguments", "directions"},
     "vmapping": set(),
     "export": {"ops", "dispatch", "linear", "arguments", "cell_table", "directions", "reference"},
-    "scan": {"export", "ops", "vmapping", "linear", "arguments", "cell_table", "directions", "equations", "reference"},
+    "scan": {
+        *("export", "ops", "vmapping", "linear", "arguments", "cell_table", "directions", "equations", "reference"),
+        "heads",
+    },
     "stack": {"export", "scan", "linear", "arguments", "cell_table", "dispatch", "packing", "equations", "reference"},
     "checks": {"activations", "packing", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
     "functional": {

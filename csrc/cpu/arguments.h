@@ -114,6 +114,31 @@ struct Call {
     return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data());
   }
 
+  // W_hh [gates * H, P], or in heads [N, gates * H / N, H / N], as `packed`; `bias` [gates * H] or empty.
+  Recurrence<Storage> recurrence(const Tensor& t, int64_t width, bool transposed, bool once,
+                                 const std::vector<A>& bias) const {
+    Recurrence<Storage> found;
+    if (t.dim() != 3) {
+      found.heads.push_back(packed("w_hh", t, width, P, transposed, once, bias));
+      return found;
+    }
+    const int64_t N = t.size(0), gates = width / H;
+    check(N > 1 && H % N == 0 && P == H, "w_hh must have heads that divide H = ", H, ", got ", shape_of(t));
+    const int64_t K = H / N;
+    found.gates = gates, found.units = K;
+    frame.expect<Storage>("w_hh", t, {N, gates * K, K});
+    const Storage* data = static_cast<const Storage*>(t.const_data_ptr());
+    std::vector<A> own(bias.empty() ? 0 : gates * K);
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t j = 0; j < static_cast<int64_t>(own.size()); ++j) own[j] = bias[j / K * H + n * K + j % K];
+      Matrix<Storage> matrix{data + n * t.stride(0), gates * K, K, t.stride(1), t.stride(2)};
+      if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
+      found.heads.push_back(
+          std::make_unique<Packed<Storage>>(matrix, once, own.empty() ? nullptr : own.data()));
+    }
+    return found;
+  }
+
   // Whether the tensors that depend on the cell are there.
   template <class Cell>
   void check_cell(const Cell& cell, const ScanInputs& inputs) const {
@@ -130,7 +155,7 @@ struct Call {
     check(Cell::built_in || !inputs.ln_c_weight.has_value(), "ln_c_weight is for the built-in cells");
   }
 
-  // The forward multiplies with the transposes of w_hh [width, P] and w_hr [P, H].
+  // The forward multiplies with the transposes of w_hh and w_hr [P, H].
   Weights<Storage> weights(const ScanInputs& inputs, int64_t width, int64_t parameters, bool forward,
                            bool once) const {
     check(inputs.ln_c_weight.has_value() == inputs.ln_c_bias.has_value(),
@@ -145,8 +170,8 @@ struct Call {
     // With a layer norm, the bias is added after it.
     const std::vector<A> no_bias;
     if (inputs.w_hh.has_value())
-      found.w_hh = packed("w_hh", *inputs.w_hh, width, P, forward, once, normalised ? no_bias : found.b_hh);
-    if (!forward && normalised) found.forward_w_hh = packed("w_hh", *inputs.w_hh, width, P, true, once, {});
+      found.w_hh = recurrence(*inputs.w_hh, width, forward, once, normalised ? no_bias : found.b_hh);
+    if (!forward && normalised) found.forward_w_hh = recurrence(*inputs.w_hh, width, true, once, {});
     if (inputs.w_hr.has_value()) found.w_hr = packed("w_hr", *inputs.w_hr, P, H, forward, once, {});
     return found;
   }
@@ -203,7 +228,8 @@ struct Call {
   template <class ScanOfCell>
   void run(const ScanOfCell& scan, int64_t gates) const {
     constexpr int64_t grain = 1 << 21;  // multiplications
-    int64_t step_work = std::max<int64_t>(gates * H * (P + 16), 1);
+    const int64_t terms = scan.weights.w_hh.in_heads() ? scan.weights.w_hh.units : P;
+    int64_t step_work = std::max<int64_t>(gates * H * (terms + 16), 1);
     std::vector<int64_t> before = steps_before(scan.flags);
     torch::stable::parallel_for(
         0, before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {

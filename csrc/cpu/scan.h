@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cell.h"
-#include "product.h"
+#include "heads.h"
 
 namespace fastrnn {
 
@@ -46,11 +46,12 @@ template <class Storage>
 struct Weights {
   using A = typename Arithmetic<Storage>::type;
 
-  // Each as its direction of the scan multiplies with it; w_hh is null where the cell is not recurrent. The
-  // start of the forward's w_hh is b_hh, unless a layer norm comes between them.
-  std::unique_ptr<Packed<Storage>> w_hh, w_hr;
+  // Each as its direction of the scan multiplies with it. The start of the forward's w_hh is b_hh, unless a
+  // layer norm comes between them.
+  Recurrence<Storage> w_hh;
+  std::unique_ptr<Packed<Storage>> w_hr;
   // The backward computes W_hh h again where a layer norm follows it.
-  std::unique_ptr<Packed<Storage>> forward_w_hh;
+  Recurrence<Storage> forward_w_hh;
   std::vector<A> b_hh, ln_hh;             // [gates * H]
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
   std::vector<A> of_cell;                 // [parameters * H]
@@ -71,12 +72,6 @@ struct Weights {
 template <class Op, class A, class... In>
 void elementwise(const Runs& runs, int64_t width, const Op& op, const Buffer<A>& out, const In&... in) {
   walk_runs(runs, Elementwise<Op, A>{width, op, out, {in...}});
-}
-
-template <class Storage>
-void multiply(const Runs& runs, const Packed<Storage>& matrix, RowView<const typename Packed<Storage>::A> in,
-              RowView<typename Packed<Storage>::A> out) {
-  for (auto [begin, end] : runs) walk_widest(Multiply<Storage>{matrix, in, 1, out}, begin, end);
 }
 
 struct Scan {

@@ -68,6 +68,7 @@ struct BackwardScan : Scan {
     Buffer<A> dgx, dgh;                  // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;            // W_hh h_prev and its gradient, before that layer norm
     Buffer<A> gx;                        // W_ih x, where that layer norm is of the sum
+    Buffer<A> gates_of_head, h_of_head;  // of one head's product
     Buffer<A> dh_past_w;                 // what reaches h_prev past W_hh
     Buffer<A> h_undecayed, c_undecayed;  // the state before the step, before its decay
     Buffer<A> recurrent_mask, zone_h, zone_c, decay_h, decay_c;
@@ -95,6 +96,8 @@ struct BackwardScan : Scan {
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          gates_of_head(rows, scan.weights.w_hh.gates_of_head()),
+          h_of_head(rows, scan.weights.w_hh.units_of_head()),
           dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
           h_undecayed(rows, scan.decay_h ? scan.P : 0),
           c_undecayed(rows, scan.decay_c ? scan.C : 0),
@@ -314,7 +317,7 @@ struct BackwardScan : Scan {
     const Runs& runs = work.running;
     RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
     if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
-    multiply(runs, *weights.forward_w_hh, work.h_prev, work.gates);
+    weights.forward_w_hh.times(runs, work.h_prev, work.gates_of_head, work.gates);
     if (weights.ln_of_sum) {
       read(runs, cell.gates * H, gx, t, b, work.gx);
       elementwise(runs, cell.gates * H, Sum{}, work.gates, work.gates, work.gx);
@@ -345,7 +348,8 @@ struct BackwardScan : Scan {
   void carry(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (cell.recurrent) {
-      multiply(runs, *weights.w_hh, dgh_rows(t, b, work), work.carried_h);
+      weights.w_hh.times_transposed(runs, dgh_rows(t, b, work), work.gates_of_head, work.h_of_head,
+                                    work.carried_h);
       if (recurrent_mask)
         elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
       if (cell.gives_h_prev) elementwise(runs, P, Sum{}, work.carried_h, work.carried_h, work.dh_past_w);

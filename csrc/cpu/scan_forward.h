@@ -36,8 +36,8 @@ struct ForwardScan : Scan {
   // One thread's rows. h, c: the states. operand: h times the recurrent mask. cell_h: h as the cell returns
   // it. projected_h: after the projection.
   struct Work {
-    Buffer<A> h, operand, gates, cell_h, projected_h, c, c_before, recurrent_mask, zone_h, zone_c, decay_h,
-        decay_c;
+    Buffer<A> h, operand, gates, gates_of_head, cell_h, projected_h, c, c_before, recurrent_mask, zone_h,
+        zone_c, decay_h, decay_c;
     Buffer<Storage> unsaved;  // what the cell would save
     // Where W_ih x is inside the layer norm: its rows, and the zeros that the cell gets for them.
     Buffer<A> gx;
@@ -49,6 +49,7 @@ struct ForwardScan : Scan {
         : h(rows, scan.P),
           operand(rows, scan.recurrent_mask ? scan.P : 0),
           gates(rows, scan.cell.recurrent ? scan.cell.gates * scan.H : 0),
+          gates_of_head(rows, scan.weights.w_hh.gates_of_head()),
           cell_h(rows, scan.H),
           projected_h(rows, scan.weights.w_hr ? scan.P : 0),
           c(rows, scan.C),
@@ -116,7 +117,7 @@ struct ForwardScan : Scan {
   void product_of_gates(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (recurrent_mask) elementwise(runs, P, Product{}, work.operand, work.h, work.recurrent_mask);
-    multiply(runs, *weights.w_hh, recurrent_mask ? work.operand : work.h, work.gates);
+    weights.w_hh.times(runs, recurrent_mask ? work.operand : work.h, work.gates_of_head, work.gates);
     if (weights.ln_hh.empty()) return;
     if (weights.ln_of_sum) {
       read(runs, cell.gates * H, gx, t, b, work.gx);

@@ -30,7 +30,7 @@ from . import extension
 MISSING = extension.load("cuda") if torch.version.cuda else "this torch is built without CUDA"
 OPS = torch.ops.fastrnn_c
 WAYS = ("all", "cluster", "grid")
-UNSUPPORTED = ("layer_norm", "projection", "zoneout", "recurrent_dropout", "decay")
+UNSUPPORTED = ("layer_norm", "projection", "zoneout", "recurrent_dropout", "decay", "heads")
 """Features of a call that change a step in a way that the kernels do not know."""
 SUPPORTED_INPUTS = ("gx", "w_hh", "h0", "c0", "b_hh", "flags", "clip_norm")
 

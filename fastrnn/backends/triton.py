@@ -23,7 +23,7 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
-UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "decay")
+UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "decay", "heads")
 """Features of a call that change a step in a way that the kernels do not know."""
 
 

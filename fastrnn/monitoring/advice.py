@@ -225,7 +225,8 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
         memory = 1 + float(bias.max().exp())  # = 1 / (1 - sigmoid(bias)), which divides by 0 for a large bias
     sigmas = torch.full((1,), math.nan)
     if w_hh is not None:
-        sigmas = torch.stack([torch.linalg.svdvals(block) for block in w_hh.chunk(len(gates))])
+        # [.., H, H] for each gate, or a block of each head
+        sigmas = torch.linalg.svdvals(w_hh.unflatten(-2, (len(gates), -1)))
     return Facts(
         cell=module._cell,
         bias=module.bias,

@@ -1,0 +1,69 @@
+// The products with W_hh: one matrix, or one for each head, as in fastrnn/heads.py.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "product.h"
+#include "runs.h"
+
+namespace fastrnn {
+
+template <class Storage>
+void multiply(const Runs& runs, const Packed<Storage>& matrix, RowView<const typename Packed<Storage>::A> in,
+              RowView<typename Packed<Storage>::A> out) {
+  for (auto [begin, end] : runs) walk_widest(Multiply<Storage>{matrix, in, 1, out}, begin, end);
+}
+
+// W_hh as one direction of the scan multiplies with it. Each of N heads has K = H / N units of h and of every
+// gate; in a row of gates, head n has the columns from g * H + n * K on, for each gate g.
+template <class Storage>
+struct Recurrence {
+  using A = typename Arithmetic<Storage>::type;
+
+  std::vector<std::unique_ptr<Packed<Storage>>> heads;  // one where W_hh is dense, none without a W_hh
+  int64_t gates = 0, units = 0;                         // of each head
+
+  bool in_heads() const { return heads.size() > 1; }
+  // The columns of the memory that a product in heads needs: of the gates of a head, and of its units.
+  int64_t gates_of_head() const { return in_heads() ? gates * units : 0; }
+  int64_t units_of_head() const { return in_heads() ? units : 0; }
+
+  // out [rows, gates * H] = W_hh h.
+  void times(const Runs& runs, RowView<const A> h, RowView<A> of_gates, RowView<A> out) const {
+    if (!in_heads()) return multiply(runs, *heads[0], h, out);
+    for (size_t n = 0; n < heads.size(); ++n) {
+      multiply(runs, *heads[n], {h.data + n * units, h.stride}, of_gates);
+      each_gate(runs, n, [&](int64_t r, int64_t of_head, int64_t of_all) {
+        std::copy_n(of_gates[r] + of_head, units, out[r] + of_all);
+      });
+    }
+  }
+
+  // out [rows, H] = the transpose of W_hh times dgh.
+  void times_transposed(const Runs& runs, RowView<const A> dgh, RowView<A> of_gates, RowView<A> of_units,
+                        RowView<A> out) const {
+    if (!in_heads()) return multiply(runs, *heads[0], dgh, out);
+    for (size_t n = 0; n < heads.size(); ++n) {
+      each_gate(runs, n, [&](int64_t r, int64_t of_head, int64_t of_all) {
+        std::copy_n(dgh[r] + of_all, units, of_gates[r] + of_head);
+      });
+      multiply(runs, *heads[n], {of_gates.data, of_gates.stride}, of_units);
+      for (auto [begin, end] : runs)
+        for (int64_t r = begin; r < end; ++r) std::copy_n(of_units[r], units, out[r] + n * units);
+    }
+  }
+
+ private:
+  // f(row, first column in the head, first column in all heads) for each gate of head n.
+  template <class F>
+  void each_gate(const Runs& runs, int64_t n, const F& f) const {
+    const int64_t H = heads.size() * units;
+    for (auto [begin, end] : runs)
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t g = 0; g < gates; ++g) f(r, g * units, g * H + n * units);
+  }
+};
+
+}  // namespace fastrnn
