@@ -125,8 +125,8 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
                 return None
             weights.append(weight)
     # torch's kernels check for themselves that all weights are on one device.
-    weight = weights[0]
-    if sizes[2] != module.input_size or weight.dtype != dtype or not _on_one_device(input, weight):
+    device = input.device
+    if sizes[2] != module.input_size or weights[0].dtype != dtype or weights[0].device != device:
         return None
     if pair and refused_by_onednn(cell, input, proj_size, False):
         return None
@@ -138,7 +138,7 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
         return None
     else:
         for state, shape in zip(states, state_shapes, strict=True):
-            if state.shape != shape or state.dtype != dtype or not _on_one_device(input, state):
+            if state.shape != shape or state.dtype != dtype or state.device != device:
                 return None
     y, *states = getattr(torch, cell)(
         input, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
@@ -147,11 +147,6 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
     if not batched:
         y, states = y.squeeze(batch_dim), [state.squeeze(1) for state in states]
     return y, tuple(states) if pair else states[0]
-
-
-def _on_one_device(x: Tensor, other: Tensor) -> bool:
-    """By numbers, since `device` is a new object each time. The meta device has that of a CPU."""
-    return x.get_device() == other.get_device() and x.is_cpu == other.is_cpu
 
 
 def flatten_weights(module: nn.Module) -> None:

@@ -53,7 +53,7 @@ class LayerNorm(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    eps: float
+    eps: float = LN_EPS
     carried: bool = False
 
 
