@@ -115,7 +115,7 @@ def layer_shapes(
     """The parameters of one layer in one direction on input of `width`: torch.nn's in its order, then the extras',
     then those of the cell itself.
 
-    P = 0 stands for no projection. `norm_c`: whether the layer norm is of the LSTM's c, too.
+    P = 0 means no projection. `norm_c`: whether the layer norm is of the LSTM's c, too.
     """
     spec = spec_of(cell)
     rows = len(spec.gates) * H

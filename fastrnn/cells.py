@@ -2,7 +2,7 @@
 
     model = fastrnn.Recurrent(fastrnn.cells.peephole_lstm, 64, 128)
 
-In the equations a gate's name stands for its pre-activation, W_ih x + b_ih + W_hh h + b_hh, or W_ih x + b_ih where the
+In the equations a gate's name means its pre-activation, W_ih x + b_ih + W_hh h + b_hh, or W_ih x + b_ih where the
 cell is not recurrent. They are examples, too: `docs/cells.md` shows how to write your own.
 """
 

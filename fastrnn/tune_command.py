@@ -49,7 +49,7 @@ def _threads(place: records.Where) -> str:
 
 
 def _bar(total: int):
-    """tqdm's progress bar; without tqdm, or where nobody looks, None."""
+    """tqdm's progress bar, silent where the output is no terminal; without tqdm, a block that gives None."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -249,7 +249,7 @@ class Search:
         if self.child is None:
             self.child = Child(self.command)
         found = self.child.ask(job, candidate, LIMITS.get(job.device, LIMIT))
-        if "broken" in found:  # whatever it left behind must not reach the next candidate
+        if "broken" in found:  # what it left in the process must not reach the next candidate
             self.close()
         return found
 

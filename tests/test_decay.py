@@ -352,7 +352,9 @@ def test_which_backends_take_it():
     assert BACKENDS["reference"].reason(request) is None
     assert BACKENDS["aten"].reason(request) is not None
     with pytest.raises(RuntimeError, match="its kernels have no decay"):
-        BACKENDS["triton"].launcher.forward(random_inputs("lstm", ("decay",), sizes=(1, 2, 3)), None, True)
+        BACKENDS["triton"].launcher.forward(
+            random_inputs("lstm", ("decay",), sizes=(1, 2, 3)), Walk("lstm", False, "triton"), True
+        )
     assert "decay" in BACKENDS["cuda"].reason(request._replace(device="cuda")) or BACKENDS["cuda"].launcher.MISSING
 
 

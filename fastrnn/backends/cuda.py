@@ -66,6 +66,7 @@ def why_not_tensors(inputs: ScanInputs, walk: Walk) -> str | None:
     if walk.cell not in CELLS:
         return "its kernels are written by hand for the built-in cells"
     unsupported = [n for n, x in inputs._asdict().items() if x is not None and n not in SUPPORTED_INPUTS]
+    unsupported += ["heads"] if inputs.w_hh.dim() > inputs.h0.dim() else []
     if unsupported:
         return f"its kernels have no {', '.join(unsupported)}"
     dtype, (B, H) = inputs.w_hh.dtype, inputs.h0.shape[-2:]

@@ -90,15 +90,25 @@ def _device(x: Tensor):
     return torch.get_device_module(x.device).device(x.device) if x.device.type in GPUS else nullcontext()
 
 
-def _refuse_decay(inputs: ScanInputs):
-    if inputs.decay_h is not None:
-        raise RuntimeError("backend 'triton' cannot run this call: its kernels have no decay")
+def _refuse(inputs: ScanInputs, walk: Walk):
+    """What the kernels would ignore or misread, where a raw op is called without `why_not`."""
+    mask, h0 = inputs.recurrent_mask, inputs.h0
+    present = {
+        "decay": inputs.decay_h is not None,
+        "heads": inputs.w_hh is not None and inputs.w_hh.dim() > h0.dim(),
+        "layer_norm_sum": walk.ln_of != "separate",
+        "layer_norm_carried": walk.ln_c_carried,
+        "recurrent_dropout_per_gate": mask is not None and mask.shape[-1] != h0.shape[-1],
+    }
+    unknown = [name for name in UNSUPPORTED if present[name]]
+    if unknown:
+        raise RuntimeError(f"backend 'triton' cannot run this call: its kernels have no {', '.join(unknown)}")
 
 
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
-    _refuse_decay(inputs)
+    _refuse(inputs, walk)
     tile = tile or _tile_of(inputs, walk)
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
@@ -117,7 +127,7 @@ def backward(
     if incoming.dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
     sequence.raise_after_timeout(kept.y)
-    _refuse_decay(inputs)
+    _refuse(inputs, walk)
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or _tile_of(inputs, walk)
