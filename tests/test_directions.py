@@ -12,7 +12,7 @@ from fastrnn import stack
 from fastrnn.arguments import ScanInputs, Walk
 from fastrnn.backends import triton as launcher
 from fastrnn.cell_table import CELLS
-from fastrnn.dispatch import BACKENDS
+from fastrnn.dispatch import BACKENDS, row
 from fastrnn.scan import scan
 
 T, B, I, H = 4, 3, 3, 5
@@ -28,11 +28,10 @@ CLIPPED = {"clip_state_grad_norm": 0.3, "clip_state_grad_value": 0.2}
 
 @pytest.fixture
 def together(monkeypatch):
-    """A function that lets every backend's calls hold both directions, as the Triton scan's do; or none's."""
+    """A function that lets the stack hand both directions to any backend at once, as to the Triton scan's; or to none."""
 
     def switch(on):
-        rows = {name: replace(row, directions=on) for name, row in BACKENDS.items()}
-        monkeypatch.setattr(stack, "BACKENDS", rows)
+        monkeypatch.setattr(stack, "row", lambda backend: replace(row(backend), directions=on))
 
     return switch
 
