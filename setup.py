@@ -212,7 +212,7 @@ setup(
     packages=[*find_packages(include=["fastrnn", "fastrnn.*"]), "fastrnn.kernels"],
     # A top-level `kernels` would shadow the package of that name on PyPI.
     package_dir={"fastrnn.kernels": "kernels"},
-    package_data={"fastrnn": ["py.typed", "shipped/*.json"]},
+    package_data={"fastrnn": ["py.typed", "evidence/shipped/*.json"]},
     ext_modules=libraries(),
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     long_description=long_description(),

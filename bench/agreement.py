@@ -6,7 +6,7 @@ dtype, plus a rounding floor.
 
 import math
 
-from fastrnn.agreement import EPS, FLOOR, MEASURES, TF32_EPS, Tensors, error
+from fastrnn.evidence.agreement import EPS, FLOOR, MEASURES, TF32_EPS, Tensors, error
 
 
 def errors(values: Tensors, truth: Tensors) -> dict[str, tuple[float, float]]:

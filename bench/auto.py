@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 import fastrnn
-from fastrnn import evidence, timing
-from fastrnn.trial import Call, Job, Trial
+from fastrnn import evidence
+from fastrnn.tuning import timing
+from fastrnn.tuning.job import Call, Job
+from fastrnn.tuning.trial import Trial
 
 from . import files
 

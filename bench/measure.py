@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastrnn import timing
+from fastrnn.tuning import timing
 
 from . import agreement, contestants, machine
 from .cases import DEVICE

@@ -1,8 +1,8 @@
 """The record that ships for CPUs, from the measurements in `bench/results/auto-cpu.json`.
 
-`python -m bench.shipped fastrnn/shipped/cpu-2-threads.json` writes it: the slowest call of each bucket counts, as in
-`fastrnn tune`. On a quiet machine, `python -m fastrnn tune --threads 2 --minutes 60 --out FILE` makes a fuller record
-of the same form in its place.
+`python -m bench.shipped fastrnn/evidence/shipped/cpu-2-threads.json` writes it: the slowest call of each bucket
+counts, as in `fastrnn tune`. On a quiet machine, `python -m fastrnn tune --threads 2
+--minutes 60 --out FILE` makes a fuller record of the same form in its place.
 """
 
 import argparse
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastrnn import evidence, records
+from fastrnn import evidence
 from fastrnn.backend_table import Request
+from fastrnn.evidence import records
 
 from . import files
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from . import dispatch, distributed, init, tune_command
+from . import dispatch, distributed, init
 from .cell_table import NONLINEARITIES
 from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
 from .tasks import Digits, sequential_digits
+from .tuning import command as tune_command
 
 MONITORED = 128
 """The number of test images in the gradient picture: enough for a steady median, little work beside an epoch."""

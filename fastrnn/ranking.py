@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from . import aten, evidence, records, verification
+from . import aten, evidence
 from .backend_table import BACKENDS, MODES, Backend, Request, row
 from .backends import sequence
 from .backends.triton_mode import tiles_of
-from .records import Entry, Key
+from .evidence import records, verification
+from .evidence.records import Entry, Key
 
 FIRST_USE = ("cuda", "xpu")
 """The device types on which a kernel is compared with the reference before its first use."""

@@ -112,7 +112,8 @@ def evidence_in(tmp_path, monkeypatch):
 @pytest.fixture
 def recorded(evidence_in):
     """`recorded(request, candidate, time)` records how much of torch.nn's time a candidate takes here."""
-    from fastrnn import evidence, ranking, records
+    from fastrnn import evidence, ranking
+    from fastrnn.evidence import records
 
     def record(request, candidate, time, verdict="measured", **fields):
         ratio = (time, 0.99 * time, 1.01 * time) if verdict == "measured" else None

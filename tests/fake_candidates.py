@@ -9,9 +9,10 @@ import time
 
 import torch
 
-from fastrnn import backend_table, trial
+from fastrnn import backend_table
 from fastrnn.backend_table import Backend
 from fastrnn.backends import cpu
+from fastrnn.tuning import trial
 
 calls = {}
 

@@ -203,7 +203,7 @@ for case in (cases[0], cases[-1]):
 def test_the_figures_of_a_record_follow_from_the_samples():
     """Medians, order statistics and ratios by hand; a contestant's ratio is over the rounds that both were timed in."""
     code = """
-from fastrnn.timing import Samples, figure, ratio
+from fastrnn.tuning.timing import Samples, figure, ratio
 assert figure([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0) and figure([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 1.0, 6.0)
 assert figure([float(k) for k in range(1, 13)])[1:] == (3.0, 10.0)
 loop, own = Samples(1, [2.0, 8.0], [0, 2]), Samples(2, [1.0, 5.0, 2.0], [0, 1, 2])
@@ -309,7 +309,7 @@ else:
 def test_the_shipped_record_is_made_of_the_committed_measurements():
     code = """
 from bench import shipped
-from fastrnn import records
+from fastrnn.evidence import records
 print((records.SHIPPED / "cpu-2-threads.json").read_text() == shipped.record())
 """
     assert run(code) == "True\n"

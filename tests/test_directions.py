@@ -28,7 +28,7 @@ CLIPPED = {"clip_state_grad_norm": 0.3, "clip_state_grad_value": 0.2}
 
 @pytest.fixture
 def together(monkeypatch):
-    """A function that lets the stack hand both directions to any backend at once, as to the Triton scan's; or to none."""
+    """A function that lets the stack hand both directions at once to any backend, as to Triton's; or to none."""
 
     def switch(on):
         monkeypatch.setattr(stack, "row", lambda backend: replace(row(backend), directions=on))

@@ -42,13 +42,15 @@ BELOW = {
         "program",
     },
     "recomputation": set(),
-    "agreement": set(),
-    "timing": set(),
-    "records": set(),
-    "evidence": {"cell_table", "records"},
-    "verification": {"agreement", "evidence", "records", "arguments", "backends", "cell_table", "equations"},
+    "evidence.agreement": set(),
+    "evidence.records": set(),
+    "evidence.lookup": {"cell_table", "evidence.records"},
+    "evidence": {"evidence.lookup"},
+    "evidence.verification": {
+        *("evidence", "evidence.agreement", "evidence.records", "arguments", "backends", "cell_table", "equations"),
+    },
     "backend_table": {"backends", "aten", "arguments", "tiles"},
-    "ranking": {"backend_table", "verification", "evidence", "records", "aten", "backends"},
+    "ranking": {"backend_table", "evidence", "evidence.records", "evidence.verification", "aten", "backends"},
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation"},
     "ops": {"dispatch", "arguments", "directions"},
     "vmapping": set(),
@@ -84,19 +86,16 @@ BELOW = {
     "compat": {"modules", "torch_nn"},
     "convert": {"modules", "compat", "torch_nn", "with_lengths", "functional", "checks", "dispatch"},
     "init": {"modules", "torch_nn", "cell_table"},
-    "trial": {
-        "cell_table",
-        "recurrent",
-        "evidence",
-        "modules",
-        "torch_nn",
-        "backend_table",
-        "verification",
-        "agreement",
-        "timing",
+    "tuning.timing": set(),
+    "tuning.job": {"cell_table", "recurrent", "modules", "torch_nn", "backend_table", "evidence.agreement"},
+    "tuning.trial": {
+        *("backend_table", "evidence", "evidence.agreement", "evidence.verification", "tuning.job", "tuning.timing"),
     },
-    "tuning": {"cell_table", "trial", "modules", "checks", "backend_table", "ranking", "evidence", "records"},
-    "tune_command": {"tuning", "evidence", "records"},
+    "tuning.search": {
+        *("cell_table", "tuning.job", "modules", "checks", "backend_table", "ranking", "evidence", "evidence.records"),
+    },
+    "tuning.command": {"tuning.search", "evidence", "evidence.records"},
+    "tuning": {"tuning.search"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "functional", "dispatch", "cell_table"},
     "monitoring.diagnosis": {"cell_table", "modules"},
@@ -127,7 +126,7 @@ BELOW = {
         "monitoring",
         "monitoring.flow",
         "monitoring.plots",
-        "tune_command",
+        "tuning.command",
     },
     "__init__": {
         "modules",
@@ -146,6 +145,7 @@ BELOW = {
         "weights",
     },
 }
+FOLDERS = ("evidence", "monitoring", "tuning")
 LATE = {"matplotlib", "sklearn", "tqdm"}
 
 
@@ -154,8 +154,8 @@ def sources():
 
 
 def place(*parts):
-    """The name in BELOW of `fastrnn.part.part`: a module of monitoring for itself, otherwise the first part alone."""
-    if parts[0] == "monitoring" and len(parts) > 1 and (PACKAGE / "monitoring" / f"{parts[1]}.py").exists():
+    """The name in BELOW of `fastrnn.part.part`: a module of such a folder for itself, else the first part."""
+    if parts[0] in FOLDERS and len(parts) > 1 and (PACKAGE / parts[0] / f"{parts[1]}.py").exists():
         return ".".join(parts[:2])
     return parts[0]
 

@@ -14,7 +14,7 @@ import fastrnn
 pytestmark = pytest.mark.slow  # runs setup.py
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "csrc", "docs", "experiments", "fastrnn", "kernels", "tests")
-UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.log")
+UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.log", "build")
 
 
 def files(root):

@@ -12,9 +12,10 @@ import torch
 from setups import needs_cpu_library
 
 import fastrnn
-from fastrnn import dispatch, evidence, ranking, records
+from fastrnn import dispatch, evidence, ranking
 from fastrnn.dispatch import Request
-from fastrnn.records import Entry, Key
+from fastrnn.evidence import records
+from fastrnn.evidence.records import Entry, Key
 
 REQUEST = Request("gru", "cpu", torch.float32, 8, steps=40, batch=2)
 KEY = evidence.key_of(REQUEST)
@@ -164,8 +165,8 @@ def test_a_full_disk_leaves_the_old_record(file, monkeypatch):
 
 WRITER = """
 import sys, torch
-from fastrnn import records
-from fastrnn.records import Entry, Key
+from fastrnn.evidence import records
+from fastrnn.evidence.records import Entry, Key
 torch.set_num_threads({threads})
 where = records.where("cpu", {threads})
 for k in range(60):

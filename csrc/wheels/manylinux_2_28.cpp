@@ -5,6 +5,8 @@
 
 #include <new>
 #include <sstream>
+#include <string>
+#include <string_view>
 
 #define HIDDEN_AS(name) __asm__(name) __attribute__((visibility("hidden")))
 
@@ -34,7 +36,11 @@ char own_single_threaded = 0;
 [[noreturn]] void own_bad_array_new_length() HIDDEN_AS("_ZSt28__throw_bad_array_new_lengthv");
 void own_bad_array_new_length() { throw std::bad_array_new_length(); }
 
-// GLIBCXX_3.4.26: the default constructors; those that take a mode are older.
+// GLIBCXX_3.4.26: a string as a string_view, where it is not inlined; and the default constructors of
+// streams: those that take a mode are older.
+std::string_view own_view(const std::string* self)
+    HIDDEN_AS("_ZNKSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEcvSt17basic_string_viewIcS2_EEv");
+std::string_view own_view(const std::string* self) { return {self->data(), self->size()}; }
 void own_stringstream(void* self)
     HIDDEN_AS("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
 void own_stringstream(void* self) { new (self) std::stringstream(std::ios_base::out | std::ios_base::in); }

@@ -2,8 +2,9 @@
 
 A record file is JSON: the form's number, the machine (`where`), and entries. `python -m fastrnn tune` and the check
 before a kernel's first use write one file per bucket of calls and candidate, in the user's cache folder;
-`fastrnn/shipped` holds files of the same form that come with a release. A file is written beside its place and moved
-there, so processes need no lock and a full disk leaves the old one. An entry that is not as it should be is left out.
+`fastrnn/evidence/shipped` holds files of the same form that come with a release. A file is written beside its
+place and moved there, so processes need no lock and a full disk leaves the old one. An entry that is not as it
+should be is left out.
 """
 
 import json
@@ -85,10 +86,10 @@ def _processor() -> str:
 
 @cache
 def _library() -> str:
-    from . import __version__
+    from .. import __version__
 
     parts = [__version__]
-    for path in sorted(Path(__file__).parent.glob("_C*.so")):
+    for path in sorted(Path(__file__).parents[1].glob("_C*.so")):
         try:
             parts.append(f"{zlib.crc32(path.read_bytes()):08x}")
         except OSError:

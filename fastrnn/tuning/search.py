@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import checks, evidence, modules, ranking, records
-from .backend_table import BACKENDS, MODES
-from .cell_table import spec_of
-from .records import Entry, Key
-from .trial import Job
+from .. import checks, evidence, modules, ranking
+from ..backend_table import BACKENDS, MODES
+from ..cell_table import spec_of
+from ..evidence import records
+from ..evidence.records import Entry, Key
+from .job import Job
 
-COMMAND = (sys.executable, "-m", "fastrnn.trial")
+COMMAND = (sys.executable, "-m", "fastrnn.tuning.trial")
 START_SECONDS = 180.0  # for a child to import torch
 SECONDS = 0.03  # the least that a candidate and its rival are timed together
 LIMITS = {"cpu": 30.0}

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import agreement, evidence, records
-from .arguments import IncomingGradients, Kept, ScanInputs, Walk
-from .backends import reference, sequence
-from .cell_table import PAD, RESET, START, spec_of
-from .equations import accumulate_dtype
+from .. import evidence
+from ..arguments import IncomingGradients, Kept, ScanInputs, Walk
+from ..backends import reference, sequence
+from ..cell_table import PAD, RESET, START, spec_of
+from ..equations import accumulate_dtype
+from . import agreement, records
 from .records import Entry, Key
 
 logger = logging.getLogger("fastrnn")

@@ -13,8 +13,8 @@ from zlib import crc32
 
 import torch
 
+from ..cell_table import spec_of
 from . import records
-from .cell_table import spec_of
 from .records import Entry, Key
 
 STEPS = (1, 2, 8, 16, 32, 128)

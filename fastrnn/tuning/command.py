@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from . import evidence, records, tuning
-from .records import Entry
+from .. import evidence
+from ..evidence import records
+from ..evidence.records import Entry
+from .search import CELLS, Result, Results, Search, standard_set
 
 
 def add_to(commands, formatter) -> None:
@@ -20,7 +22,7 @@ def add_to(commands, formatter) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--minutes", type=float, default=2.0, metavar="M", help="the most time to spend")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads to measure with")
-    add("--cell", choices=tuning.CELLS, action="append", help="only this cell; can be repeated")
+    add("--cell", choices=CELLS, action="append", help="only this cell; can be repeated")
     add("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="only this dtype; can be repeated")
     add("--out", type=Path, metavar="FILE", help="write one record file there, instead of the cache folder")
     add("--show", action="store_true", help="print what is known of this machine, and measure nothing")
@@ -39,9 +41,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     place = records.where(options.device, options.threads)
-    found = [tuning.Result(entry, ()) for entry in sorted(records.load(place))]
+    found = [Result(entry, ()) for entry in sorted(records.load(place))]
     print(f"{place.device} {place.architecture}, {_threads(place)}torch {place.torch}, in {records.place(place)}")
-    print(tuning.Results(found) if found else "nothing was measured here; `python -m fastrnn tune` does it")
+    print(Results(found) if found else "nothing was measured here; `python -m fastrnn tune` does it")
 
 
 def _threads(place: records.Where) -> str:
@@ -58,8 +60,8 @@ def _bar(total: int):
 
 
 def _tune(options: argparse.Namespace) -> None:
-    ladders = tuning.standard_set(
-        options.device, options.threads, tuple(options.cell or tuning.CELLS),
+    ladders = standard_set(
+        options.device, options.threads, tuple(options.cell or CELLS),
         tuple(options.dtype or ("float32", "bfloat16")),
     )  # fmt: skip
     kept: dict[tuple, Entry] = {}
@@ -67,7 +69,7 @@ def _tune(options: argparse.Namespace) -> None:
     def collect(entry: Entry, threads: int) -> None:
         kept[entry.key, entry.candidate] = entry
 
-    search = tuning.Search(60 * options.minutes, evidence.keep if options.out is None else collect)
+    search = Search(60 * options.minutes, evidence.keep if options.out is None else collect)
     with _bar(len(ladders)) as bar:
 
         def progress(text: str) -> None:
@@ -75,7 +77,7 @@ def _tune(options: argparse.Namespace) -> None:
                 bar.update()
                 bar.set_postfix_str(text)
 
-        found = tuning.Results(search.run(ladders, progress))
+        found = Results(search.run(ladders, progress))
     print(found)
     faster = sum(evidence.Finding(result.entry, None).time < 1 for result in found)
     print(f"\n{len(found)} results, {faster} of them faster; {'the time is up' if search.is_over else 'all was asked'}")
