@@ -179,7 +179,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
     c_n = as_planes(state[1:])
     return ScanOutputs(
         y=y.tensor(),
-        c=c.tensor() if save else None,
+        c=c.tensor() if save and len(state) > 1 else None,
         h_n=state[0].clone(),
         c_n=None if c_n is None else c_n.clone(),
         saved=saved.tensor() if save else None,

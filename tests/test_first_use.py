@@ -185,6 +185,7 @@ def test_a_compiled_region_is_checked_while_it_is_traced(checked):
     y = compiled(X)[0]
     after_tracing = len(checked)
     assert after_tracing >= 1
+    assert {e.verdict for e in records.load(records.where("cpu", torch.get_num_threads()))} == {"verified"}
     compiled(X)
     assert len(checked) == after_tracing
     with fastrnn.backend("reference"):
