@@ -1,6 +1,7 @@
 # demo  train an LSTM on sequential digits; pictures in demo/
 # quick the tests that most changes need
 # test  the whole test suite (GPU tests skip where there is no GPU)
+# guards the tests of compiled and emulated kernels, which `test` skips while what they depend on is as it was
 # lint  ruff and clang-format, in check mode; `make format` applies them
 # docs  the reference and the guides as HTML in docs/build/html; a warning is an error
 # bench the benchmarks, JSON in bench/results/
@@ -27,7 +28,7 @@ CORES  ?= $(shell nproc)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo quick test lint format docs bench gpu wheels clean \
+.PHONY: demo quick test guards lint format docs bench gpu wheels clean \
     gpu-build gpu-kernels gpu-tune gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
@@ -71,6 +72,10 @@ test: $(READY)
 # Without the tests that are marked slow.
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -m 'not slow' -n $(JOBS) --dist worksteal -p no:benchmark $(PYTEST_ARGS)
+
+# The tests of compiled and emulated kernels, which `test` skips while their sources and tools are those that passed.
+guards: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --guards -n $(JOBS) --dist loadfile -p no:benchmark $(PYTEST_ARGS)
 
 lint: $(LINTERS)
 	$(VENV_BIN)/ruff check .

@@ -8,6 +8,7 @@ import os
 import tempfile
 from importlib.util import find_spec
 
+import guards
 import pytest
 import torch
 from packaging.version import Version
@@ -75,13 +76,40 @@ def set_precision():
         place.fp32_precision = value
 
 
+def pytest_addoption(parser):
+    parser.addoption("--guards", action="store_true", help="run the guards alone, and note which pass (guards.py)")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--guards"):
+        config.hook.pytest_deselected(items=[item for item in items if item.path.stem not in guards.SOURCES])
+        items[:] = [item for item in items if item.path.stem in guards.SOURCES]
+    passed = {} if config.getoption("--guards") or torch.cuda.is_available() else guards.passed()
+    same = {name for name, digest in passed.items() if name in guards.SOURCES and guards.digest(name) == digest}
     for item in items:
+        if item.path.stem in same:
+            item.add_marker(pytest.mark.skip(reason=f"{item.path.stem} passed on these sources and tools: make guards"))
         if DEVICE.type == "cuda" and "device" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """Notes which guards passed, of the files that were asked for."""
+    if not config.getoption("--guards") or config.option.collectonly:
+        return
+    stats = terminalreporter.stats
+
+    def files(*outcomes):
+        return {
+            report.location[0].rpartition("/")[2].removesuffix(".py")
+            for one in outcomes
+            for report in stats.get(one, ())
+        }
+
+    guards.write(guards.SOURCES.keys() & files("passed") - files("failed", "error", "skipped"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,79 @@
+"""Tests that compile or emulate kernels for minutes, and whose outcome follows from sources and tools alone.
+
+`guards.json` holds, for each such file, the digest of the sources and tools with which all its tests passed. While the
+digest is the same, its tests are skipped, and the skip says so. `make guards` runs them all and writes the digests.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PASSED = Path(__file__).with_name("guards.json")
+
+_EQUATIONS = ("arguments.py", "cell_table.py", "equations.py", "program.py", "reference.py", "backends")
+_BOTH = (*(f"fastrnn/{name}" for name in _EQUATIONS), "tests/problems.py", "tests/setups.py")
+_CUDA = (
+    *("csrc/cells", "csrc/common", "csrc/cuda", "csrc/torch/include", "setup.py", "tests/emulator"),
+    *("tests/emulated.py", "tests/cuda_problems.py"),
+)
+_TRITON = ("kernels", "fastrnn/tiles.py", "fastrnn/lowering.py", "fastrnn/adjoint.py", "tests/scripts.py")
+SOURCES = {
+    "test_compile_only": (*_BOTH, *_TRITON),
+    "test_csrc_build": (*_BOTH, *_CUDA),
+    "test_csrc_persistent": (*_BOTH, *_CUDA),
+    "test_csrc_races": (*_BOTH, *_CUDA),
+    "test_grouped_programs": (*_BOTH, *_TRITON),
+    "test_launch": (*_BOTH, *_TRITON),
+    "test_triton_programs": (
+        *_BOTH,
+        *_TRITON,
+        "fastrnn/tracing.py",
+        "fastrnn/building.py",
+        "tests/test_compile_only.py",
+    ),
+}
+"""What the tests of a file depend on, beside the file: files, and folders with all that they hold."""
+
+
+@cache
+def _tools() -> str:
+    import torch
+    import triton
+
+    found = [torch.__version__.partition("+")[0], triton.__version__]
+    for command in (["nvcc", "--version"], ["g++", "--version"]):
+        path = shutil.which(command[0]) or shutil.which(command[0], path="/usr/local/cuda/bin")
+        found.append(subprocess.check_output([path, *command[1:]], text=True) if path else "none")
+    return "\n".join(found)
+
+
+@cache
+def digest(name: str) -> str:
+    """The digest of a file's tests, their sources and the tools."""
+    found = hashlib.sha256(_tools().encode())
+    for source in sorted((f"tests/{name}.py", *SOURCES[name])):
+        place = ROOT / source
+        files = (
+            sorted(path for path in place.rglob("*") if path.suffix not in (".pyc", ".so"))
+            if place.is_dir()
+            else [place]
+        )
+        for file in files:
+            if file.is_file():
+                found.update(f"\n{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def passed() -> dict[str, str]:
+    """The digest with which each file passed."""
+    return json.loads(PASSED.read_text(encoding="utf-8")) if PASSED.exists() else {}
+
+
+def write(names: set[str]) -> None:
+    """Notes that all tests of these files passed."""
+    found = passed() | {name: digest(name) for name in names}
+    PASSED.write_text(json.dumps(found, indent=4, sort_keys=True) + "\n", encoding="utf-8")
