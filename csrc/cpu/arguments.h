@@ -57,6 +57,10 @@ struct Call {
     check(h0.dim() == 2, "h0 must have shape [B, P], got ", shape_of(h0));
   }
 
+  // Of a network, whose sizes are known.
+  Call(const Tensor& like, int64_t T, int64_t B, int64_t H, int64_t states)
+      : T(T), B(B), H(H), P(H), C((states - 1) * H), frame(like, B, H) {}
+
   // [T, B, columns], or [B, columns] as one step.
   template <class X>
   Steps<const X> view(const char* name, const Optional& t, std::initializer_list<int64_t> shape) const {

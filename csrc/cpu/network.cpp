@@ -1,0 +1,326 @@
+// The ops of a whole network on the CPU: `network_forward` and `network_backward`.
+#include "network.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/switches.h"
+
+namespace fastrnn {
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Cell>
+class Network {
+ public:
+  using Storage = typename Cell::Storage;
+  using A = typename Cell::A;
+  static constexpr int64_t gates = Cell::gates;
+  static constexpr bool has_c = Cell::states > 1;
+
+  Network(const Tensor& x, const std::vector<Tensor>& weights, NetworkSizes sizes)
+      : x_(x),
+        weights_(weights),
+        sizes_(sizes),
+        call_(x, sizes.T, sizes.B, sizes.H, Cell::states),
+        width_(gates * sizes.H),
+        unbatched_(x.dim() == 2),
+        no_h_(sizes.H),
+        no_c_(sizes.H) {}
+
+  Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
+    NetworkMemory<Cell> memory(sizes_, save);
+    const int64_t bytes = sizes_.layers * memory.of_layer;
+    Tensor kept = call_.frame.template empty<uint8_t>({save ? bytes : 0});
+    Aligned<char> scratch(save ? 0 : bytes);
+    memory.data = save ? static_cast<char*>(kept.mutable_data_ptr()) : scratch.data();
+    Tensor y = like_input(sizes_.outputs()), h_n = state<Storage>(), c_n = has_c ? state<A>() : none();
+    Buffer<A> product_of_inputs(sizes_.rows(), width_);
+    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : sizes_.rows() * width_);
+    for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
+      const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
+      Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
+      for (int64_t d = 0; d < sizes_.directions; ++d) {
+        const int64_t k = layer * sizes_.directions + d;
+        NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
+        std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih),
+                       b_hh = widened_vector<Storage>(weights.b_hh);
+        if (!Cell::distinct_dgh)  // only the sum is used
+          for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
+        product<Storage>(rows.rows(), 1, sizes_.rows(), transposed(matrix_of<Storage>(weights.w_ih)),
+                         b_ih.empty() ? nullptr : b_ih.data(), product_of_inputs);
+        ForwardScan<Cell> scan(cell_);
+        fill(scan, d, h0, c0, k);
+        const A* bias = Cell::distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
+        scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
+        if constexpr (std::is_same_v<Storage, A>) {
+          scan.gx = sizes_.template steps<const Storage>(product_of_inputs[0], padded<A>(width_));
+        } else {
+          walk_rows(Write<Storage, A>{width_, product_of_inputs, {narrowed.data(), width_}}, 0,
+                    sizes_.rows());
+          scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_);
+        }
+        scan.y = sizes_.steps(memory.y(layer) + d * sizes_.H, sizes_.outputs());
+        scan.h_n = {state_rows<Storage>(h_n, k), 0, sizes_.H, 1};
+        if (has_c) scan.c_n = {state_rows<A>(c_n, k), 0, sizes_.H, 1};
+        if (save) scan.saved = sizes_.steps(memory.saved(layer, d), Cell::saved * sizes_.H);
+        if (save && has_c) scan.c = sizes_.steps(memory.c(layer, d), sizes_.H);
+        call_.run(scan, gates);
+      }
+    }
+    // The user may change the output in place.
+    std::copy_n(memory.y(sizes_.layers - 1), sizes_.rows() * sizes_.outputs(),
+                static_cast<Storage*>(y.mutable_data_ptr()));
+    return Outputs(y, h_n, c_n, kept);
+  }
+
+  // dx, dh0, dc0, and the weights' gradients, in the order of the weights.
+  std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
+                               const Optional& h0, const Optional& c0, const Tensor& kept,
+                               bool needs_dx) const {
+    NetworkMemory<Cell> memory(sizes_, true);
+    memory.data = static_cast<char*>(kept.mutable_data_ptr());  // read only
+    Tensor dx = needs_dx ? like_input(sizes_.I) : none();
+    Tensor dh0 = state<Storage>(), dc0 = has_c ? state<A>() : none();
+    std::vector<Tensor> found = {dx, dh0, dc0};
+    for (const Tensor& weight : weights_) found.push_back(like(weight));
+    const int64_t rows = sizes_.rows();
+    Aligned<Storage> dgx(rows * width_), dgh(Cell::distinct_dgh ? rows * width_ : 0);
+    Aligned<Storage> dinput(sizes_.layers > 1 ? rows * sizes_.outputs() : 0),
+        doutput(sizes_.layers > 1 ? rows * sizes_.outputs() : 0);
+    Buffer<A> h_prev(rows, sizes_.H);
+    Storage *above = doutput.data(), *below = dinput.data();
+    for (int64_t layer = sizes_.layers - 1; layer >= 0; --layer, std::swap(above, below)) {
+      const int64_t inputs = sizes_.inputs(layer);
+      const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
+      Storage* to = layer > 0 ? below : needs_dx ? static_cast<Storage*>(dx.mutable_data_ptr()) : nullptr;
+      for (int64_t d = 0; d < sizes_.directions; ++d) {
+        const int64_t k = layer * sizes_.directions + d;
+        BackwardScan<Cell> scan(cell_);
+        fill(scan, d, h0, c0, k);
+        scan.weights.w_hh =
+            recurrence(matrix_of<Storage>(weights_of(weights_, k, sizes_.bias).w_hh), nullptr);
+        if (layer < sizes_.layers - 1)
+          scan.dy = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs());
+        else if (dy.has_value())
+          scan.dy = incoming(*dy, d);
+        if (dh_n.has_value()) scan.dh_n = state_of<Storage>(dh_n, k, no_h_);
+        if (dc_n.has_value()) scan.dc_n = state_of<A>(dc_n, k, no_c_);
+        scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d), Cell::saved * sizes_.H);
+        scan.y = sizes_.template steps<const Storage>(memory.y(layer) + d * sizes_.H, sizes_.outputs());
+        if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d), sizes_.H);
+        scan.dgx = sizes_.steps(dgx.data(), width_);
+        if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_);
+        scan.dh0 = {state_rows<Storage>(dh0, k), 0, sizes_.H, 1};
+        if (has_c) scan.dc0 = {state_rows<A>(dc0, k), 0, sizes_.H, 1};
+        scan.norms = nullptr;
+        call_.run(scan, gates);
+        previous_states(scan, h_prev);
+        of_weights(dgx.data(), Cell::distinct_dgh ? dgh.data() : dgx.data(), input, inputs, h_prev,
+                   &found[3 + k * (sizes_.bias ? 4 : 2)]);
+        if (to != nullptr) {
+          Widened<Storage> from(dgx.data(), rows, width_);
+          product_into(from.rows(), 1, rows, matrix_of<Storage>(weights_of(weights_, k, sizes_.bias).w_ih),
+                       to, d > 0);
+        }
+      }
+    }
+    return found;
+  }
+
+ private:
+  Tensor none() const { return call_.frame.template empty<Storage>({0}); }
+  Tensor like(const Tensor& t) const {
+    return t.dim() == 2 ? call_.frame.template empty<Storage>({t.size(0), t.size(1)})
+                        : call_.frame.template empty<Storage>({t.size(0)});
+  }
+  Tensor like_input(int64_t columns) const {
+    if (unbatched_) return call_.frame.template empty<Storage>({sizes_.T, columns});
+    return call_.frame.template empty<Storage>({x_.size(0), x_.size(1), columns});
+  }
+  // [layers * D, B, H], without B for an unbatched input.
+  template <class X>
+  Tensor state() const {
+    const int64_t walks = sizes_.layers * sizes_.directions;
+    return unbatched_ ? call_.frame.template empty<X>({walks, sizes_.H})
+                      : call_.frame.template empty<X>({walks, sizes_.B, sizes_.H});
+  }
+  template <class X>
+  X* state_rows(const Tensor& t, int64_t k) const {
+    return static_cast<X*>(t.mutable_data_ptr()) + k * sizes_.B * sizes_.H;
+  }
+
+  Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias) const {
+    Recurrence<Storage> found;
+    found.heads.push_back(
+        std::make_unique<Packed<Storage>>(matrix, sizes_.T == 1 && sizes_.B <= Scan::block, bias));
+    return found;
+  }
+
+  template <class ScanOfCell>
+  void fill(ScanOfCell& scan, int64_t d, const Optional& h0, const Optional& c0, int64_t k) const {
+    scan.T = sizes_.T, scan.B = sizes_.B, scan.H = sizes_.H, scan.P = sizes_.H, scan.C = call_.C;
+    scan.reverse = d == 1;
+    scan.h0 = state_of<Storage>(h0, k, no_h_);
+    if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
+  }
+
+  // The gradient of the output, in any layout, of one direction.
+  Steps<const Storage> incoming(const Tensor& dy, int64_t d) const {
+    const int64_t last = dy.dim() - 1, t = sizes_.batch_first && !unbatched_ ? 1 : 0;
+    const Storage* data = data_of<Storage>(dy) + d * sizes_.H * dy.stride(last);
+    return {data, dy.stride(t), unbatched_ ? 0 : dy.stride(1 - t), dy.stride(last)};
+  }
+
+  // The state that each step starts from, [rows, H].
+  void previous_states(const BackwardScan<Cell>& scan, const Buffer<A>& to) const {
+    for (int64_t i = 0; i < sizes_.T; ++i) {
+      const int64_t t = scan.step(i);
+      const Steps<const Storage>& from = i == 0 ? scan.h0 : scan.y;
+      const int64_t at = i == 0 ? 0 : scan.step(i - 1);
+      RowView<A> rows{to[sizes_.row(t, 0)], sizes_.b_step() * padded<A>(sizes_.H)};
+      walk_rows(Read<Storage, A>{sizes_.H, from.at(at, 0), from.j_stride, rows}, 0, sizes_.B);
+    }
+  }
+
+  // The gradients of w_ih, w_hh, b_ih and b_hh.
+  void of_weights(const Storage* dgx, const Storage* dgh, const Storage* input, int64_t inputs,
+                  const Buffer<A>& h_prev, const Tensor* to) const {
+    const int64_t rows = sizes_.rows();
+    auto data = [&](int64_t k) { return static_cast<Storage*>(to[k].mutable_data_ptr()); };
+    Widened<Storage> of_x(dgx, rows, width_);
+    product_into({of_x.data(), 1}, width_, width_, matrix_of<Storage>(input, rows, inputs), data(0));
+    const Matrix<A> states{h_prev[0], rows, sizes_.H, padded<A>(sizes_.H), 1};
+    if (!Cell::distinct_dgh) {
+      product_into({of_x.data(), 1}, width_, width_, states, data(1));
+      if (!sizes_.bias) return;
+      sum_rows(of_x.rows(), rows, width_, data(2));
+      std::copy_n(data(2), width_, data(3));
+      return;
+    }
+    Widened<Storage> of_h(dgh, rows, width_);
+    product_into({of_h.data(), 1}, width_, width_, states, data(1));
+    if (!sizes_.bias) return;
+    sum_rows(of_x.rows(), rows, width_, data(2));
+    sum_rows(of_h.rows(), rows, width_, data(3));
+  }
+
+  const Tensor& x_;
+  const std::vector<Tensor>& weights_;
+  NetworkSizes sizes_;
+  Call<Storage, A> call_;
+  int64_t width_;
+  bool unbatched_;
+  std::vector<Storage> no_h_;
+  std::vector<A> no_c_;
+  Cell cell_;
+};
+
+ScalarType arithmetic_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+void to_arithmetic(Optional& t) {
+  if (t.has_value() && t->scalar_type() != arithmetic_of(t->scalar_type()))
+    t = torch::stable::to(*t, arithmetic_of(t->scalar_type()));
+}
+
+// f(cell) with one of torch's.
+template <class F>
+auto with_cell_of_torch(const std::string& name, const F& f) {
+  if (name == "lstm") return f(LSTM{});
+  if (name == "gru") return f(GRU{});
+  if (name == "rnn_tanh") return f(RNN<Tanh>{});
+  if (name == "rnn_relu") return f(RNN<Relu>{});
+  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
+}
+
+// f(network) of this cell, with `x` made contiguous and everything checked.
+template <class F>
+auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional& h0, const Optional& c0,
+                  const std::string& cell, int64_t layers, bool bidirectional, bool bias, bool batch_first,
+                  const F& f) {
+  check(x.dim() == 2 || x.dim() == 3, "x must have two or three dimensions, got ", shape_of(x));
+  const int64_t each = bias ? 4 : 2, directions = bidirectional ? 2 : 1;
+  check(layers > 0 && static_cast<int64_t>(weights.size()) == each * layers * directions, "a network needs ",
+        each, " weights for each layer and direction");
+  x = torch::stable::contiguous(x);
+  const bool unbatched = x.dim() == 2;
+  const int64_t time = batch_first && !unbatched ? 1 : 0;
+  check(weights[1].dim() == 2, "w_hh must have shape [gates * H, H], got ", shape_of(weights[1]));
+  NetworkSizes sizes{x.size(time),
+                     unbatched ? 1 : x.size(1 - time),
+                     x.size(x.dim() - 1),
+                     weights[1].size(1),
+                     layers,
+                     directions,
+                     batch_first && !unbatched,
+                     bias};
+  return with_dtype("x", x, [&](auto dtype) {
+    using Storage = typename decltype(dtype)::Storage;
+    return with_cell_of_torch(cell, [&](auto tag) {
+      using Cell = BuiltInCell<decltype(tag), Storage>;
+      Frame frame(x, sizes.B, sizes.H);
+      const int64_t width = Cell::gates * sizes.H, walks = layers * directions;
+      for (int64_t k = 0; k < walks; ++k) {
+        NetworkWeights w = weights_of(weights, k, bias);
+        frame.expect<Storage>("w_ih", w.w_ih, {width, sizes.inputs(k / directions)});
+        frame.expect<Storage>("w_hh", w.w_hh, {width, sizes.H});
+        if (bias) frame.expect<Storage>("b_ih", *w.b_ih, {width});
+        if (bias) frame.expect<Storage>("b_hh", *w.b_hh, {width});
+      }
+      auto expect_state = [&](const char* name, const Optional& t, auto type) {
+        if (!t.has_value()) return;
+        if (unbatched)
+          frame.expect<decltype(type)>(name, *t, {walks, sizes.H});
+        else
+          frame.expect<decltype(type)>(name, *t, {walks, sizes.B, sizes.H});
+      };
+      expect_state("h0", h0, Storage());
+      expect_state("c0", c0, typename Cell::A());
+      return f(Network<Cell>(x, weights, sizes));
+    });
+  });
+}
+
+Outputs network_forward(Tensor x, Optional h0, Optional c0, std::vector<Tensor> weights, std::string cell,
+                        int64_t layers, bool bidirectional, bool bias, bool batch_first, bool save) {
+  to_arithmetic(c0);
+  Outputs found = with_network(x, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
+                               [&](const auto& network) { return network.forward(h0, c0, save); });
+  Tensor& c_n = std::get<2>(found);
+  if (c_n.scalar_type() != x.scalar_type()) c_n = torch::stable::to(c_n, x.scalar_type());
+  return found;
+}
+
+std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0,
+                                     Optional c0, std::vector<Tensor> weights, Tensor kept, std::string cell,
+                                     int64_t layers, bool bidirectional, bool bias, bool batch_first,
+                                     bool needs_dx) {
+  to_arithmetic(c0), to_arithmetic(dc_n);
+  std::vector<Tensor> found = with_network(
+      x, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
+      [&](const auto& network) { return network.backward(dy, dh_n, dc_n, h0, c0, kept, needs_dx); });
+  if (found[2].scalar_type() != x.scalar_type()) found[2] = torch::stable::to(found[2], x.scalar_type());
+  return found;
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+// x [T, B, I], [B, T, I] with batch_first or [T, I]; h0 and c0 [layers * D, B, H] or none for zeros; weights
+// of each layer and direction in torch.nn's order. kept: uint8, for the backward. An empty tensor stands for
+// none.
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
+  m.def(
+      "network_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int layers, "
+      "bool bidirectional, bool bias, bool batch_first, bool save) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
+  m.def(
+      "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor[] weights, Tensor kept, str cell, int layers, bool bidirectional, bool bias, bool batch_first, "
+      "bool needs_dx) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {
+  m.impl("network_forward", TORCH_BOX(&fastrnn::network_forward));
+  m.impl("network_backward", TORCH_BOX(&fastrnn::network_backward));
+}
