@@ -18,8 +18,8 @@ from .backends import cpu
 from .cell_table import spec_of
 
 __all__ = [
-    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "explanation", "forced",
-    "launcher", "most_steps_of_torch", "row", "takes_directions",
+    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain", "explanation",
+    "forced", "launcher", "most_steps_of_torch", "row", "takes_directions",
 ]  # fmt: skip
 
 
@@ -76,6 +76,14 @@ def most_steps_of_torch(cell, proj_size, gradients, dtype, device, hidden_size, 
     if recomputation.some and recomputation.held("tapped", False, False)[0]:
         return 0
     return ranking.first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) - 1
+
+
+def chosen_for_plain(argument, cell, gradients, dtype, hidden_size, steps, batch) -> str | None:
+    """The backend that `choose` takes for a plain call on a CPU; None where a tapped call is recomputed."""
+    if recomputation.some and recomputation.held("tapped", False, False)[0]:
+        return None
+    name = forced(argument)
+    return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) if name is None else name
 
 
 def _chosen(request: Request, argument: str | None) -> str:

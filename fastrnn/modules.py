@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import aten, checks, dispatch, functional
+from . import aten, checks, dispatch, functional, network
 from .activations import cell_of, leaky_cell_of
 from .cell_table import CELLS, layer_shapes, network_shapes, spec_of
 from .equations import LN_EPS
@@ -49,7 +49,8 @@ ACTIVATIONS = {"activation": "tanh", "gate_activation": "sigmoid"}
 """Of an LSTM and a GRU, torch.nn's."""
 CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 1}
 """What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
-_extras, _NO_EXTRAS = attrgetter(*EXTRAS, "num_heads"), (*EXTRAS.values(), 1)
+_WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
+_extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BACKEND.values(), 1)
 _FORWARDED = (
     "batch_first", "num_layers", "bidirectional", "training", "dropout",
     *(name for name in EXTRAS if name != "backend"),
@@ -253,7 +254,9 @@ class _Recurrent(ForSubclasses, nn.Module):
         plain = plain and not return_cells and not return_layers
         watch = self._watch
         if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
-            result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
+            result = network.directly(self, input, hx, dispatch.chosen_for_plain)
+            if result is None and self.backend is None:
+                result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
             if result is not None:
                 if watch is not None:
                     watch.count(result)

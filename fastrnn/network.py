@@ -3,12 +3,15 @@
 It is for short calls, whose products are small: with larger ones, the general path multiplies by oneDNN or MKL.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
 
+from .aten import KNOWN_CELLS
 from .backends import cpu
 from .cell_table import spec_of
 
@@ -45,6 +48,67 @@ def run(shape: Shape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: 
         return super(Function, Network).apply(shape, x, h0, c0, *weights)
     y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, False)
     return y, h_n, c_n
+
+
+def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
+    """Runs a valid plain call at once if backend `cpu` is to run it and it is short; None for any other.
+
+    Args:
+        module: a fastrnn LSTM, GRU or RNN whose extras, but for `backend`, are off.
+        input, hx: as of its forward, unchecked.
+        chosen: `dispatch.chosen_for_plain`.
+    """
+    if type(input) is not Tensor or not input.is_cpu or _seen_by_others() or (module.dropout and module.training):
+        return None
+    cell, sizes = module._cell, input.shape
+    pair, batched = cell == "lstm", len(sizes) == 3
+    if not (batched or len(sizes) == 2) or module.proj_size or cell not in KNOWN_CELLS:
+        return None
+    batch_first, hidden_size, dtype = module.batch_first, module.hidden_size, input.dtype
+    if batched:
+        steps, batch = (sizes[1], sizes[0]) if batch_first else sizes[:2]
+    else:
+        steps, batch = sizes[0], 1
+    shapes = module._shapes()
+    if not steps or not batch or sizes[-1] != module.input_size:
+        return None
+    if not takes(cell, steps, batch, module.input_size, hidden_size, len(shapes) // module.num_layers):
+        return None
+    weights, stored, differentiated = [], module._parameters, input.requires_grad
+    for layer in shapes:
+        for name, shape in layer:
+            weight = stored.get(name)  # a weight that is computed at every call is no parameter
+            if type(weight) is not Parameter or weight.shape != shape or weight.dtype != dtype or not weight.is_cpu:
+                return None
+            differentiated = differentiated or weight.requires_grad
+            weights.append(weight)
+    h0 = c0 = None
+    if hx is not None:
+        states = hx if pair else (hx,)
+        if type(states) not in (tuple, list) or len(states) != 1 + pair:
+            return None
+        shape = (len(shapes), batch, hidden_size) if batched else (len(shapes), hidden_size)
+        for state in states:
+            if type(state) is not Tensor or state.shape != shape or state.dtype != dtype or not state.is_cpu:
+                return None
+            differentiated = differentiated or state.requires_grad
+        h0, c0 = states if pair else (hx, None)
+    differentiated = differentiated and torch.is_grad_enabled()
+    if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch) != "cpu":
+        return None
+    shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, batch_first)
+    y, h_n, c_n = run(shape, input, h0, c0, weights, differentiated)
+    return y, (h_n, c_n) if pair else h_n
+
+
+def _seen_by_others() -> bool:
+    """Whether autocast, forward mode or a mode that sees every operation is on: the general path knows these."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
 
 
 class Network(Function):

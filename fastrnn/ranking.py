@@ -137,6 +137,7 @@ def renew() -> None:
     """Chooses anew in the next call: something new is known."""
     _orders.clear()
     _first_steps.clear()
+    _firsts.clear()
 
 
 def first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) -> int:
@@ -164,6 +165,21 @@ def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, ba
     if len(_first_steps) >= MOST_ORDERS:
         _first_steps.clear()
     _first_steps[cell, proj_size, gradients, dtype, device, hidden_size, batch, threads] = found
+    return found
+
+
+_firsts: dict[tuple, str] = {}
+
+
+def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) -> str:
+    """The first of `order` for a plain call on a CPU without projection."""
+    key = (cell, gradients, dtype, hidden_size, steps, batch, torch.get_num_threads())
+    found = _firsts.get(key)
+    if found is None:
+        request = Request(cell, "cpu", dtype, hidden_size, steps=steps, batch=batch, gradients=gradients)
+        if len(_firsts) >= MOST_ORDERS:
+            _firsts.clear()
+        found = _firsts[key] = order(request)[0]
     return found
 
 
