@@ -18,7 +18,7 @@ from .backends import cpu
 from .cell_table import spec_of
 
 __all__ = [
-    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain", "explanation",
+    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain", "chosen_for_step", "explanation",
     "forced", "launcher", "most_steps_of_torch", "row", "takes_directions",
 ]  # fmt: skip
 
@@ -84,6 +84,11 @@ def chosen_for_plain(argument, cell, gradients, dtype, hidden_size, steps, batch
         return None
     name = forced(argument)
     return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) if name is None else name
+
+
+def chosen_for_step(argument, *_) -> str:
+    """The backend of `step`: the C++ library's, unless another one is forced."""
+    return forced(argument) or "cpu"
 
 
 def _chosen(request: Request, argument: str | None) -> str:

@@ -267,6 +267,33 @@ class _Recurrent(ForSubclasses, nn.Module):
             **self._arguments(),
         )  # fmt: skip
 
+    def step(self, x: Tensor, state=None, **inputs: Tensor):
+        """One step of all layers, without gradients: for a stream whose next input is not known yet.
+
+        Args:
+            x: `[B, I]`.
+            state: as `hx` of the module's call, or as the last step returned it; None for zeros.
+            inputs: those of the cell of a `Recurrent`, `[B, H]` each.
+
+        Returns:
+            `(y [B, P], state)`.
+
+        Raises:
+            ValueError: the network is bidirectional, or x has other dimensions.
+            RuntimeError: of the module's call.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional network has no steps: it needs the whole sequence")
+        if x.dim() != 2:
+            raise ValueError(f"x should have shape [B, I], got {list(x.shape)}")
+        time = 1 if self.batch_first else 0
+        with torch.no_grad():
+            found = None
+            if not inputs and not tracing() and _extras(self) == _NO_EXTRAS:
+                found = network.directly(self, x.unsqueeze(time), state, dispatch.chosen_for_step)
+            y, state = self(x.unsqueeze(time), state, **inputs) if found is None else found
+            return y.squeeze(time), state
+
     # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.
     forward.__signature__ = inspect.Signature([
         one for one in inspect.signature(forward).parameters.values() if one.kind != inspect.Parameter.VAR_POSITIONAL

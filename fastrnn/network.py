@@ -56,7 +56,7 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     Args:
         module: a fastrnn LSTM, GRU or RNN whose extras, but for `backend`, are off.
         input, hx: as of its forward, unchecked.
-        chosen: `dispatch.chosen_for_plain`.
+        chosen: `chosen_for_plain` or `chosen_for_step` of `dispatch`.
     """
     if type(input) is not Tensor or not input.is_cpu or _seen_by_others() or (module.dropout and module.training):
         return None
