@@ -14,6 +14,8 @@ from torch.nn import Parameter
 from .aten import KNOWN_CELLS
 from .backends import cpu
 from .cell_table import spec_of
+from .linear import transformed
+from .scan import without_autocast
 
 LARGEST_PRODUCT = 1 << 23
 """The most multiplications in one product over all steps that the operation's own panels take."""
@@ -119,16 +121,28 @@ class Network(Function):
         y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, True)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, kept, *weights)
+        # No backward reads the biases, which the user may change in between.
+        matrices, ctx.biases = weights, ()
+        if shape.bias:
+            matrices = [w for k, w in enumerate(weights) if k % 4 < 2]
+            ctx.biases = [w for k, w in enumerate(weights) if k % 4 > 1]
+        ctx.versions = [one._version for one in ctx.biases]
+        ctx.save_for_backward(x, h0, c0, kept, *matrices)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
+        shape = ctx.shape
         x, h0, c0, kept, *weights = ctx.saved_tensors
-        shape, given = ctx.shape, (dy, dh_n, dc_n)
+        if shape.bias:
+            pairs = zip(weights[::2], weights[1::2], ctx.biases[::2], ctx.biases[1::2], strict=True)
+            weights = [weight for each in pairs for weight in each]
+        given = (dy, dh_n, dc_n)
         if dy is None and dh_n is None and dc_n is None:
             return (*(None for _ in range(4 + len(weights))),)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
+            if [one._version for one in ctx.biases] != ctx.versions:
+                raise RuntimeError("a bias, needed for second derivatives, has been modified by an inplace operation")
             return None, *_differentiable(shape, (x, h0, c0, *weights), given, ctx.needs_input_grad[1:])
         _, needs_dx, needs_h, needs_c, *_ = ctx.needs_input_grad
         dx, dh0, dc0, *of_weights = torch.ops.fastrnn_c.network_backward(
@@ -138,7 +152,13 @@ class Network(Function):
 
 
 def _differentiable(shape: Shape, inputs, incoming, needed) -> list[Tensor | None]:
-    """The gradients of the inputs as a differentiable function of them: by the general path, run again."""
+    """The gradients of the inputs by the general path, run again: differentiable, and known to vmap."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast("cpu"):
+        return _by_general_path(shape, inputs, incoming, needed, again)
+
+
+def _by_general_path(shape: Shape, inputs, incoming, needed, again: bool) -> list[Tensor | None]:
     from . import functional  # which comes to this module by way of `modules`
 
     # Each by itself, although one tensor may be two of the inputs.
@@ -159,7 +179,7 @@ def _differentiable(shape: Shape, inputs, incoming, needed) -> list[Tensor | Non
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(
         torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True
         )
     )
     return [next(found) if need else None for need in needed]
