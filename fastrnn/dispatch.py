@@ -18,8 +18,8 @@ from .backends import cpu
 from .cell_table import spec_of
 
 __all__ = [
-    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain", "chosen_for_step", "explanation",
-    "forced", "launcher", "most_steps_of_torch", "row", "takes_directions",
+    "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain",
+    "chosen_for_step", "explanation", "forced", "launcher", "most_steps_of_torch", "row", "takes_directions",
 ]  # fmt: skip
 
 
