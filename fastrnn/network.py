@@ -98,8 +98,13 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     differentiated = differentiated and torch.is_grad_enabled()
     if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch) != "cpu":
         return None
-    shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, batch_first)
-    y, h_n, c_n = run(shape, input, h0, c0, weights, differentiated)
+    # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
+    turned = batch_first and batched
+    shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, False)
+    x = input.transpose(0, 1).contiguous() if turned else input
+    y, h_n, c_n = run(shape, x, h0, c0, weights, differentiated)
+    if turned:
+        y.transpose_(0, 1)
     return y, (h_n, c_n) if pair else h_n
 
 
