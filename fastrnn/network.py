@@ -126,34 +126,38 @@ class Network(Function):
         y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, True)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
-        # No backward reads the biases, which the user may change in between.
-        matrices, ctx.biases = weights, ()
-        if shape.bias:
-            matrices = [w for k, w in enumerate(weights) if k % 4 < 2]
-            ctx.biases = [w for k, w in enumerate(weights) if k % 4 > 1]
-        ctx.versions = [one._version for one in ctx.biases]
+        # No first derivative reads the biases, nor without dx the first W_ih: the user may change them in between.
+        each, unread = 4 if shape.bias else 2, {2, 3}
+        first = range(0 if ctx.needs_input_grad[1] else each * (1 + shape.bidirectional))
+        ctx.unread = {k: w for k, w in enumerate(weights) if k % each in unread or (k % each == 0 and k in first)}
+        ctx.versions = [one._version for one in ctx.unread.values()]
+        matrices = (w for k, w in enumerate(weights) if k not in ctx.unread)
         ctx.save_for_backward(x, h0, c0, kept, *matrices)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
         shape = ctx.shape
-        x, h0, c0, kept, *weights = ctx.saved_tensors
-        if shape.bias:
-            pairs = zip(weights[::2], weights[1::2], ctx.biases[::2], ctx.biases[1::2], strict=True)
-            weights = [weight for each in pairs for weight in each]
+        x, h0, c0, kept, *matrices = ctx.saved_tensors
+        unread, saved = ctx.unread, iter(matrices)
+        weights = [unread[k] if k in unread else next(saved) for k in range(len(unread) + len(matrices))]
         given = (dy, dh_n, dc_n)
         if dy is None and dh_n is None and dc_n is None:
             return (*(None for _ in range(4 + len(weights))),)
-        if torch.is_grad_enabled() or transformed():
-            if [one._version for one in ctx.biases] != ctx.versions:
-                raise RuntimeError("a bias, needed for second derivatives, has been modified by an inplace operation")
+        if torch.is_grad_enabled() or transformed() or any(map(_is_batched, given)):
+            if [one._version for one in unread.values()] != ctx.versions:
+                raise RuntimeError("a weight of this call has been modified by an inplace operation")
             return None, *_differentiable(shape, (x, h0, c0, *weights), given, ctx.needs_input_grad[1:])
         _, needs_dx, needs_h, needs_c, *_ = ctx.needs_input_grad
         dx, dh0, dc0, *of_weights = torch.ops.fastrnn_c.network_backward(
             *given, x, h0, c0, weights, kept, *shape, needs_dx
         )
         return None, dx if needs_dx else None, dh0 if needs_h else None, dc0 if needs_c else None, *of_weights
+
+
+def _is_batched(gradient: Tensor | None) -> bool:
+    """By torch.autograd.grad(..., is_grads_batched=True)."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _differentiable(shape: Shape, inputs, incoming, needed) -> list[Tensor | None]:

@@ -37,8 +37,14 @@ def test_steps_of_a_cell_with_inputs_and_of_a_projection():
     module = fastrnn.LSTM(3, 5, proj_size=2)
     xs = torch.randn(4, 2, 3)
     torch.testing.assert_close(streamed(module, xs)[0], module(xs)[0])
-    module = fastrnn.Recurrent(fastrnn.cells.leaky_rnn, 3, 5)
-    torch.testing.assert_close(streamed(module, xs)[0], module(xs)[0])
+    module = fastrnn.Recurrent(fastrnn.cells.leaky(), 3, 5)
+    noise = torch.randn(2, 5)
+    want = module(xs, noise=noise)[0]
+    state, ys = None, []
+    for x in xs:
+        y, state = module.step(x, state, noise=noise)
+        ys.append(y)
+    torch.testing.assert_close(torch.stack(ys), want)
 
 
 def _step_of_optimizer(module):
