@@ -1,4 +1,7 @@
-"""The products over all T*B steps at once, around the scan: PyTorch's own, on a CPU through oneDNN or MKL."""
+"""The products over all T*B steps at once, around the scan: PyTorch's own, on a CPU through oneDNN or MKL; on AMD's
+processors that of the C++ library."""
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,8 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
+from .backends import extension
+
 LEAST_WORK = 1 << 22  # multiplications; with fewer, the overhead of oneDNN's product is larger than its gain
 LONGEST_SUM = 256
 """The most terms that oneDNN sums one after the other. For longer sums MKL rounds less, and is no slower than oneDNN in
@@ -14,6 +19,15 @@ parts, each of which has to be copied and waits for all threads."""
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 """Whether oneDNN is an alternative to MKL, which F.linear takes for float32. MKL's fastest products run on Intel's
 processors only; oneDNN's run on all."""
+
+PANEL = 32
+"""The C++ library's product takes weights whose number of rows is a multiple of this (csrc/cpu/panels.h)."""
+
+
+@cache
+def has_own() -> bool:
+    """Whether the C++ library's product is the fastest: measured on AMD's processors with AVX2."""
+    return ONEDNN and extension.load("cpu") is None and torch.ops.fastrnn_c.prefers_linear()
 
 
 def transformed() -> bool:
@@ -46,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # `tracing` comes first: comparing a size would specialise a compiled graph on it.
     if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
-    if size > LONGEST_SUM or x.numel() * len(weight) < LEAST_WORK:
+    if x.numel() * len(weight) < LEAST_WORK or not (size <= LONGEST_SUM or _is_own(weight)):
         return F.linear(x, weight, bias)
     return Linear.apply(x.reshape(-1, size), weight, bias).reshape(*steps, len(weight))
 
@@ -56,12 +70,18 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
+def _is_own(weight: Tensor) -> bool:
+    return len(weight) % PANEL == 0 and has_own()
+
+
 class Linear(Function):
-    """`linear` of a float32 matrix by oneDNN; its gradients are such products themselves."""
+    """`linear` of a float32 matrix by the C++ library or oneDNN; its gradients are such products themselves."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
+        if _is_own(weight):
+            return torch.ops.fastrnn_c.linear(x, weight, bias)
         # The op that torch.compile uses for linear layers on a CPU; "none": no function of the result.
         return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "none", [], "")
 

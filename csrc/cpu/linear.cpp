@@ -1,0 +1,59 @@
+// The product of fastrnn/linear.py, for processors on which it is the fastest at hand.
+#include <torch/csrc/stable/library.h>
+
+#include "../common/tensors.h"
+#include "long_product.h"
+
+namespace fastrnn {
+namespace {
+
+// A float32 matrix [rows, columns] of any layout.
+Matrix<float> matrix_of(const char* name, const Tensor& t) {
+  check(t.dim() == 2 && t.scalar_type() == ScalarType::Float, name, " must be a float32 matrix, got ",
+        dtype_name(t.scalar_type()), ' ', shape_of(t));
+  return {static_cast<const float*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+// x [M, K], weight [N, K], bias [N] -> x Wᵀ + b [M, N], N a multiple of panel_width.
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  const int64_t M = x.size(0), N = weight.size(0);
+  Matrix<float> rows = matrix_of("x", x), matrix = matrix_of("weight", weight);
+  check(rows.N == matrix.N, "x and weight must have as many columns, got ", shape_of(x), " and ",
+        shape_of(weight));
+  check(N % panel_width<float> == 0, "weight must have a multiple of ", panel_width<float>, " rows, got ", N);
+  std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
+  Frame frame(x, M, N);
+  frame.check_device("weight", weight);
+  if (bias.has_value()) {
+    frame.expect<float>("bias", *bias, {N});
+    if (N > 1 && bias->stride(0) != 1) bias = torch::stable::contiguous(*bias);
+  }
+  Tensor out = frame.empty<float>({M, N});
+  long_product(rows, matrix, bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+               static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// Whether this product is faster than MKL's and oneDNN's, where that was measured: on AMD's processors with
+// AVX2. MKL's fastest products run on Intel's processors only.
+bool prefers_linear() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return widest_vectors() == Vectors::avx2 && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("prefers_linear() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) { m.impl("linear", TORCH_BOX(&fastrnn::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CompositeExplicitAutograd, m) {
+  m.impl("prefers_linear", TORCH_BOX(&fastrnn::prefers_linear));
+}
