@@ -143,6 +143,28 @@ struct Call {
     return found;
   }
 
+  // Whether each gate has a recurrent mask of its own.
+  bool masks_gates(const Optional& mask, int64_t width) const {
+    return mask.has_value() && width > H && mask->dim() == 2 && mask->size(1) == width / H * P &&
+           mask->size(1) != P;
+  }
+
+  // W_hh [gates * H, P] as one matrix for each gate, as `packed`; `bias` [gates * H] or empty.
+  MaskedGates<Storage> masked_gates(const Tensor& t, int64_t width, bool transposed, bool once,
+                                    const std::vector<A>& bias) const {
+    frame.expect<Storage>("w_hh", t, {width, P});
+    MaskedGates<Storage> found;
+    found.H = H, found.P = P;
+    const Storage* data = static_cast<const Storage*>(t.const_data_ptr());
+    for (int64_t begin = 0; begin < width; begin += H) {
+      Matrix<Storage> matrix{data + begin * t.stride(0), H, P, t.stride(0), t.stride(1)};
+      if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
+      found.gates.push_back(
+          std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data() + begin));
+    }
+    return found;
+  }
+
   // Whether the tensors that depend on the cell are there.
   template <class Cell>
   void check_cell(const Cell& cell, const ScanInputs& inputs) const {
@@ -173,9 +195,15 @@ struct Call {
     found.of_cell = vector("parameters", inputs.parameters, parameters * H);
     // With a layer norm, the bias is added after it.
     const std::vector<A> no_bias;
-    if (inputs.w_hh.has_value())
-      found.w_hh = recurrence(*inputs.w_hh, width, forward, once, normalised ? no_bias : found.b_hh);
-    if (!forward && normalised) found.forward_w_hh = recurrence(*inputs.w_hh, width, true, once, {});
+    const std::vector<A>& bias = normalised ? no_bias : found.b_hh;
+    if (inputs.w_hh.has_value() && masks_gates(inputs.recurrent_mask, width)) {
+      found.masked_gates = masked_gates(*inputs.w_hh, width, forward, once, bias);
+      if (!forward && normalised)
+        found.forward_masked_gates = masked_gates(*inputs.w_hh, width, true, once, {});
+    } else if (inputs.w_hh.has_value()) {
+      found.w_hh = recurrence(*inputs.w_hh, width, forward, once, bias);
+      if (!forward && normalised) found.forward_w_hh = recurrence(*inputs.w_hh, width, true, once, {});
+    }
     if (inputs.w_hr.has_value()) found.w_hr = packed("w_hr", *inputs.w_hr, P, H, forward, once, {});
     return found;
   }
@@ -198,7 +226,8 @@ struct Call {
     scan.weights.ln_c_carried = norms.c_carried;
     scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
     scan.c0 = view<A>("c0", inputs.c0, {B, C});
-    scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask, {B, P});
+    scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask,
+                                        {B, scan.weights.masked_gates ? scan.cell.gates * P : P});
     scan.zone_h = view<Storage>("zone_h", inputs.zone_h, {T, B, P});
     scan.zone_c = view<Storage>("zone_c", inputs.zone_c, {T, B, C});
     scan.decay_h = view<Storage>("decay_h", inputs.decay_h, {T, B, P});

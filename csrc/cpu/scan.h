@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cell.h"
+#include "gate_masks.h"
 #include "heads.h"
 
 namespace fastrnn {
@@ -50,6 +51,8 @@ struct Weights {
   // layer norm comes between them.
   Recurrence<Storage> w_hh;
   std::unique_ptr<Packed<Storage>> w_hr;
+  // In place of w_hh and forward_w_hh where each gate has a recurrent mask.
+  MaskedGates<Storage> masked_gates, forward_masked_gates;
   // The backward computes W_hh h again where a layer norm follows it.
   Recurrence<Storage> forward_w_hh;
   std::vector<A> b_hh, ln_hh;             // [gates * H]

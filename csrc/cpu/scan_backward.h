@@ -25,7 +25,7 @@ struct BackwardScan : Scan {
   Steps<const Storage> h0;        // [1, B, P]
   Steps<const A> c0;              // [1, B, C]
   Weights<Storage> weights;
-  Steps<const Storage> recurrent_mask, zone_h, zone_c;  // [1, B, P], [T, B, P], [T, B, C]
+  Steps<const Storage> recurrent_mask, zone_h, zone_c;  // [1, B, P or gates * P], [T, B, P], [T, B, C]
   Steps<const Storage> decay_h, decay_c;                // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;                     // [T, B, inputs * H]
   std::optional<A> clip_norm, clip_value;
@@ -49,6 +49,7 @@ struct BackwardScan : Scan {
 
  private:
   bool has_c() const { return cell.states > 1; }
+  int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
   bool reads_h_prev() const { return cell.reads_h_prev || dln_hh; }
 
   // Whether `cell.backward` does the work of `cell.total`: where nothing between them reads the totals.
@@ -68,7 +69,8 @@ struct BackwardScan : Scan {
     Buffer<A> dgx, dgh;                  // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;            // W_hh h_prev and its gradient, before that layer norm
     Buffer<A> gx;                        // W_ih x, where that layer norm is of the sum
-    Buffer<A> gates_of_head, h_of_head;  // of one head's product
+    Buffer<A> gates_of_head, h_of_head;  // of one head's product, or of one gate's with its mask
+    Buffer<A> operand;                   // h_prev times the mask of one gate
     Buffer<A> dh_past_w;                 // what reaches h_prev past W_hh
     Buffer<A> h_undecayed, c_undecayed;  // the state before the step, before its decay
     Buffer<A> recurrent_mask, zone_h, zone_c, decay_h, decay_c;
@@ -96,12 +98,13 @@ struct BackwardScan : Scan {
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
-          gates_of_head(rows, scan.weights.w_hh.gates_of_head()),
-          h_of_head(rows, scan.weights.w_hh.units_of_head()),
+          gates_of_head(rows, scan.weights.masked_gates ? scan.H : scan.weights.w_hh.gates_of_head()),
+          h_of_head(rows, scan.weights.masked_gates ? scan.P : scan.weights.w_hh.units_of_head()),
+          operand(rows, scan.weights.forward_masked_gates ? scan.P : 0),
           dh_past_w(rows, scan.cell.gives_h_prev ? scan.H : 0),
           h_undecayed(rows, scan.decay_h ? scan.P : 0),
           c_undecayed(rows, scan.decay_c ? scan.C : 0),
-          recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
+          recurrent_mask(rows, scan.mask_width()),
           zone_h(rows, scan.zone_h ? scan.P : 0),
           zone_c(rows, scan.zone_c ? scan.C : 0),
           decay_h(rows, scan.decay_h ? scan.P : 0),
@@ -120,7 +123,7 @@ struct BackwardScan : Scan {
     work.all = {{0, rows}};
     read_or_zero<Storage>(dh_n, P, b, work.all, work.carried_h);
     if (has_c()) read_or_zero<A>(dc_n, C, b, work.all, work.carried_c);
-    if (recurrent_mask) read(work.all, P, recurrent_mask, 0, b, work.recurrent_mask);
+    if (recurrent_mask) read(work.all, mask_width(), recurrent_mask, 0, b, work.recurrent_mask);
     each_parameter(
         b, work, [&](int64_t width, RowView<double> sums, RowView<A>) { fill_zero(work.all, width, sums); });
     for (int64_t i = T - 1; i >= 0; --i) {
@@ -316,8 +319,13 @@ struct BackwardScan : Scan {
   void backward_of_gate_norm(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
-    if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
-    weights.forward_w_hh.times(runs, work.h_prev, work.gates_of_head, work.gates);
+    if (weights.forward_masked_gates) {
+      weights.forward_masked_gates.times(runs, work.h_prev, work.recurrent_mask, work.operand,
+                                         work.gates_of_head, work.gates);
+    } else {
+      if (recurrent_mask) elementwise(runs, P, Product{}, work.h_prev, work.h_prev, work.recurrent_mask);
+      weights.forward_w_hh.times(runs, work.h_prev, work.gates_of_head, work.gates);
+    }
     if (weights.ln_of_sum) {
       read(runs, cell.gates * H, gx, t, b, work.gx);
       elementwise(runs, cell.gates * H, Sum{}, work.gates, work.gates, work.gx);
@@ -348,10 +356,15 @@ struct BackwardScan : Scan {
   void carry(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     if (cell.recurrent) {
-      weights.w_hh.times_transposed(runs, dgh_rows(t, b, work), work.gates_of_head, work.h_of_head,
-                                    work.carried_h);
-      if (recurrent_mask)
-        elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
+      if (weights.masked_gates) {
+        weights.masked_gates.times_transposed(runs, dgh_rows(t, b, work), work.recurrent_mask, work.h_of_head,
+                                              work.carried_h);
+      } else {
+        weights.w_hh.times_transposed(runs, dgh_rows(t, b, work), work.gates_of_head, work.h_of_head,
+                                      work.carried_h);
+        if (recurrent_mask)
+          elementwise(runs, P, Product{}, work.carried_h, work.carried_h, work.recurrent_mask);
+      }
       if (cell.gives_h_prev) elementwise(runs, P, Sum{}, work.carried_h, work.carried_h, work.dh_past_w);
     } else if (cell.gives_h_prev) {
       elementwise(runs, P, Copy{}, work.carried_h, work.dh_past_w);

@@ -14,7 +14,7 @@ struct ForwardScan : Scan {
   Steps<const Storage> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, C]
   Steps<const Storage> decay_h, decay_c;    // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;         // [T, B, inputs * H]
-  Steps<const Storage> h0, recurrent_mask;  // [1, B, P]
+  Steps<const Storage> h0, recurrent_mask;  // [1, B, P]; the mask [1, B, gates * P] with `masked_gates`
   Steps<const A> c0;                        // [1, B, C]
   Weights<Storage> weights;
   Steps<Storage> y, saved;  // [T, B, P]; [T, B, saved * H], may not exist
@@ -32,6 +32,7 @@ struct ForwardScan : Scan {
 
  private:
   bool has_c() const { return cell.states > 1; }
+  int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
 
   // One thread's rows. h, c: the states. operand: h times the recurrent mask. cell_h: h as the cell returns
   // it. projected_h: after the projection.
@@ -49,12 +50,12 @@ struct ForwardScan : Scan {
         : h(rows, scan.P),
           operand(rows, scan.recurrent_mask ? scan.P : 0),
           gates(rows, scan.cell.recurrent ? scan.cell.gates * scan.H : 0),
-          gates_of_head(rows, scan.weights.w_hh.gates_of_head()),
+          gates_of_head(rows, scan.weights.masked_gates ? scan.H : scan.weights.w_hh.gates_of_head()),
           cell_h(rows, scan.H),
           projected_h(rows, scan.weights.w_hr ? scan.P : 0),
           c(rows, scan.C),
           c_before(rows, scan.zone_c ? scan.C : 0),
-          recurrent_mask(rows, scan.recurrent_mask ? scan.P : 0),
+          recurrent_mask(rows, scan.mask_width()),
           zone_h(rows, scan.zone_h ? scan.P : 0),
           zone_c(rows, scan.zone_c ? scan.C : 0),
           decay_h(rows, scan.decay_h ? scan.P : 0),
@@ -71,7 +72,7 @@ struct ForwardScan : Scan {
     work.all = {{0, rows}};
     read(work.all, P, h0, 0, b, work.h);
     if (has_c()) read(work.all, C, c0, 0, b, work.c);
-    if (recurrent_mask) read(work.all, P, recurrent_mask, 0, b, work.recurrent_mask);
+    if (recurrent_mask) read(work.all, mask_width(), recurrent_mask, 0, b, work.recurrent_mask);
     for (int64_t i = 0; i < T; ++i) {
       partition(step(i), b, rows, work.running, work.ended);
       run_step(step(i), b, work);
@@ -116,8 +117,13 @@ struct ForwardScan : Scan {
 
   void product_of_gates(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
-    if (recurrent_mask) elementwise(runs, P, Product{}, work.operand, work.h, work.recurrent_mask);
-    weights.w_hh.times(runs, recurrent_mask ? work.operand : work.h, work.gates_of_head, work.gates);
+    if (weights.masked_gates) {
+      weights.masked_gates.times(runs, work.h, work.recurrent_mask, work.operand, work.gates_of_head,
+                                 work.gates);
+    } else {
+      if (recurrent_mask) elementwise(runs, P, Product{}, work.operand, work.h, work.recurrent_mask);
+      weights.w_hh.times(runs, recurrent_mask ? work.operand : work.h, work.gates_of_head, work.gates);
+    }
     if (weights.ln_hh.empty()) return;
     if (weights.ln_of_sum) {
       read(runs, cell.gates * H, gx, t, b, work.gx);

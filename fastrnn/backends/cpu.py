@@ -9,8 +9,6 @@ MISSING = extension.load("cpu")
 
 
 def why_not(request) -> str | None:
-    if "recurrent_dropout_per_gate" in request.features:
-        return "it multiplies by W_hh as a whole, and not gate by gate with a mask for each"
     return extension.why_not(request, "cpu", MISSING)
 
 
