@@ -3,5 +3,6 @@
 from .diagnosis import Finding, Record, Report
 from .history import History
 from .monitor import GradientMonitor
+from .prescription import Prescription, prescribe
 
-__all__ = ["Finding", "GradientMonitor", "History", "Record", "Report"]
+__all__ = ["Finding", "GradientMonitor", "History", "Prescription", "Record", "Report", "prescribe"]
