@@ -81,7 +81,9 @@ def batch(task: str, T: int, size: int, generator: torch.Generator, test: bool) 
         return x[:, chosen], y[chosen]
     if task == "sunspots":
         x, y = _sunspots(T)
-        first = len(y) * 3 // 4  # the last quarter is the test; the windows between share years with both and are left out
+        first = (
+            len(y) * 3 // 4
+        )  # the last quarter is the test; the windows between share years with both and are left out
         low, high = (first, len(y)) if test else (0, max(1, first - T))
         chosen = torch.randint(low, high, (size,), generator=generator)
         return x[:, chosen], y[chosen]

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from test_advice import B, H, I, T, finding, large, orthogonal, patient, seeded, steep  # noqa: F401
 from torch import nn
 
 import fastrnn
 from fastrnn.monitoring import advice, prescription
-from test_advice import B, H, I, T, finding, large, orthogonal, patient, seeded, steep  # noqa: F401
 
 
 def report_of(module, loss=lambda y: y[-1].sum(), steps=60):

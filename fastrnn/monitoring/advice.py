@@ -217,8 +217,14 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
         advice = tuple(rule.text.format(f=facts) for rule in rules)
         found.append(
             Finding(
-                name, verdict, text, advice, tuple(rule.text for rule in rules), tuple(rule.remedy for rule in rules),
-                tuple(rule.quantity for rule in rules), facts,
+                name,
+                verdict,
+                text,
+                advice,
+                tuple(rule.text for rule in rules),
+                tuple(rule.remedy for rule in rules),
+                tuple(rule.quantity for rule in rules),
+                facts,
             )  # fmt: skip
         )
     return found

@@ -158,7 +158,8 @@ class Report(list):
         """
         records = [{"name": r.name, **{key: _plain(value) for key, value in vars(r).items()}} for r in self]
         findings = [
-            {"name": f.name, "verdict": f.verdict, "summary": f.summary, "advice": list(f.advice)} for f in self.findings
+            {"name": f.name, "verdict": f.verdict, "summary": f.summary, "advice": list(f.advice)}
+            for f in self.findings
         ]
         return {"records": records, "findings": findings}
 

@@ -77,7 +77,9 @@ class Prescription:
         """
         places = watched(model)
         if missing := self._facts.keys() - places.keys():
-            raise ValueError(f"{self.name}: the model has no {', '.join(sorted(missing))}; there are {', '.join(places)}")
+            raise ValueError(
+                f"{self.name}: the model has no {', '.join(sorted(missing))}; there are {', '.join(places)}"
+            )
         if not self.in_place:
             for name in self._facts:
                 if type(places[name]) not in (LSTM, GRU, RNN):
@@ -106,7 +108,7 @@ def prescribe(report: Report) -> list[Prescription]:
 
     The prescriptions are those lines of the report's advice that are an action on the model: a lower learning rate or
     smaller inputs are not. Layers that ask for the same action share a prescription. What is not finite comes first,
-    then explosions, then vanishing gradients, and within these the order is that of the advice.
+    then explosions, then vanishing gradients, and within these the order is that of `REMEDIES`.
 
     Args:
         report: of `GradientMonitor.report()`.
@@ -121,18 +123,27 @@ def prescribe(report: Report) -> list[Prescription]:
             if remedy and all(other is not finding for other, _ in asked.get(remedy, ())):
                 asked.setdefault(remedy, []).append((finding, i))
     prescriptions = []
-    for remedy, places in asked.items():
+    for remedy, places in sorted(asked.items(), key=lambda item: _rank(item[0], item[1][0][0])):
         finding, i = places[0]
         facts = {}
         for other, _ in places:
             facts.setdefault(modules_of[other.name], other.facts)
         prescriptions.append(
             Prescription(
-                remedy, finding.advice[i], finding.quantities[i], getattr(finding.facts, finding.quantities[i]),
-                tuple(other.name for other, _ in places), REMEDIES[remedy].in_place, facts,
+                remedy,
+                finding.advice[i],
+                finding.quantities[i],
+                getattr(finding.facts, finding.quantities[i]),
+                tuple(other.name for other, _ in places),
+                REMEDIES[remedy].in_place,
+                facts,
             )  # fmt: skip
         )
     return prescriptions
+
+
+def _rank(remedy: str, finding: Finding) -> tuple[int, int]:
+    return SEVERITY.index(finding.verdict), list(REMEDIES).index(remedy)
 
 
 def watched(model: nn.Module) -> dict[str, _Recurrent]:
@@ -225,13 +236,15 @@ def _larger_bound(module, facts):
 
 
 REMEDIES = {
+    "clip": Remedy(True, _clip),  # clip_state_grad_norm at the norm where the backward starts
+    "biased": Remedy(False, _biased),  # the same weights, with biases by chrono
+    "chrono": Remedy(True, _chrono),  # the biases of the gates, with t_max the longest way back
+    "layer_norm": Remedy(False, _layer_norm),  # the same weights, with layer_norm=True
+    "gated": Remedy(False, _gated),  # a GRU of the same sizes, with chrono
     "orthogonal": Remedy(True, _orthogonal),  # W_hh of every layer
     "identity": Remedy(True, _identity),  # W_hh, and biases 0
-    "chrono": Remedy(True, _chrono),  # the biases of the gates, with t_max the longest way back
-    "gated": Remedy(False, _gated),  # a GRU of the same sizes, with chrono
-    "biased": Remedy(False, _biased),  # the same weights, with biases by chrono
-    "layer_norm": Remedy(False, _layer_norm),  # the same weights, with layer_norm=True
-    "clip": Remedy(True, _clip),  # clip_state_grad_norm at the norm where the backward starts
     "smaller_norm": Remedy(True, _smaller_norm),  # ln_hh divided by the gain
     "larger_bound": Remedy(True, _larger_bound),  # clip_state_grad_norm
 }
+"""By name, in the order in which `prescribe` gives them. A GRU comes before another W_hh: in experiments/clinic.py
+(adding problem, digits) it cured more trainings of plain RNNs."""
