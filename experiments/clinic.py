@@ -1,12 +1,12 @@
 """Does the diagnosis tell which trainings will fail, and does following it help? `python -m experiments.clinic`.
 
-A patient is a task, a length, a cell and settings that people really use. Each is trained as it is (`as it is`); those that
-fail are trained again from the same start under every prescription, a remedy drawn at random, and an LSTM with
-chrono initialisation. Every finished training is written at once to experiments/results/clinic.json, and is skipped when it
-is there. `python -m experiments.clinic_page` makes docs/clinic.md from it.
+A patient is a task, a length, a cell and settings that people really use. Each is trained `as it is`; those
+that fail are trained again from the same start under every prescription, a remedy drawn at random, and an LSTM with
+chrono initialisation. Every finished training is written at once to experiments/results/clinic.json, and is skipped
+when it is there. `python -m experiments.clinic_page` makes docs/clinic.md from it.
 
-A training has failed if its test loss at the end is above `FAILED` times that of the best constant answer (`CONSTANT`, or the
-entropy of single characters for text). The thresholds were fixed before any training was looked at.
+A training has failed if its test loss at the end is above `FAILED` times that of the best constant answer (for
+text, the entropy of single characters). The thresholds were fixed before any training was looked at.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "clinic.json"
 HIDDEN, BATCH, STEPS, CHECKS, TEST = 32, 32, 500, (0, 50, 200), 256
 FAILED = {"adding": 0.5, "order": 0.5, "copy": 0.5, "digits": 0.5, "sunspots": 0.5, "text": 0.85}
 TUNED_ON = ("adding", "digits", "sunspots")
-"""Rules are chosen on these tasks and reported on the others."""
+"""The half of the tasks that is listed first; see docs/clinic.md on what it was used for."""
 AHEAD = 3
 """The number of years ahead for which the sunspots are forecast."""
 
@@ -46,7 +46,7 @@ def _digits() -> tasks.Digits:
 
 @cache
 def _sunspots(T: int) -> tuple[Tensor, Tensor]:
-    """Yearly sunspot numbers 1700 to 2008 (statsmodels): windows `[T, N, 1]` and the number AHEAD years later `[N, 1]`."""
+    """Yearly sunspot numbers 1700 to 2008 (statsmodels): windows `[T, N, 1]`, and the numbers AHEAD years later `[N, 1]`."""
     from statsmodels.datasets import sunspots
 
     series = torch.tensor(sunspots.load_pandas().data["SUNACTIVITY"].values, dtype=torch.float32)
@@ -81,9 +81,7 @@ def batch(task: str, T: int, size: int, generator: torch.Generator, test: bool) 
         return x[:, chosen], y[chosen]
     if task == "sunspots":
         x, y = _sunspots(T)
-        first = (
-            len(y) * 3 // 4
-        )  # the last quarter is the test; the windows between share years with both and are left out
+        first = len(y) * 3 // 4  # the last quarter is the test; windows that share years with both are left out
         low, high = (first, len(y)) if test else (0, max(1, first - T))
         chosen = torch.randint(low, high, (size,), generator=generator)
         return x[:, chosen], y[chosen]

@@ -101,7 +101,7 @@ BELOW = {
     "monitoring.diagnosis": {"cell_table", "modules"},
     "monitoring.advice": {"cell_table", "modules", "monitoring.diagnosis"},
     "monitoring.history": {"monitoring.diagnosis"},
-    "monitoring.prescription": {"init", "modules", "monitoring.diagnosis"},
+    "monitoring.prescription": {"monitoring.advice", "init", "modules", "monitoring.diagnosis"},
     "monitoring.doctor": {"monitoring.monitor", "monitoring.prescription", "monitoring.diagnosis", "monitoring.plots"},
     "monitoring.calls": {"checks", "functional", "packing"},
     "monitoring.watch": {"recomputation", "checks", "functional", "linear", "monitoring.calls", "monitoring.stitching"},
@@ -139,6 +139,7 @@ BELOW = {
         "tuning.command",
     },
     "__init__": {
+        "monitoring.doctor",
         "modules",
         "recurrent",
         "user_cells",

@@ -7,5 +7,6 @@ from .monitor import GradientMonitor
 from .prescription import Prescription, prescribe
 
 __all__ = [
-    "Checkup", "Finding", "GradientMonitor", "History", "Prescription", "Record", "Report", "Trial", "doctor", "prescribe",
+    "Checkup", "Finding", "GradientMonitor", "History", "Prescription", "Record", "Report", "Trial", "doctor",
+    "prescribe",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """From a record to words: a summary of a layer's gradient, and advice that quotes the numbers it rests on.
 
-The advice is a table, `RULES`: a rule is about some cells, under a condition on the numbers. Where it is an action on the
-model, it names one of `prescription.REMEDIES`.
+The advice is a table, `RULES`: a rule is about some cells, under a condition on the numbers. Where it is an action on
+the model, it names one of `prescription.REMEDIES`.
 """
 
 import math

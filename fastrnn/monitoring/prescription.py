@@ -1,7 +1,7 @@
 """Advice as actions: `prescribe(report)` gives what may help, in order, and each prescription changes a model.
 
-`REMEDIES` holds the actions by name. The rules in `advice.py` say when each of them applies, in which words, and on which
-number it rests.
+`REMEDIES` holds the actions by name. The rules in `advice.py` say when each of them applies, in which words, and on
+which number it rests.
 """
 
 import copy
@@ -246,5 +246,5 @@ REMEDIES = {
     "smaller_norm": Remedy(True, _smaller_norm),  # ln_hh divided by the gain
     "larger_bound": Remedy(True, _larger_bound),  # clip_state_grad_norm
 }
-"""By name, in the order in which `prescribe` gives them. A GRU comes before another W_hh: in experiments/clinic.py
-(adding problem, digits) it cured more trainings of plain RNNs."""
+"""By name, in the order in which `prescribe` gives them. A GRU comes before another W_hh: in docs/clinic.md it
+cures more trainings of plain RNNs."""
