@@ -46,7 +46,7 @@ def _digits() -> tasks.Digits:
 
 @cache
 def _sunspots(T: int) -> tuple[Tensor, Tensor]:
-    """Yearly sunspot numbers 1700 to 2008 (statsmodels): windows `[T, N, 1]`, and the numbers AHEAD years later `[N, 1]`."""
+    """Yearly sunspot numbers 1700 to 2008 (statsmodels): windows `[T, N, 1]` and numbers AHEAD years on `[N, 1]`."""
     from statsmodels.datasets import sunspots
 
     series = torch.tensor(sunspots.load_pandas().data["SUNACTIVITY"].values, dtype=torch.float32)
