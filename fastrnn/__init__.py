@@ -12,7 +12,7 @@ from .user_cells import cell
 
 if TYPE_CHECKING:
     from . import cells, compat, integrations, penalties, weights
-    from .monitoring import GradientMonitor
+    from .monitoring import GradientMonitor, doctor, prescribe
     from .tuning import tune
 
 __version__ = "0.1.0"
@@ -32,11 +32,13 @@ __all__ = [
     "cells",
     "compat",
     "convert",
+    "doctor",
     "explain",
     "functional",
     "init",
     "integrations",
     "penalties",
+    "prescribe",
     "tune",
     "weights",
 ]
@@ -50,8 +52,8 @@ def __getattr__(name: str):
         return importlib.import_module(f".{name}", __name__)
     if name == "tune":
         return importlib.import_module(".tuning", __name__).tune
-    if name == "GradientMonitor":
-        return importlib.import_module(".monitoring", __name__).GradientMonitor
+    if name in ("GradientMonitor", "doctor", "prescribe"):
+        return getattr(importlib.import_module(".monitoring", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

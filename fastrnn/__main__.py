@@ -2,6 +2,7 @@
 
 - `python -m fastrnn train` trains a network on handwritten digits, read pixel by pixel, and draws its gradients.
 - `python -m fastrnn flow` compares how far back the gradient comes, by cell and remedy.
+- `python -m fastrnn doctor` trains a copy of a model for some steps, and tries what its gradient asks for.
 - `python -m fastrnn tune` measures the backends on this machine.
 - `python -m fastrnn info` prints versions, and which backends can run here.
 
@@ -28,6 +29,7 @@ from . import dispatch, distributed, init
 from .cell_table import NONLINEARITIES
 from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
+from .monitoring.doctor import doctor, load
 from .tasks import Digits, sequential_digits
 from .tuning import command as tune_command
 
@@ -50,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fastrnn", description="Recurrent networks that show what their gradient does.")
     top.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,tune,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,flow,doctor,tune,info}")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser(
         "train", formatter_class=formatter, help="train on sequential digits (T = 64), with pictures of the gradient"
@@ -98,6 +100,18 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, default=1, help="CPU threads; the tensors are too small to share")
     add("--out", type=Path, default=Path("flow.png"), metavar="PNG", help="the picture")
     side_by_side.set_defaults(run=_flow)
+    checkup = commands.add_parser(
+        "doctor", formatter_class=formatter, help="train a copy of your model, diagnose it, and try every prescription"
+    )
+    add = checkup.add_argument
+    add("script", metavar="SCRIPT:FACTORY", help="a Python file and a function in it: () -> (model, batch, loss_fn)")
+    add("--steps", type=_count, default=50, metavar="N", help="training steps per trial")
+    add("--lr", type=_positive, default=1e-3, help="learning rate of Adam")
+    add("--clip-norm", type=_positive, metavar="N", help="bound on the norm of all parameters' gradient")
+    add("--seed", type=int, default=0, help="of dropout, batches and new weights")
+    add("--threads", type=_count, default=1, help="CPU threads")
+    add("--out", type=Path, default=Path("doctor.png"), metavar="PNG", help="the picture")
+    checkup.set_defaults(run=_doctor)
     tune_command.add_to(commands, formatter)
     info = commands.add_parser("info", help="versions, GPU, and which backends can run here, or why not")
     info.set_defaults(run=_info)
@@ -370,6 +384,26 @@ def _flow(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     print(f"\n{flow.as_table(flows)}\n\n{len(flows)} networks in {seconds:.0f} s, T = {options.steps}")
     print(f"picture: {options.out}")
+
+
+# ----------------------------------------------------------------------------------------------------------- doctor
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    plots.figure_class()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    try:
+        _check_writable(options.out)
+        model, batch, loss_fn = load(options.script)
+        found = doctor(
+            model, batch, loss_fn, steps=options.steps, clip_grad_norm=options.clip_norm, seed=options.seed,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.lr),
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise _BadOption(str(error)) from error
+    found.plot(options.out)
+    print(f"{found}\n\npicture: {options.out}")
 
 
 # ------------------------------------------------------------------------------------------------------------- info

@@ -1,6 +1,7 @@
 """From a record to words: a summary of a layer's gradient, and advice that quotes the numbers it rests on.
 
-The advice is a table, `RULES`: a rule is about some cells, under a condition on the numbers.
+The advice is a table, `RULES`: a rule is about some cells, under a condition on the numbers. Where it is an action on
+the model, it names one of `prescription.REMEDIES`.
 """
 
 import math
@@ -58,6 +59,8 @@ class Rule(NamedTuple):
     cells: str | tuple[str, ...]  # prefixes of names in the cell table
     applies: Callable[[Facts], bool]
     text: str  # a format string; `f` is the facts
+    remedy: str = ""  # of `prescription.REMEDIES`, where the advice is an action on the model
+    quantity: str = ""  # the field of the facts that it rests on, where there is a remedy
 
 
 ANY, GATED, ONE_SIDED = "", ("lstm", "gru"), ("rnn_relu", "rnn_leaky_relu", "rnn_elu")
@@ -112,55 +115,66 @@ RULES = (
         VANISHING, "rnn_tanh", lambda f: f.mean_sigma < KEEPS_LENGTH and not f.layer_norm,
         "W_hh alone shortens a vector to {f.mean_sigma:.2f} of its length a step (mean singular value; the largest is "
         "{f.sigma:.2f}): fastrnn.init.orthogonal_ makes them all 1",
+        "orthogonal", "mean_sigma",
     ),
     Rule(
         VANISHING, "rnn_tanh", lambda f: f.mean_sigma >= KEEPS_LENGTH and not f.layer_norm,
         "W_hh does not shorten (mean singular value {f.mean_sigma:.2f}) and the gain is still {f.gain:.2f}, so tanh is "
         "saturated: smaller inputs, or layer_norm=True",
+        "layer_norm", "gain",
     ),
     Rule(
         VANISHING, ONE_SIDED, lambda f: not f.layer_norm,
         "units that are off pass nothing back and W_hh does not make up for it (gain {f.gain:.2f}): "
         "fastrnn.init.identity_ starts at 1 (Le et al. 2015)",
+        "identity", "gain",
     ),
     Rule(
         VANISHING, "rnn", _always,
         "a gated state can carry a gradient over {f.T} steps: fastrnn.LSTM or GRU, with fastrnn.init.chrono_ and "
         "t_max = {f.T}",
+        "gated", "T",
     ),
     Rule(
         VANISHING, "lstm", lambda f: f.bias and f.memory < f.T / 2,
         "by their biases the forget gates remember at most {f.memory:.1f} of {f.T} steps: fastrnn.init.chrono_ with "
         "t_max = {f.T}, or the milder fastrnn.init.forget_bias_",
+        "chrono", "memory",
     ),
     Rule(
         VANISHING, "gru", lambda f: f.bias and f.memory < f.T / 2,
         "by their biases the update gates remember at most {f.memory:.1f} of {f.T} steps: fastrnn.init.chrono_ with "
         "t_max = {f.T}",
+        "chrono", "memory",
     ),
     Rule(
         VANISHING, GATED, lambda f: not f.bias,
         "a gate without bias is half open, which is a memory of {f.memory:.0f} of {f.T} steps: bias=True, then "
         "fastrnn.init.chrono_ with t_max = {f.T}",
+        "biased", "memory",
     ),
     Rule(
         VANISHING, GATED, lambda f: f.memory >= f.T / 2 and not f.layer_norm,
         "the biases alone would remember {f.memory:.4g} steps, so input and state close the gates (largest singular "
         "value of W_hh {f.sigma:.2f}): smaller inputs, or layer_norm=True",
+        "layer_norm", "sigma",
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.nonfinite is None and f.clip_rate is None,
         "clip inside the recursion: clip_state_grad_norm={f.start:.1e} is the norm before it grew {f.growth:.1e}-fold",
+        "clip", "start",
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.sigma > 1 and not f.layer_norm,
         "the largest singular value of W_hh is {f.sigma:.2f}: fastrnn.init.orthogonal_ makes it 1, a lower learning "
         "rate keeps it near",
+        "orthogonal", "sigma",
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.layer_norm,
         "under layer norm the size of W_hh cancels and its weight ln_hh decides (now {f.ln_gain:.2f} on average): "
         "start it lower",
+        "smaller_norm", "ln_gain",
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.nonfinite is not None,
@@ -181,6 +195,7 @@ RULES = (
         Rule(
             verdict, ANY, lambda f: f.clip_rate is not None and f.clip_rate > CLIPPED_THROUGHOUT,
             "clip_state_grad_norm shortens {f.clip_rate:.0%} of the gradients: a larger bound keeps their proportions",
+        "larger_bound", "clip_rate",
         )
         for verdict in (VANISHING, EXPLODING, HEALTHY)
     ),
@@ -200,7 +215,18 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
         rules = matching(RULES, verdict, facts)
         text = summary.text.format(f=facts) + (CUT if states[0].cut else "")
         advice = tuple(rule.text.format(f=facts) for rule in rules)
-        found.append(Finding(name, verdict, text, advice, tuple(rule.text for rule in rules)))
+        found.append(
+            Finding(
+                name,
+                verdict,
+                text,
+                advice,
+                tuple(rule.text for rule in rules),
+                tuple(rule.remedy for rule in rules),
+                tuple(rule.quantity for rule in rules),
+                facts,
+            )  # fmt: skip
+        )
     return found
 
 

@@ -8,7 +8,7 @@ networks", 2013, eq. 5-7). The totals alone cannot tell: a loss at every step ke
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple
 
@@ -89,6 +89,9 @@ class Finding:
     summary: str
     advice: tuple[str, ...]
     rules: tuple[str, ...] = field(default=(), repr=False)  # the templates of `advice`, which findings may share
+    remedies: tuple[str, ...] = field(default=(), repr=False)  # of each line of `advice`; "" if it is no action
+    quantities: tuple[str, ...] = field(default=(), repr=False)  # the fact that each line rests on
+    facts: object = field(default=None, repr=False)  # the `advice.Facts` of the layer
 
     def __str__(self) -> str:
         return "\n".join((f"{self.name}: {self.verdict}: {self.summary}", *(f"  - {text}" for text in self.advice)))
@@ -154,9 +157,10 @@ class Report(list):
         NaN and infinity, which JSON lacks, are None.
         """
         records = [{"name": r.name, **{key: _plain(value) for key, value in vars(r).items()}} for r in self]
-        findings = [{**asdict(f), "advice": list(f.advice)} for f in self.findings]
-        for finding in findings:
-            del finding["rules"]
+        findings = [
+            {"name": f.name, "verdict": f.verdict, "summary": f.summary, "advice": list(f.advice)}
+            for f in self.findings
+        ]
         return {"records": records, "findings": findings}
 
     def scalars(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ..modules import _Cell, _Recurrent
 from .calls import Note
 from .diagnosis import Norms, Record, Report, records, unscaled
 from .history import History
+from .prescription import watched
 from .stitching import stitched
 from .watch import Backward, Watch, Watches
 
@@ -106,11 +107,7 @@ class GradientMonitor:
             raise ValueError(f"loss_scale should be a positive number or a GradScaler, got {loss_scale!r}")
         self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)
-        self._modules: dict[str, _Recurrent] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, _Recurrent):
-                name = ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's
-                self._modules[name or type(module).__name__.lower()] = module
+        self._modules = watched(model)
         if not self._modules:
             raise ValueError(f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN; {_remedy(model)}")
         self.history = History()

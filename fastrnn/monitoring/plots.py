@@ -17,6 +17,8 @@ TRAIN, TEST = "#0072B2", "#D55E00"
 HEAT, NOTHING = "cividis", "#E8E8E8"  # readable without red or green; grey where no gradient arrives
 # Five more of Okabe & Ito's hues and as many strokes, for the lines of one panel.
 FLOW_STYLES = (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#000000", ":"))
+CHECKUP_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+STROKES = ("-", "--", "-.", ":")
 FLOW_RANGE, FLOW_LEGEND = (1e-12, 1e12), "upper left"
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 MAX_DECADES = 30
@@ -233,6 +235,42 @@ def flows(path, networks: dict[str, dict[str, list[float]]]) -> None:
     figure.suptitle(
         "How far back a gradient comes, before any training; dotted: 1 % of it", fontsize=12, x=0.01, ha="left"
     )
+    _save(figure, path)
+
+
+def checkup(path, trials) -> None:
+    """Writes what `fastrnn.doctor` tried: the loss at every training step, and the gradient at every time step.
+
+    Args:
+        path: of the picture; folders are created.
+        trials: a `Checkup`. The right panel shows the layer with the gravest verdict of each trial, relative to the
+            largest norm of its states.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(11, 4.4), layout="constrained")
+    loss, norms = figure.subplots(1, 2)
+    for n, trial in enumerate(trial for trial in trials if trial.losses):
+        color, style = CHECKUP_COLORS[n % len(CHECKUP_COLORS)], STROKES[n % len(STROKES)]
+        few = {"marker": "o", "markersize": 4} if len(trial.losses) < 3 else {}
+        record, look = trial.worst, {"color": color, "linestyle": style, "linewidth": 1.8}
+        loss.plot(trial.losses, label=trial.name, **look, **few)
+        if record is not None:
+            largest = float(record.total.nan_to_num(0, 0, 0).max())
+            shown = [v / largest if largest > 0 and 0 < v < math.inf else math.nan for v in record.total.tolist()]
+            norms.plot(shown, label=f"{trial.name}: {record.verdict}", **look)
+    for axes, label in ((loss, "training step"), (norms, "time step t")):
+        _clean(axes)
+        axes.set_xlabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss.set_ylabel("loss")
+    norms.set_ylabel("norm of dL / d state, 1 at its largest")
+    if any(0 < value < math.inf for line in norms.lines for value in line.get_ydata()):
+        norms.set_yscale("log")
+        norms.set_ylim(bottom=max(norms.get_ylim()[0], FLOW_RANGE[0]))
+    norms.legend(frameon=False, fontsize=9, loc="best")
+    loss.legend(frameon=False, fontsize=9, loc="best")
     _save(figure, path)
 
 
