@@ -257,14 +257,15 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
 
 # What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
 GEMM_EXTRAS = {
-    "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
+    "forward": (*MASKS, "decay_h", "decay_next", "decay_c", "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
     "backward": (
-        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm",
-        "clip_value", "norms", "dc",
+        *MASKS, "decay_h", "decay_c", "decayed_h_grad", "decayed_c_grad", "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat",
+        "gh_rstd", "dgh_raw", "dh_new", "clip_norm", "clip_value", "norms", "dc",
     ),
-    "forward_projected": (*MASKS[:3], "operand"),
-    "backward_projected": (*MASKS[:3], "clip_value", "scales", "dh_new_unclamped", "norm_h", "norms"),
-    "initial": (*MASKS[:2], "scales"),
+    "forward_projected": (*MASKS[:3], "decay_h", "decay_next", "operand"),
+    "backward_projected": (*MASKS[:3], "decay_h", "decayed_h_grad", "clip_value", "scales", "dh_new_unclamped",
+        "norm_h", "norms"),
+    "initial": (*MASKS[:2], "decay_h", "decayed_h_grad", "scales"),
 }  # fmt: skip
 
 
