@@ -49,8 +49,10 @@ FLOAT32 += [
     "product",
 ]
 FLOAT32 += ["dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
+FLOAT32 += ["decayed_h_grad", "decayed_c_grad"]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
+ONLY_WITH_C += ["decay_c", "decayed_c_grad"]
 KILOBYTE = 1024
 LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
 

@@ -1,9 +1,9 @@
 """Launches the kernels of `kernels/gemm_step.py`: a GEMM of PyTorch's and a kernel per step, with projection two each.
 
-Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Decay has kernels only
-here. Nothing is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it. float32 is multiplied
-as PyTorch's setting for matmul says, as on the reference path, and not as cuDNN's setting says: the setting for matmul
-belongs to the whole process, and no launch changes it.
+Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Decay
+has kernels only here. Nothing is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it.
+float32 is multiplied as PyTorch's setting for matmul says, as on the reference path, and not as cuDNN's setting says:
+the setting for matmul belongs to the whole process, and no launch changes it.
 """
 
 from collections.abc import Callable
