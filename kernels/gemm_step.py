@@ -30,6 +30,7 @@ from .gradients import (
     previous_states,
     state_gradient,
     store_norm,
+    through_decay,
     through_zoneout,
     tile_norm,
 )  # fmt: skip
@@ -39,6 +40,7 @@ from .memory import (
     RESET,
     BatchTile,
     choose,
+    decayed,
     hidden_tile,
     load_beside,
     load_flags,
@@ -95,18 +97,20 @@ def gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.
 
 @triton.jit
 def store_h(
-    h, flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P: tl.constexpr
+    h, flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr,
+    tile, P: tl.constexpr,
 ):  # fmt: skip
     """Zoneout and padding turn the cell's h into the state after the step. Stores it, the output, and the operand of
     the next product."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     carried = load_tile(h_in_ptr, tile.origin, tile, P)
-    before = choose(flags, RESET, 0.0, carried)
+    before = decayed((choose(flags, RESET, 0.0, carried),), (decay_h_ptr,), tile.row, tile, 1, P)[0]
     state = next_state(h, before, carried.to(dtype), flags, zone_h_ptr, tile, dtype, 0, 1, P)
     store_tile(h_out_ptr, tile.origin, tile, state, P)
     store_tile(y_ptr, tile.row, tile, choose(flags, PAD, 0.0, state), P)
     if operand_ptr is not None:
-        store_tile(operand_ptr, tile.origin, tile, recurrent_operand(state, None, recurrent_mask_ptr, tile, P), P)
+        next_h = decayed((state,), (decay_next_ptr,), tile.row, tile, 1, P)[0]
+        store_tile(operand_ptr, tile.origin, tile, recurrent_operand(next_h, None, recurrent_mask_ptr, tile, P), P)
 
 
 @triton.jit(do_not_specialize=["B", "t"])
@@ -123,11 +127,14 @@ def forward_kernel(
     recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, (S-1)*H] or None
+    decay_h_ptr,  # [T, B, H] or None: multiplies h before the step; with projection [T, B, P], for the other kernel
+    decay_next_ptr,  # the same before the step that follows
+    decay_c_ptr,  # [T, B, (S-1)*H] or None
     h_in_ptr,  # [B, H]: the h before the step; with projection, h is left to forward_projected_kernel
     c_in_ptr,  # [B, (S-1)*H] float32, or None for a cell whose only state is h
     h_out_ptr,  # [B, H]: the h after the step, other memory
     c_out_ptr,  # [B, (S-1)*H] float32 or None
-    operand_ptr,  # [B, H]: h_out times the mask of recurrent dropout; None without one
+    operand_ptr,  # [B, H]: h_out times the next decay and the mask of recurrent dropout; None without either
     out_ptr,  # [B, H]: with projection, the h to project; else None
     y_ptr,  # [T, B, H]
     c_ptr,  # [T, B, (S-1)*H] float32 or None
@@ -155,9 +162,11 @@ def forward_kernel(
     beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     # With projection h has fewer columns. The LSTM does not read it, so c is loaded in its place.
     in_ptrs = (h_in_ptr if out_ptr is None else c_in_ptr, c_in_ptr)
+    decay_ptrs = (decay_h_ptr if out_ptr is None else decay_c_ptr, decay_c_ptr)
     before = ()
     for s in tl.static_range(S):
         before = before + (choose(flags, RESET, 0.0, load_state(in_ptrs, tile.origin, tile, s, S, H)),)
+    before = decayed(before, decay_ptrs, tile.row, tile, S, H)
     if ln_c_weight_ptr is None:
         cell_states, saved = CELL_FORWARD(gx, gh, before, beside)
     else:
@@ -178,7 +187,10 @@ def forward_kernel(
         if c_ptr is not None:
             store_planes(c_ptr, tile.row, tile, drop_padded(others, flags, S - 1), S - 1, H)
     if out_ptr is None:
-        store_h(cell_states[0], flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, H)
+        store_h(
+            cell_states[0], flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr,
+            operand_ptr, y_ptr, tile, H,
+        )  # fmt: skip
     else:
         store_tile(out_ptr, tile.origin, tile, cell_states[0], H)
 
@@ -189,6 +201,8 @@ def forward_projected_kernel(
     flags_ptr,  # [T, B] uint8 or None
     recurrent_mask_ptr,  # [B, P] or None
     zone_h_ptr,  # [T, B, P] or None
+    decay_h_ptr,  # [T, B, P] or None
+    decay_next_ptr,  # [T, B, P] or None
     h_in_ptr,  # [B, P]
     h_out_ptr,  # [B, P], other memory
     operand_ptr,  # [B, P] or None
@@ -203,7 +217,10 @@ def forward_projected_kernel(
     tile = program_tile(B, t, BLOCK_B, BLOCK_P, P)
     flags = load_flags(flags_ptr, tile)
     h = load_tile(projected_ptr, tile.origin, tile, P)
-    store_h(h, flags, recurrent_mask_ptr, zone_h_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr, tile, P)
+    store_h(
+        h, flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr,
+        tile, P,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- backward
@@ -211,7 +228,8 @@ def forward_projected_kernel(
 
 @triton.jit
 def carried_dh(
-    past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P: tl.constexpr
+    past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
+    next_step, P: tl.constexpr,
 ):  # fmt: skip
     """dL/dh after the step of `tile`, carried back from the next step, `next_step` rows further on.
 
@@ -219,14 +237,17 @@ def carried_dh(
     the factors of its clipping in `scales`.
     """
     carry = planes_or_zeros(past_weights_ptr, tile.origin, tile, 1, P)
+    row = tile.row + next_step
     if product_ptr is not None:
-        row = tile.row + next_step
         flags = load_flags(offset(flags_ptr, next_step), tile)
         scale = None
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + row + tile.rows, mask=tile.row_inside, other=1.0)
         product = load_tile(product_ptr, tile.origin, tile, P)
         carry = carried_gradient(product, carry, scale, flags, recurrent_mask_ptr, tile, 1, P)
+    if decayed_h_grad_ptr is not None:
+        next_flags = load_flags(offset(flags_ptr, next_step), tile)
+        carry = through_decay(carry, decay_h_ptr, decayed_h_grad_ptr, row, next_flags, tile, 1, P)
     return carry[0]
 
 
@@ -261,6 +282,10 @@ def backward_kernel(
     recurrent_mask_ptr,  # [B, H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, (S-1)*H] or None
+    decay_h_ptr,  # [T, B, H] or None
+    decay_c_ptr,  # [T, B, (S-1)*H] or None
+    decayed_h_grad_ptr,  # [T, B, H] float32: the gradient of the decayed h of the next step; None at the last step
+    decayed_c_grad_ptr,  # [T, B, (S-1)*H] float32: of the other decayed states of this step; None without decay
     clip_norm_ptr,  # [] or None
     clip_value,  # float or None
     product_ptr,  # [B, H] float32: the gradient that passed through W_hh of the next step; None at the last step
@@ -305,14 +330,20 @@ def backward_kernel(
     beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     if dh_cell_ptr is None:
         ptrs, initial_ptrs = (y_ptr, c_ptr), (h0_ptr, c0_ptr)
-        carry_h = carried_dh(dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, tile, next_step, H)
+        decay_ptrs = (decay_h_ptr, decay_c_ptr)
+        carry_h = carried_dh(
+            dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
+            next_step, H,
+        )  # fmt: skip
         dh = carry_h + planes_or_zeros(dy_ptr, tile.row, tile, 1, H)[0]
     else:  # an LSTM, which does not read h: c is loaded in its place
         ptrs, initial_ptrs = (c_ptr, c_ptr), (c0_ptr, c0_ptr)
+        decay_ptrs = (decay_c_ptr, decay_c_ptr)
         carry_h = zero_tile(tile)
         unclamped_ptr = dh_cell_ptr if dh_cell_unclamped_ptr is None else dh_cell_unclamped_ptr
         dh = load_tile(unclamped_ptr, tile.origin, tile, H)
     before = previous_states(ptrs, initial_ptrs, i, tile.row - next_step, flags, tile, S, H)
+    before = decayed(before, decay_ptrs, tile.row, tile, S, H)
     carry = (carry_h,) + planes_or_zeros(dc_in_ptr, tile.origin, tile, S - 1, H)
     dc, dstate = planes_or_zeros(dc_ptr, tile.row, tile, S - 1, H), (dh,)
     for s in tl.static_range(1, S):
@@ -352,7 +383,10 @@ def backward_kernel(
         store_planes(dgh_ptr, tile.row, tile, dgh, G, H)
     if dh_cell_ptr is None:
         store_tile(dh_out_ptr, tile.origin, tile, past_weights[0], H)
-    store_planes(dc_out_ptr, tile.origin, tile, past_weights[1:], S - 1, H)
+    others = past_weights[1:]
+    if decayed_c_grad_ptr is not None:
+        others = through_decay(others, decay_c_ptr, decayed_c_grad_ptr, tile.row, flags, tile, S - 1, H)
+    store_planes(dc_out_ptr, tile.origin, tile, others, S - 1, H)
     if ln_hh_ptr is not None:
         dgh_raw = through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, tile, G, H)
         store_planes(dgh_raw_ptr, tile.row, tile, dgh_raw, G, H)
@@ -364,6 +398,8 @@ def backward_projected_kernel(
     flags_ptr,  # [T, B] uint8 or None
     recurrent_mask_ptr,  # [B, P] or None
     zone_h_ptr,  # [T, B, P] or None
+    decay_h_ptr,  # [T, B, P] or None
+    decayed_h_grad_ptr,  # [T, B, P] float32: the gradient of the decayed h of the next step; None at the last step
     clip_value,  # float or None
     product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the next step; None at the last step
     scales_ptr,  # [T, B] float32 or None: the factors of clipping of the steps that follow
@@ -388,7 +424,10 @@ def backward_projected_kernel(
     batch = B.to(tl.int64)
     next_step = -batch if REVERSE else batch
 
-    carry = carried_dh(dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P)
+    carry = carried_dh(
+        dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
+        next_step, P,
+    )  # fmt: skip
     dh = carry + planes_or_zeros(dy_ptr, tile.row, tile, 1, P)[0]
     if norms_ptr is not None:
         store_norm(norms_ptr + tile.row, dh, flags, tile)
@@ -410,6 +449,8 @@ def backward_projected_kernel(
 def initial_kernel(
     flags_ptr,  # [T, B] uint8 or None
     recurrent_mask_ptr,  # [B, P] or None
+    decay_h_ptr,  # [T, B, P] or None
+    decayed_h_grad_ptr,  # [T, B, P] float32 or None: the gradient of the decayed h of the first step
     product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the first step
     scales_ptr,  # [T, B] float32 or None
     past_weights_ptr,  # [B, P] float32: the rest of dL/dh before it
@@ -425,5 +466,8 @@ def initial_kernel(
     tile = program_tile(B, T if REVERSE else -1, BLOCK_B, BLOCK_P, P)
     batch = B.to(tl.int64)
     next_step = -batch if REVERSE else batch
-    dh0 = carried_dh(past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, tile, next_step, P)
+    dh0 = carried_dh(
+        past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
+        next_step, P,
+    )  # fmt: skip
     store_tile(dh0_ptr, tile.origin, tile, dh0, P)

@@ -163,6 +163,16 @@ def drop_padded(planes, flags, COUNT: tl.constexpr):
 
 
 @triton.jit
+def through_decay(gradients, decay_ptr, decayed_grad_ptr, row, flags, tile, COUNT: tl.constexpr, H: tl.constexpr):
+    """The gradients of the states before they decay, from those after it, which are stored, zero at padding."""
+    store_planes(decayed_grad_ptr, row, tile, drop_padded(gradients, flags, COUNT), COUNT, H)
+    factors, before = load_planes(decay_ptr, row, tile, COUNT, H), ()
+    for s in tl.static_range(COUNT):
+        before = before + (choose(flags, PAD, gradients[s], gradients[s] * factors[s]),)
+    return before
+
+
+@triton.jit
 def carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S: tl.constexpr, H: tl.constexpr):
     """The gradients of the states before a step: the part that passed through W_hh, `product`, and the part past it.
 

@@ -129,6 +129,17 @@ def load_state(ptrs, row, tile, s: tl.constexpr, S: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
+def decayed(states, decay_ptrs, row, tile, S: tl.constexpr, H: tl.constexpr):
+    """The states before a step times their factors; unchanged where there are none."""
+    found = states
+    if decay_ptrs[0] is not None:
+        found = ()
+        for s in tl.static_range(S):
+            found = found + (states[s] * load_state(decay_ptrs, row, tile, s, S, H),)
+    return found
+
+
+@triton.jit
 def load_vectors(ptr, tile, COUNT: tl.constexpr, H: tl.constexpr):
     """A parameter `[COUNT * H]` as COUNT tiles `[1, BLOCK_H]`, float32."""
     vectors = ()

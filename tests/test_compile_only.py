@@ -49,8 +49,10 @@ FLOAT32 += [
     "product",
 ]
 FLOAT32 += ["dh_cell", "dh_cell_unclamped", "norm_h", "scales", "past_weights"]
+FLOAT32 += ["decayed_h_grad", "decayed_c_grad"]
 OTHER_TYPES = {"flags": "u8", "arrived": "i32", "timeout_flag": "i32"}
 ONLY_WITH_C = ["c_in", "c_out", "c", "c0", "dc_in", "dc_out", "dc", "zone_c", "ln_c_weight", "ln_c_bias", "dh_new"]
+ONLY_WITH_C += ["decay_c", "decayed_c_grad"]
 KILOBYTE = 1024
 LIMITS = {80: 163 * KILOBYTE, 90: 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}  # shared memory of one program
 
@@ -257,14 +259,15 @@ def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras
 
 # What each kernel of kernels/gemm_step.py can have at once, with layer norm and with projection.
 GEMM_EXTRAS = {
-    "forward": (*MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
+    "forward": (*MASKS, "decay_h", "decay_next", "decay_c", "ln_hh", "ln_c_weight", "ln_c_bias", "operand"),
     "backward": (
-        *MASKS, "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat", "gh_rstd", "dgh_raw", "dh_new", "clip_norm",
-        "clip_value", "norms", "dc",
+        *MASKS, "decay_h", "decay_c", "decayed_h_grad", "decayed_c_grad", "ln_hh", "ln_c_weight", "ln_c_bias", "gh_hat",
+        "gh_rstd", "dgh_raw", "dh_new", "clip_norm", "clip_value", "norms", "dc",
     ),
-    "forward_projected": (*MASKS[:3], "operand"),
-    "backward_projected": (*MASKS[:3], "clip_value", "scales", "dh_new_unclamped", "norm_h", "norms"),
-    "initial": (*MASKS[:2], "scales"),
+    "forward_projected": (*MASKS[:3], "decay_h", "decay_next", "operand"),
+    "backward_projected": (*MASKS[:3], "decay_h", "decayed_h_grad", "clip_value", "scales", "dh_new_unclamped",
+        "norm_h", "norms"),
+    "initial": (*MASKS[:2], "decay_h", "decayed_h_grad", "scales"),
 }  # fmt: skip
 
 

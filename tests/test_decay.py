@@ -351,10 +351,6 @@ def test_which_backends_take_it():
     request = Request("lstm", "cpu", torch.float32, H, features=frozenset({"decay"}))
     assert BACKENDS["reference"].reason(request) is None
     assert BACKENDS["aten"].reason(request) is not None
-    with pytest.raises(RuntimeError, match="its kernels have no decay"):
-        BACKENDS["triton"].launcher.forward(
-            random_inputs("lstm", ("decay",), sizes=(1, 2, 3)), Walk("lstm", False, "triton"), True
-        )
     assert "decay" in BACKENDS["cuda"].reason(request._replace(device="cuda")) or BACKENDS["cuda"].launcher.MISSING
 
 

@@ -1,9 +1,9 @@
 """Launches the kernels of `kernels/gemm_step.py`: a GEMM of PyTorch's and a kernel per step, with projection two each.
 
-Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Nothing
-is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it. float32 is multiplied
-as PyTorch's setting for matmul says, as on the reference path, and not as cuDNN's setting says: the setting for matmul
-belongs to the whole process, and no launch changes it.
+Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Decay
+has kernels only here. Nothing is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it.
+float32 is multiplied as PyTorch's setting for matmul says, as on the reference path, and not as cuDNN's setting says:
+the setting for matmul belongs to the whole process, and no launch changes it.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,13 @@ class _ForwardSteps(_Steps):
         super().__init__(walk, T, B, tile, (h0, c0), (outputs.h_n, outputs.c_n), buffers)
         self.inputs, self.outputs = inputs, outputs
         self.H, self.P = GH // len(self.spec.gates), h0.shape[1]
-        self.operand = None if mask is None else (h0 * mask).to(h0.dtype)
+        decay, self.decay_next = inputs.decay_h, None
+        self.operand = None
+        if decay is not None:
+            self.decay_next = decay.roll(1 if walk.reverse else -1, 0)
+        if decay is not None or mask is not None:
+            decayed_h0 = h0 if decay is None else h0.float() * decay[-1 if walk.reverse else 0]
+            self.operand = (decayed_h0 if mask is None else decayed_h0 * mask).to(h0.dtype)
         self.gh = self.multiply_w_hh = self.multiply_w_hr = None
         if inputs.w_hh is not None:
             self.gh = scratch(B, GH, like=h0)
@@ -103,13 +109,15 @@ class _ForwardSteps(_Steps):
 
         x, (h, c), (h_after, c_after) = self.inputs, self.after(i - 1), self.after(i)
         of_h = dict(
-            flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, zone_h_ptr=x.zone_h, h_in_ptr=h, h_out_ptr=h_after,
-            operand_ptr=self.operand, y_ptr=self.outputs.y,
+            flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, zone_h_ptr=x.zone_h, decay_h_ptr=x.decay_h,
+            decay_next_ptr=self.decay_next, h_in_ptr=h, h_out_ptr=h_after, operand_ptr=self.operand,
+            y_ptr=self.outputs.y,
         )  # fmt: skip
         cell = self.launch(
             kernels.forward_kernel, **of_h, gx_ptr=x.gx, gh_ptr=self.gh, b_ptr=x.b_hh, ln_hh_ptr=x.ln_hh,
             ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, parameters_ptr=x.parameters,
-            step_inputs_ptr=x.step_inputs, zone_c_ptr=x.zone_c, c_in_ptr=c, c_out_ptr=c_after, out_ptr=self.cell_h,
+            step_inputs_ptr=x.step_inputs, zone_c_ptr=x.zone_c, decay_c_ptr=x.decay_c, c_in_ptr=c,
+            c_out_ptr=c_after, out_ptr=self.cell_h,
             c_ptr=self.outputs.c, saved_ptr=self.outputs.saved, CELL_FORWARD=equations(self.cell)[0],
             **self.sizes(), S=len(self.spec.states), H=self.H, BLOCK_H=next_power_of_two(self.H),
         )  # fmt: skip
@@ -156,6 +164,10 @@ class _BackwardSteps(_Steps):
         initial = (buffers[1][0], gradients.dc0)
         super().__init__(walk, T, B, tile, initial, (incoming.dh_n, incoming.dc_n), buffers)
 
+        self.decayed_h_grad, self.decayed_c_grad = (
+            None if decay is None else torch.empty_like(decay, dtype=torch.float32)
+            for decay in (inputs.decay_h, inputs.decay_c)
+        )
         self.dgh, self.dgh_raw, self.gh_hat, self.gh_rstd = gradients.dgh, None, None, None
         if inputs.ln_hh is not None:
             self.dgh_raw = gradients.dgh
@@ -184,7 +196,8 @@ class _BackwardSteps(_Steps):
         """The layer norm of W_hh h of all steps, without weight, and 1 / std."""
         x = self.inputs
         h_prev = previous_state(self.kept.y, x.h0, x.flags, self.reverse)
-        operand = h_prev if x.recurrent_mask is None else (h_prev * x.recurrent_mask).to(h_prev.dtype)
+        operand = h_prev if x.decay_h is None else h_prev.float() * x.decay_h
+        operand = (operand if x.recurrent_mask is None else operand * x.recurrent_mask).to(h_prev.dtype)
         gh = scratch(*self.gradients.dgx.shape, like=h_prev)
         _product(x.w_hh.t(), gh.flatten(0, 1))(operand.flatten(0, 1))
         return normalize(gh, self.ln_eps)
@@ -196,7 +209,8 @@ class _BackwardSteps(_Steps):
         _, total, cell_backward = equations(self.cell)
         projects = x.w_hr is not None
         of_h = dict(
-            dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, clip_value=self.clip_value,
+            dy_ptr=self.incoming.dy, flags_ptr=x.flags, recurrent_mask_ptr=x.recurrent_mask, decay_h_ptr=x.decay_h,
+            decayed_h_grad_ptr=None if i == self.T - 1 else self.decayed_h_grad, clip_value=self.clip_value,
             product_ptr=None if i == self.T - 1 else self.product, scales_ptr=self.scales, dh_in_ptr=dh,
             dh_out_ptr=dh_before, norm_h_ptr=self.norm_h, norms_ptr=self.gradients.norms, T=self.T,
             S=len(self.spec.states), REVERSE=self.reverse,
@@ -210,7 +224,8 @@ class _BackwardSteps(_Steps):
             c0_ptr=x.c0, ln_hh_ptr=x.ln_hh, gh_hat_ptr=self.gh_hat, gh_rstd_ptr=self.gh_rstd,
             ln_c_weight_ptr=x.ln_c_weight, ln_c_bias_ptr=x.ln_c_bias, parameters_ptr=x.parameters,
             step_inputs_ptr=x.step_inputs, zone_h_ptr=None if projects else x.zone_h, zone_c_ptr=x.zone_c,
-            clip_norm_ptr=x.clip_norm, dc_in_ptr=dc, dc_out_ptr=dc_before, dh_cell_ptr=self.dh_cell,
+            decay_c_ptr=x.decay_c, decayed_c_grad_ptr=self.decayed_c_grad, clip_norm_ptr=x.clip_norm,
+            dc_in_ptr=dc, dc_out_ptr=dc_before, dh_cell_ptr=self.dh_cell,
             dh_cell_unclamped_ptr=self.dh_cell_unclamped, dgx_ptr=self.gradients.dgx, dgh_ptr=self.dgh,
             dcell_ptr=self.gradients.dcell, dgh_raw_ptr=self.dgh_raw, dh_new_ptr=None if projects else self.dh_new,
             CELL_TOTAL=total, CELL_BACKWARD=cell_backward, **self.sizes(), H=self.H, BLOCK_H=next_power_of_two(self.H),
@@ -233,6 +248,7 @@ class _BackwardSteps(_Steps):
 
         self.launch(
             initial_kernel, flags_ptr=self.inputs.flags, recurrent_mask_ptr=self.inputs.recurrent_mask,
+            decay_h_ptr=self.inputs.decay_h, decayed_h_grad_ptr=self.decayed_h_grad,
             product_ptr=self.product, scales_ptr=self.scales, past_weights_ptr=self.after(-1)[0],
             dh0_ptr=self.gradients.dh0, T=self.T, P=self.P, BLOCK_P=next_power_of_two(self.P), REVERSE=self.reverse,
         )()  # fmt: skip
@@ -249,13 +265,21 @@ def backward(
         for i in reversed(range(T)):
             step(i)
         step.finish()
+    if inputs.decay_h is not None:
+        h_prev = previous_state(kept.y, inputs.h0, inputs.flags, walk.reverse)
+        gradients.ddecay_h.copy_(step.decayed_h_grad.mul_(h_prev))
+    c_prev = None
+    if inputs.decay_c is not None or inputs.ln_c_weight is not None:
+        c_prev = previous_state(kept.c, inputs.c0, inputs.flags, walk.reverse)
+    if inputs.decay_c is not None:
+        gradients.ddecay_c.copy_(step.decayed_c_grad.mul_(c_prev))
+        c_prev = c_prev * inputs.decay_c
     if step.scales is not None:
         step.dh_new.mul_(step.scales[..., None])
     if inputs.ln_hh is not None:
         db_hh, dln_hh = layer_norm_gradients(step.dgh_before_norm, step.gh_hat)
         gradients = gradients._replace(db_hh=db_hh, dln_hh=dln_hh)
     if inputs.ln_c_weight is not None:
-        c_prev = previous_state(kept.c, inputs.c0, inputs.flags, walk.reverse)
         ln_c = LayerNorm(inputs.ln_c_weight.float(), inputs.ln_c_bias.float(), walk.ln_eps)
         weight, bias = layer_norm_c_gradients(step.dh_new, kept.saved, c_prev, inputs.w_hr, ln_c)
         gradients = gradients._replace(dln_c_weight=weight, dln_c_bias=bias)

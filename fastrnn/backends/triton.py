@@ -1,7 +1,7 @@
 """The Triton backend: chooses a tile, and with it the way to run the scan.
 
 Modes local, grouped and stepwise run the kernels of `kernels/scan.py` (`sequence.py` launches them). Mode gemm, which
-has layer norm and projection too, runs those of `kernels/gemm_step.py` (launched by `gemm_step.py`).
+has layer norm, projection and decay too, runs those of `kernels/gemm_step.py` (launched by `gemm_step.py`).
 """
 
 import os
@@ -23,7 +23,7 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
-UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "decay", "heads")
+UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "heads")
 """Features of a call that change a step in a way that the kernels do not know."""
 
 
@@ -70,7 +70,8 @@ def _tile_of(inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.GemmTile:
     # Layer norm and projection reduce over all of H in the middle of a step, and only mode gemm can. Clipping by norm
     # does so too; the other modes have the norms from the programs that exchange gradients, if there is a W_hh.
     recurrent = spec_of(walk.cell).recurrent
-    reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight)) or (
+    # Decay has kernels in mode gemm only.
+    reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight, inputs.decay_h)) or (
         not recurrent and inputs.clip_norm is not None
     )
     hidden_size = (inputs.h0 if inputs.w_hr is None else inputs.w_hr).shape[-1]
@@ -94,7 +95,6 @@ def _refuse(inputs: ScanInputs, walk: Walk):
     """What the kernels would ignore or misread, where a raw op is called without `why_not`."""
     mask, h0 = inputs.recurrent_mask, inputs.h0
     present = {
-        "decay": inputs.decay_h is not None,
         "heads": inputs.w_hh is not None and inputs.w_hh.dim() > h0.dim(),
         "layer_norm_sum": walk.ln_of != "separate",
         "layer_norm_carried": walk.ln_c_carried,
