@@ -225,7 +225,7 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
                 tuple(rule.remedy for rule in rules),
                 tuple(rule.quantity for rule in rules),
                 facts,
-            )  # fmt: skip
+            )
         )
     return found
 

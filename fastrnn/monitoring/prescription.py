@@ -137,7 +137,7 @@ def prescribe(report: Report) -> list[Prescription]:
                 tuple(other.name for other, _ in places),
                 REMEDIES[remedy].in_place,
                 facts,
-            )  # fmt: skip
+            )
         )
     return prescriptions
 
