@@ -66,7 +66,7 @@ def _gravity(record: Record) -> tuple[int, float]:
 
 
 class Checkup(list):
-    """The `Trial`s, the one without a change first; prints as a table."""
+    """A list of `Trial`, the one without a change first; prints as a table."""
 
     @property
     def base(self) -> Trial:

@@ -47,7 +47,7 @@ class Prescription:
         advice: the sentence of the report, with its numbers.
         quantity: which number it rests on, a field of `fastrnn.monitoring.advice.Facts`.
         number: its value in the first of the layers.
-        layers: the `Record.name`s of the layers that asked for it.
+        layers: names (`Record.name`) of the layers that asked for it.
         in_place: whether `apply` changes the model itself. Then it returns the same object, with the same parameters,
             so an optimiser goes on as it was. Otherwise it returns a copy with other parameters, which needs an
             optimiser of its own.
@@ -114,7 +114,7 @@ def prescribe(report: Report) -> list[Prescription]:
         report: of `GradientMonitor.report()`.
 
     Returns:
-        A list of `Prescription`s, empty where nothing is wrong or nothing can be done.
+        A list of `Prescription`, empty where nothing is wrong or nothing can be done.
     """
     modules_of = {record.name: record.module for record in report}
     asked: dict[str, list[tuple[Finding, int]]] = {}
