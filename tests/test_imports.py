@@ -31,7 +31,7 @@ BELOW = {
     "tiles": {"cell_table"},
     "tasks": set(),
     "packing": set(),
-    "linear": set(),
+    "linear": {"backends"},
     "heads": set(),
     "equations": {"adjoint", "cell_table", "program"},
     "arguments": {"cell_table", "equations"},

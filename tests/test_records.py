@@ -282,8 +282,19 @@ def test_plain_calls_that_go_to_torch_directly_are_limited_by_the_evidence(recor
     assert most(torch.float32) > 1 << 50 and most(torch.bfloat16, batch=100) > 1 << 50
 
 
+def test_the_record_of_the_same_instructions_goes_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "SHIPPED", tmp_path)
+    request = REQUEST._replace(dtype=torch.float64)
+    here = records.where("cpu", 2)
+    for name, other in (("a", {"architecture": "other"}), ("b", {"threads": 64}), ("c", {"threads": 1024})):
+        entry = ENTRY._replace(key=evidence.key_of(request), ratio=(0.5, 0.5, 0.5) if name == "b" else (2.0, 2.0, 2.0))
+        records.write(tmp_path / f"{name}.json", records.text_of(here._replace(**other), [entry]))
+    found = evidence.Book("cpu", 2).find(evidence.key_of(request), "cpu")
+    assert found.time == 0.5 and found.shipped.threads == 64
+
+
 def test_the_shipped_records_are_whole():
-    files = records.files(records.SHIPPED)
+    files = records.files(Path(records.__file__).with_name("shipped"))
     assert files
     for file in files:
         where, entries = records.read(file)

@@ -110,19 +110,21 @@ def key_of_check(request, kernel: str) -> Key:
 
 
 def _shipped(device: str, here: records.Where) -> tuple[records.Where | None, list[Entry]]:
-    """The shipped record that is nearest to this machine: of a CPU by the threads, of a GPU only the same one's."""
+    """The shipped record that is nearest to this machine: of a GPU only the same one's, of a CPU by its instructions,
+    then by the threads."""
     found = []
     for file in records.files(records.SHIPPED):
         record = records.read(file)
         if record is None or not any(entry.key.device == device for entry in record[1]):
             continue
         if device == "cpu":
-            found.append((abs(math.log2(max(here.threads, 1) / max(record[0].threads, 1))), len(found), *record))
+            threads = abs(math.log2(max(here.threads, 1) / max(record[0].threads, 1)))
+            found.append((record[0].architecture != here.architecture, threads, len(found), *record))
         elif record[0].device == here.device:
-            found.append((0.0, len(found), *record))
+            found.append((False, 0.0, len(found), *record))
     if not found:
         return None, []
-    _, _, machine, entries = min(found)
+    *_, machine, entries = min(found)
     return machine, [entry for entry in entries if entry.key.device == device]
 
 

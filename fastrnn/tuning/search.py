@@ -156,7 +156,8 @@ def _ladder(
 ) -> Ladder | None:
     extras = bool(kind.get("features"))
     rungs = []
-    for steps in evidence.STEPS if extras else [steps for steps in evidence.STEPS if steps >= 8]:
+    # Packed and projected calls of fewer steps are left to torch.nn.
+    for steps in evidence.STEPS if extras or not kind else [steps for steps in evidence.STEPS if steps >= 8]:
         corners = zip(CORNERS_B[batch], CORNERS_H[hidden], strict=True)
         jobs = tuple(
             Job(
@@ -171,7 +172,8 @@ def _ladder(
             rungs.append(Bucket(jobs))
     if not rungs:
         return None
-    return Ladder(tuple(rungs), 0 if extras else min(1, len(rungs) - 1))
+    start = 0 if extras else 1 if kind else evidence.STEPS.index(8)
+    return Ladder(tuple(rungs), min(start, len(rungs) - 1))
 
 
 def standard_set(
