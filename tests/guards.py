@@ -23,11 +23,12 @@ _CUDA = (
 _TRITON = ("kernels", "fastrnn/tiles.py", "fastrnn/lowering.py", "fastrnn/adjoint.py", "tests/scripts.py")
 SOURCES = {
     "test_compile_only": (*_BOTH, *_TRITON),
-    "test_csrc_build": (*_BOTH, *_CUDA),
+    "test_csrc_build": _CUDA,
     "test_csrc_persistent": (*_BOTH, *_CUDA),
-    "test_csrc_races": (*_BOTH, *_CUDA),
+    "test_csrc_races": _CUDA,
     "test_grouped_programs": (*_BOTH, *_TRITON),
     "test_launch": (*_BOTH, *_TRITON),
+    "test_triton_decay": (*_BOTH, *_TRITON),
     "test_triton_programs": (
         *_BOTH,
         *_TRITON,
