@@ -67,7 +67,8 @@ def _tune(options: argparse.Namespace) -> None:
     kept: dict[tuple, Entry] = {}
 
     def collect(entry: Entry, threads: int) -> None:
-        kept[entry.key, entry.candidate] = entry
+        if entry.verdict == "measured":  # what is broken here may be right where the file is read
+            kept[entry.key, entry.candidate] = entry
 
     search = Search(60 * options.minutes, evidence.keep if options.out is None else collect)
     with _bar(len(ladders)) as bar:
