@@ -565,7 +565,9 @@ def _check_decay(decay, sizes, projection: int, x: Tensor, packed, batched: bool
         if found.dim() == 2:
             found = found.unsqueeze(-1)
     T, B, H = sizes
-    if tuple(found.shape) not in ((T, B, 1), sizes) or (projection and found.shape[-1] != 1):
+    # Size by size: for symbolic ones the compiler does not follow the comparison of whole tuples.
+    fits = found.dim() == 3 and found.shape[0] == T and found.shape[1] == B
+    if not (fits and (found.shape[2] == 1 or (found.shape[2] == H and not projection))):
         first = f"[{'B, T' if batch_first and packed is None else 'T, B'}" if batched else "[T"
         forms = f"{first}]" if projection else f"{first}] or {first}, H]"
         why = " (with a projection h and c have different sizes)" if projection else ""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
+from torch.nn import Parameter
 
 from .backends import extension
 
@@ -60,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # `tracing` comes first: comparing a size would specialise a compiled graph on it.
     if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
-    if x.numel() * len(weight) < LEAST_WORK or not (size <= LONGEST_SUM or _is_own(weight)):
+    if x.numel() * len(weight) < LEAST_WORK or not (size <= LONGEST_SUM or _is_own(x, weight)):
         return F.linear(x, weight, bias)
     return Linear.apply(x.reshape(-1, size), weight, bias).reshape(*steps, len(weight))
 
@@ -70,8 +71,10 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
-def _is_own(weight: Tensor) -> bool:
-    return len(weight) % PANEL == 0 and has_own()
+def _is_own(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C++ library's product takes these, which have to be tensors with values."""
+    plain = type(x) in (Tensor, Parameter) and type(weight) in (Tensor, Parameter)
+    return plain and len(weight) % PANEL == 0 and has_own()
 
 
 class Linear(Function):
@@ -80,7 +83,7 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        if _is_own(weight):
+        if _is_own(x, weight):
             return torch.ops.fastrnn_c.linear(x, weight, bias)
         # The op that torch.compile uses for linear layers on a CPU; "none": no function of the result.
         return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "none", [], "")

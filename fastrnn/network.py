@@ -109,12 +109,14 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
 
 
 def _seen_by_others() -> bool:
-    """Whether autocast, forward mode or a mode that sees every operation is on: the general path knows these."""
+    """Whether autocast, forward mode or what sees every operation or every saved tensor is on: the general path knows
+    these, and saves the same tensors when a checkpoint recomputes a call, with a monitor or without one."""
     return (
         torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
 
 
