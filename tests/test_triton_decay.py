@@ -44,3 +44,12 @@ def test_a_call_with_decay_takes_the_mode_that_has_it(device):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     inputs = Problem("lstm", device, extras=("decay",))
     assert launcher._tile_of(inputs.of(ScanInputs), inputs.walk()).mode == "gemm"
+
+
+@pytest.mark.parametrize("mode", ["local", "stepwise"])
+def test_a_mode_without_decay_refuses_it(mode, device):
+    problem = Problem("lstm", device, extras=("decay",))
+    inputs = problem.of(ScanInputs)
+    tile = launcher.choose_tile("lstm", inputs.h0, inputs.h0.shape[-1], inputs.h0.shape[-2], mode)
+    with pytest.raises(RuntimeError, match=f"mode '{mode}' of the Triton scan has no decay"):
+        launcher.forward(inputs, problem.walk(), True, tile)

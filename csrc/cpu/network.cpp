@@ -307,8 +307,8 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
 }  // namespace fastrnn
 
 // x [T, B, I], [B, T, I] with batch_first or [T, I]; h0 and c0 [layers * D, B, H] or none for zeros; weights
-// of each layer and direction in torch.nn's order. kept: uint8, for the backward. An empty tensor stands for
-// none.
+// of each layer and direction in torch.nn's order. `kept` holds what the backward reads, as bytes. An empty
+// tensor stands for none.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def(
       "network_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int layers, "

@@ -81,6 +81,8 @@ def _tile_of(inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.GemmTile:
 def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile | None = None) -> bool:
     """Whether one grid takes both directions."""
     tile = tile or _tile_of(inputs, walk)
+    if inputs.decay_h is not None and tile.mode != "gemm":
+        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     if tile.mode != "grouped":
         return tile.mode != "gemm"
     # The programs of a grouped launch must all run at once.
@@ -110,6 +112,8 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles
     sequence.raise_after_timeout(inputs.gx)
     _refuse(inputs, walk)
     tile = tile or _tile_of(inputs, walk)
+    if inputs.decay_h is not None and tile.mode != "gemm":
+        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
         return run(contiguous(inputs), walk, save, tile)
@@ -131,6 +135,8 @@ def backward(
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or _tile_of(inputs, walk)
+    if inputs.decay_h is not None and tile.mode != "gemm":
+        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     run = gemm_step.backward if tile.mode == "gemm" else sequence.backward
     with _device(kept.y):
         return run(contiguous(incoming), contiguous(kept), contiguous(inputs), walk, norms, tile)
