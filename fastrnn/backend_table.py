@@ -29,6 +29,7 @@ class Request(NamedTuple):
     packed: float | None = None  # of a PackedSequence, the share of T*B that is no padding; None of other input
     gradients: bool = False  # whether a backward may follow
     subclass: bool = False  # whether a tensor's class overrides torch's functions; it knows torch's own, not the scan
+    heads: int = 1  # blocks of W_hh
 
 
 FEATURES = (

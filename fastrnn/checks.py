@@ -372,7 +372,7 @@ def check(
     gradients = torch.is_grad_enabled() and (subclass or any([t.requires_grad for t in tensors]))
     request = Request(
         cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
-        known_T, known_batch, filled, gradients, subclass,
+        known_T, known_batch, filled, gradients, subclass, num_heads,
     )  # fmt: skip
     return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs, decay)
 

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def number(w_hh: Tensor | None, h0: Tensor) -> int:
+    """The number of heads of W_hh, which has one dimension more than a dense one; `h0 [B, P]`, or `[D, B, P]`."""
+    return w_hh.shape[-3] if w_hh is not None and w_hh.dim() > h0.dim() else 1
+
+
 def times_w(h: Tensor, w_hh: Tensor) -> Tensor:
     """W_hh h: `[.., H] -> [.., G*H]`; `w_hh [G*H, P]`, or in heads."""
     if w_hh.dim() == 2:

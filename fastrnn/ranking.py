@@ -90,7 +90,8 @@ _orders: dict[tuple, tuple[str, ...]] = {}
 
 def order(request: Request) -> tuple[str, ...]:
     if torch.compiler.is_compiling():
-        names = _order_of_traced(*request[:5], ",".join(sorted(request.features)), request.gradients, request.subclass)
+        features = ",".join(sorted(request.features))
+        names = _order_of_traced(*request[:5], features, request.gradients, request.subclass, request.heads)
         return tuple(names.split(","))
     key = (request, _state(request.device))
     found = _orders.get(key)
@@ -105,10 +106,12 @@ def order(request: Request) -> tuple[str, ...]:
     return found
 
 
-def _order_of_traced(cell, device, dtype, hidden_size, proj_size, features, gradients, subclass) -> str:
+def _order_of_traced(cell, device, dtype, hidden_size, proj_size, features, gradients, subclass, heads) -> str:
     """`order` of a call that is being compiled, whose T and B are not known. It runs while the call is traced."""
     found = frozenset(features.split(",")) - {""}
-    request = Request(cell, device, dtype, hidden_size, proj_size, found, gradients=gradients, subclass=subclass)
+    request = Request(
+        cell, device, dtype, hidden_size, proj_size, found, gradients=gradients, subclass=subclass, heads=heads
+    )
     if _needs_check(request):
         _first_use(request)
     return ",".join(place.row.name for place in ranked(request) if place.trusted)

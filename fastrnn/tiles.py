@@ -20,8 +20,8 @@ MODES = ("local", "grouped", "stepwise", "gemm")
 class Tile(NamedTuple):
     """The part of the scan that one program takes, and how it runs.
 
-    mode: "local": one program holds all of W_hh and walks all steps. "grouped": the programs of a tile of the batch
-        share W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
+    mode: "local": one program holds all of W_hh, or one head of it, and walks all steps. "grouped": the programs of a
+        tile of the batch share W_hh and walk all steps, with a barrier after each. "stepwise": a launch takes one step.
     block_b, block_h: rows of the batch and hidden units of a tile.
     block_k: units that a product takes at a time; in mode "local", equal to block_h.
     warps, stages: of the compiled program; time loops always have one stage.
@@ -151,10 +151,12 @@ def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared
     return tile if operands * tile.block_k <= shared_memory else None
 
 
-def why_not_mode(cell: str, mode: str | None) -> str | None:
+def why_not_mode(cell: str, mode: str | None, heads: int = 1) -> str | None:
     """Why a mode cannot run a cell, whatever its sizes."""
     if mode in ("grouped", "stepwise") and not spec_of(cell).recurrent:
         return f"mode {mode!r} of the Triton scan is for the product with W_hh, and {spec_of(cell).name} has none"
+    if mode in ("grouped", "stepwise") and heads > 1:
+        return f"mode {mode!r} of the Triton scan has no heads; 'local' takes a head to a program, 'gemm' takes all"
     return None
 
 
@@ -167,11 +169,13 @@ def choose(
     mode: str | None = None,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = PROCESSORS_H100,
+    heads: int = 1,
 ) -> Tile | GemmTile:
-    """The tile for one layer: local where W_hh fits one program, else stepwise, or gemm where that fits neither. `mode`
-    asks for one of them.
+    """The tile for one layer: local where W_hh, or a head of it, fits one program, else stepwise, or gemm where that
+    fits neither, and for heads. `mode` asks for one of them.
 
     precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
+    heads: the number of blocks of W_hh.
     Raises ValueError for an unknown mode, and for a mode or dtype that cannot take this layer.
     """
     spec = spec_of(cell)
@@ -182,22 +186,23 @@ def choose(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton scan has no tile for a {spec.name} of {dtype}; it takes float32 and half types")
     tile = None
-    reason = why_not_mode(cell, mode)
+    reason = why_not_mode(cell, mode, heads)
     if reason:
         raise ValueError(reason)
     if not spec.recurrent:
         return _gemm(hidden_size) if mode == "gemm" else _without_w_hh(hidden_size)
     if mode in (None, "local"):
-        tile = _local(gates, size, hidden_size, tensor_cores, shared_memory)
+        tile = _local(gates, size, hidden_size // heads, tensor_cores, shared_memory)
     if mode == "grouped":
         tile = _grouped(gates, size, hidden_size, batch_size, tensor_cores, shared_memory, processors)
-    if mode == "stepwise" or (mode is None and tile is None):
+    if mode == "stepwise" or (mode is None and tile is None and heads == 1):
         tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
     if mode == "gemm" or (mode is None and tile is None):
         tile = _gemm(hidden_size)
     if tile is None:
+        width = f"{hidden_size} in {heads} heads" if heads > 1 else str(hidden_size)
         raise ValueError(
-            f"mode {mode!r} of the Triton scan cannot take a {spec.name} of {dtype}, hidden size {hidden_size} and "
+            f"mode {mode!r} of the Triton scan cannot take a {spec.name} of {dtype}, hidden size {width} and "
             f"batch size {batch_size}: {shared_memory} bytes of shared memory on {processors} multiprocessors hold no "
             f"such tile (float32 products: {precision})"
         )

@@ -37,21 +37,32 @@ class Tile(NamedTuple):
     rows: tl.tensor
     row_inside: tl.tensor
     cols: tl.tensor  # [BLOCK_H] hidden units
+    col_inside: tl.tensor  # [BLOCK_H] whether the layer, or the head, has that unit
     inside: tl.tensor  # [BLOCK_B, BLOCK_H] whether the tensor has that element
 
 
 @triton.jit
-def hidden_tile(batch_tile, index, BLOCK_H: tl.constexpr, H: tl.constexpr):
-    """The rows of `batch_tile` (a BatchTile or a Tile) by the hidden units of the tile `index`."""
-    cols = index * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = batch_tile.row_inside[:, None] & (cols < H)[None, :]
-    return Tile(batch_tile.row, batch_tile.origin, batch_tile.rows, batch_tile.row_inside, cols, inside)
+def hidden_tile(batch_tile, index, BLOCK_H: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr = 1):
+    """The rows of `batch_tile` (a BatchTile or a Tile) by the hidden units of the tile `index`.
+
+    The tiles of a head follow those of the head before it; no tile has units of two heads.
+    """
+    if HEADS == 1:
+        cols = index * BLOCK_H + tl.arange(0, BLOCK_H)
+        col_inside = cols < H
+    else:
+        UNITS: tl.constexpr = H // HEADS
+        TILES: tl.constexpr = (UNITS + BLOCK_H - 1) // BLOCK_H
+        unit = index % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
+        cols, col_inside = index // TILES * UNITS + unit, unit < UNITS
+    inside = batch_tile.row_inside[:, None] & col_inside[None, :]
+    return Tile(batch_tile.row, batch_tile.origin, batch_tile.rows, batch_tile.row_inside, cols, col_inside, inside)
 
 
 @triton.jit
 def masked(tile, mask):
     """The tile without the elements where `mask` is false."""
-    return Tile(tile.row, tile.origin, tile.rows, tile.row_inside, tile.cols, tile.inside & mask)
+    return Tile(tile.row, tile.origin, tile.rows, tile.row_inside, tile.cols, tile.col_inside, tile.inside & mask)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def load_vectors(ptr, tile, COUNT: tl.constexpr, H: tl.constexpr):
     """A parameter `[COUNT * H]` as COUNT tiles `[1, BLOCK_H]`, float32."""
     vectors = ()
     for k in tl.static_range(COUNT):
-        vector = tl.load(ptr + k * H + tile.cols, mask=tile.cols < H, other=0.0).to(tl.float32)
+        vector = tl.load(ptr + k * H + tile.cols, mask=tile.col_inside, other=0.0).to(tl.float32)
         vectors = vectors + (vector[None, :],)
     return vectors
 
@@ -160,11 +171,11 @@ def load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q: tl.constexpr, N: 
 
 
 @triton.jit
-def partly_inside(tile, H: tl.constexpr):
-    """A tuple of the mask of a tile; an empty one where no tile reaches beyond H."""
-    TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
+def partly_inside(tile, UNITS: tl.constexpr):
+    """A tuple of the mask of a tile; an empty one where no tile reaches beyond the units of the layer or head."""
+    TILES: tl.constexpr = (UNITS + tile.cols.shape[0] - 1) // tile.cols.shape[0]
     inside = ()
-    if TILES * tile.cols.shape[0] != H:
+    if TILES * tile.cols.shape[0] != UNITS:
         inside = (tile.inside,)
     return inside
 

@@ -37,7 +37,7 @@ def load_biases(b_ptr, tile, G: tl.constexpr, H: tl.constexpr):
     if b_ptr is not None:
         biases = ()
         for g in tl.static_range(G):
-            bias = tl.load(b_ptr + g * H + tile.cols, mask=tile.cols < H, other=0.0).to(tl.float32)
+            bias = tl.load(b_ptr + g * H + tile.cols, mask=tile.col_inside, other=0.0).to(tl.float32)
             biases = biases + (gates[g] + bias[None, :],)
         gates = biases
     return gates

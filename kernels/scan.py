@@ -17,6 +17,9 @@ number of the direction is odd, or even under `reverse`. Programs of different d
 A cell without W_hh (`w_ptr` is None) has no product and exchanges nothing. It runs in mode local, but a program takes
 one tile of the hidden units, as many programs as there are.
 
+With HEADS > 1, W_hh is in blocks (`fastrnn/heads.py`), and a program takes one head in mode local. The heads are
+independent of each other; only their norms are added, as those of tiles are.
+
 Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes, Q parameters and N inputs of the
 cell. The states beyond h are planes of one tensor: `[.., (S-1)*H]`. Row indices are 64 bits wide.
 """
@@ -104,7 +107,7 @@ def next_states(cell_states, before, carried, flags, zone_ptrs, tile, dtype, S: 
 @triton.jit(do_not_specialize=["T", "B", "t_begin", "t_end", "reverse"])
 def forward_kernel(
     gx_ptr,  # [D, T, B, G*H]
-    w_ptr,  # [D, G*H, H], or None for a cell without W_hh
+    w_ptr,  # [D, G*H, H], or in heads [D, HEADS, G*UNITS, UNITS]; None for a cell without W_hh
     b_ptr,  # [D, G*H] or None
     parameters_ptr,  # [D, Q*H] or None
     step_inputs_ptr,  # [D, T, B, N*H] or None
@@ -134,6 +137,7 @@ def forward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    HEADS: tl.constexpr,  # more than one only if local
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
@@ -142,8 +146,9 @@ def forward_kernel(
 ):
     LOCAL: tl.constexpr = MODE == "local"
     RECURRENT: tl.constexpr = w_ptr is not None
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    TILES: tl.constexpr = H_TILES if LOCAL and RECURRENT else 1  # of this program
+    UNITS: tl.constexpr = H // HEADS
+    H_TILES: tl.constexpr = HEADS * ((UNITS + BLOCK_H - 1) // BLOCK_H)
+    TILES: tl.constexpr = H_TILES // HEADS if LOCAL and RECURRENT else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -153,8 +158,10 @@ def forward_kernel(
     rows = tl.arange(0, BLOCK_B)
     row_inside = first_row + rows < batch
     start = BatchTile(origin, origin, rows, row_inside)
-    first = tl.program_id(1)  # the program's first tile of the hidden units
-    w_ptr = offset(w_ptr, direction * G * H * H)
+    first = tl.program_id(1) * TILES  # the program's first tile of the hidden units
+    w_ptr = offset(w_ptr, direction * G * H * UNITS)
+    if HEADS > 1:
+        w_ptr = offset(w_ptr, tl.program_id(1) * G * UNITS * UNITS)
     b_ptr = offset(b_ptr, direction * G * H)
     parameters_ptr = offset(parameters_ptr, direction * Q * H)
     arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
@@ -163,10 +170,10 @@ def forward_kernel(
 
     weights = ()
     if MODE != "stepwise" and RECURRENT:
-        weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, False)
+        weights = load_weights(w_ptr, first if HEADS == 1 else 0, G, TILES, UNITS, BLOCK_H, BLOCK_K, False)
     states = ()
     for n in tl.static_range(TILES):
-        initial = hidden_tile(start, first + n, BLOCK_H, H)
+        initial = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
         h = load_tile(h_in_ptr, origin, initial, H).to(dtype)
         states = states + ((h,) + load_planes(c_in_ptr, origin, initial, S - 1, H),)
 
@@ -177,11 +184,11 @@ def forward_kernel(
         operands = ()
         if LOCAL and RECURRENT:
             for n in tl.static_range(TILES):
-                tile = hidden_tile(now, n, BLOCK_H, H)
+                tile = hidden_tile(now, first + n, BLOCK_H, H, HEADS)
                 operands = operands + (recurrent_operand(states[n][0], flags, recurrent_mask_ptr, tile, H),)
         states_after = ()
         for n in tl.static_range(TILES):
-            tile = hidden_tile(now, first + n, BLOCK_H, H)
+            tile = hidden_tile(now, first + n, BLOCK_H, H, HEADS)
             gx = load_planes(gx_ptr, row, tile, G, H)
             bias = load_biases(b_ptr, tile, G, H)
             beside = load_beside(parameters_ptr, step_inputs_ptr, row, tile, Q, N, H)
@@ -203,7 +210,7 @@ def forward_kernel(
             before = ()
             for s in tl.static_range(S):
                 before = before + (choose(flags, RESET, 0.0, states[n][s].to(tl.float32)),)
-            cell_states, saved = CELL_FORWARD(gx, gh, before, beside + partly_inside(tile, H))
+            cell_states, saved = CELL_FORWARD(gx, gh, before, beside + partly_inside(tile, UNITS))
             state = next_states(cell_states, before, states[n], flags, zone_ptrs, tile, dtype, S, H)
             states_after = states_after + (state,)
             if not LOCAL:
@@ -219,7 +226,7 @@ def forward_kernel(
         states = states_after
 
     for n in tl.static_range(TILES):
-        last = hidden_tile(start, first + n, BLOCK_H, H)
+        last = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
         store_tile(h_out_ptr, origin, last, states[n][0], H)
         store_planes(c_out_ptr, origin, last, states[n][1:], S - 1, H)
 
@@ -236,7 +243,7 @@ def backward_kernel(
     c_ptr,  # [D, T, B, (S-1)*H] float32, or None for a cell whose only state is h
     h0_ptr,  # [D, B, H]
     c0_ptr,  # [D, B, (S-1)*H] float32 or None
-    w_ptr,  # [D, G*H, H], or None for a cell without W_hh
+    w_ptr,  # [D, G*H, H], or in heads [D, HEADS, G*UNITS, UNITS]; None for a cell without W_hh
     parameters_ptr,  # [D, Q*H] or None
     step_inputs_ptr,  # [D, T, B, N*H] or None
     flags_ptr,  # [D, T, B] uint8 or None
@@ -272,6 +279,7 @@ def backward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    HEADS: tl.constexpr,  # more than one only if local
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
@@ -281,13 +289,15 @@ def backward_kernel(
 ):
     """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1; unless local, and if t_end < T, only the part
     that did not pass through W_hh. `dh_out`, `dc_out`, which may be the same memory: the same of the states before step
-    t_begin, complete if t_begin is -1 (if local, 0). Clipping by norm needs all of H in one program, or W_hh."""
+    t_begin, complete if t_begin is -1 (if local, 0). Clipping by norm needs all of H in one program, or a W_hh without
+    heads."""
     LOCAL: tl.constexpr = MODE == "local"
     GROUPED: tl.constexpr = MODE == "grouped"
     RECURRENT: tl.constexpr = w_ptr is not None
     BESIDE: tl.constexpr = Q + N
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    TILES: tl.constexpr = H_TILES if LOCAL and RECURRENT else 1  # of this program
+    UNITS: tl.constexpr = H // HEADS
+    H_TILES: tl.constexpr = HEADS * ((UNITS + BLOCK_H - 1) // BLOCK_H)
+    TILES: tl.constexpr = H_TILES // HEADS if LOCAL and RECURRENT else 1  # of this program
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -296,8 +306,10 @@ def backward_kernel(
     rows = tl.arange(0, BLOCK_B)
     row_inside = first_row + rows < batch
     start = BatchTile(origin, origin, rows, row_inside)
-    first = tl.program_id(1)  # the program's first tile of the hidden units
-    w_ptr = offset(w_ptr, direction * G * H * H)
+    first = tl.program_id(1) * TILES  # the program's first tile of the hidden units
+    w_ptr = offset(w_ptr, direction * G * H * UNITS)
+    if HEADS > 1:
+        w_ptr = offset(w_ptr, tl.program_id(1) * G * UNITS * UNITS)
     arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
     parameters_ptr = offset(parameters_ptr, direction * Q * H)
     dstates_in, doutputs, zone_ptrs = (dh_in_ptr, dc_in_ptr), (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
@@ -308,10 +320,11 @@ def backward_kernel(
 
     weights = w_ptr
     if MODE != "stepwise" and RECURRENT:
-        weights = load_weights(w_ptr, first, G, TILES, H, BLOCK_H, BLOCK_K, True)
+        weights = load_weights(w_ptr, first if HEADS == 1 else 0, G, TILES, UNITS, BLOCK_H, BLOCK_K, True)
     carries = ()
     for n in tl.static_range(TILES):
-        carries = carries + (load_states(dstates_in, origin, hidden_tile(start, first + n, BLOCK_H, H), S, H),)
+        final = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
+        carries = carries + (load_states(dstates_in, origin, final, S, H),)
 
     for j in tl.range(0, t_end - t_begin, num_stages=1):
         i = t_end - 1 - j
@@ -323,7 +336,7 @@ def backward_kernel(
         gates_x, gates_h, dcells, pasts = (), (), (), ()
         partial_norms = tl.zeros((BLOCK_B, WIDTH), tl.float32)
         for n in tl.static_range(TILES):
-            tile = hidden_tile(now, first + n, BLOCK_H, H)
+            tile = hidden_tile(now, first + n, BLOCK_H, H, HEADS)
             saved = load_planes(saved_ptr, row, tile, K, H)
             before = previous_states((y_ptr, c_ptr), (h0_ptr, c0_ptr), i, row - next_step, flags, tile, S, H)
             direct = load_states(doutputs, row, tile, S, H)
@@ -333,7 +346,7 @@ def backward_kernel(
                 saved, before = match_layout(saved, carry[0], i, K), match_layout(before, carry[0], i, S)
                 direct = match_layout(direct, carry[0], i, S)
                 beside = match_layout(beside, carry[0], i, BESIDE)
-            beside = beside + partly_inside(tile, H)
+            beside = beside + partly_inside(tile, UNITS)
             if not LOCAL:
                 alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
@@ -365,7 +378,7 @@ def backward_kernel(
             if clip_norm_ptr is not None:
                 scale = clip_scales(partial_norms, clip_norm_ptr)
             for n in tl.static_range(TILES):
-                tile = hidden_tile(now, first + n, BLOCK_H, H)
+                tile = hidden_tile(now, first + n, BLOCK_H, H, HEADS)
                 store_planes(dgx_ptr, row, tile, scaled(gates_x[n], scale, G), G, H)
                 store_planes(dcell_ptr, row, tile, scaled(dcells[n], scale, BESIDE), BESIDE, H)
                 operand = scaled(gates_h[n], scale, G)
@@ -374,7 +387,7 @@ def backward_kernel(
                 operands = operands + (operand,)
             carries = ()
             for n in tl.static_range(TILES):
-                tile = hidden_tile(now, first + n, BLOCK_H, H)
+                tile = hidden_tile(now, first + n, BLOCK_H, H, HEADS)
                 product = None
                 if RECURRENT:
                     product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
@@ -389,6 +402,6 @@ def backward_kernel(
             carries = pasts
 
     for n in tl.static_range(TILES):
-        last = hidden_tile(start, first + n, BLOCK_H, H)
+        last = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
         store_tile(dh_out_ptr, origin, last, carries[n][0], H)
         store_planes(dc_out_ptr, origin, last, carries[n][1:], S - 1, H)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastrnn import tiles
+from fastrnn import cells, tiles
 from fastrnn.arguments import MASKS
 from fastrnn.backends import programs
 from fastrnn.cell_table import spec_of
@@ -65,7 +65,7 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
     """Types and constants of the kernel's arguments, in the form that `ASTSource` takes."""
     spec, (forward, total, backward) = spec_of(case["cell"]), programs.equations(case["cell"])
     tile = tile_of(case)
-    S, H = len(spec.states), case["hidden_size"]
+    S, H, heads = len(spec.states), case["hidden_size"], case.get("heads", 1)
     constants = dict(
         CELL_FORWARD=forward, CELL_TOTAL=total, CELL_BACKWARD=backward, G=len(spec.gates), K=len(spec.saved), S=S,
         Q=len(spec.parameters), N=len(spec.inputs), H=H, LN_EPS=1e-5, BLOCK_B=tile.block_b,
@@ -75,10 +75,10 @@ def signature(kernel, case: dict) -> tuple[dict, dict]:
         constants |= dict(BLOCK_H=width, P=H, BLOCK_P=width)
         present = {*PLAIN_GEMM[case["kernel"]], *case["extras"]}
     else:
-        count = -(-H // tile.block_h)
+        count = heads * -(-(H // heads) // tile.block_h)
         constants |= dict(
-            BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode, WIDTH=1 << (S * count - 1).bit_length(),
-            PRECISION=case["precision"],
+            HEADS=heads, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode,
+            WIDTH=1 << (S * count - 1).bit_length(), PRECISION=case["precision"],
         )  # fmt: skip
         present = {*PLAIN[case["kernel"]], *case["extras"], *BETWEEN_PROGRAMS[tile.mode]}
     present.difference_update(ONLY_WITH_C if S == 1 else (), () if spec.distinct_dgh else ("dgh", "unscaled_h"))
@@ -249,11 +249,14 @@ SIZES = [
 ]
 
 
-def make_case(kernel, target, arch, cell, dtype, hidden_size, batch_size, extras=(), precision="tf32", mode=None):
-    tile = tiles.choose(cell, getattr(torch, dtype), hidden_size, batch_size, precision, mode, LIMITS[arch])
+def make_case(
+    kernel, target, arch, cell, dtype, hidden_size, batch_size, extras=(), precision="tf32", mode=None, heads=1
+):
+    sizes = (hidden_size, batch_size, precision, mode, LIMITS[arch])
+    tile = tiles.choose(cell, getattr(torch, dtype), *sizes, heads=heads)
     return dict(
         kernel=kernel, cell=cell, dtype=dtype, hidden_size=hidden_size, tile=tile, extras=extras, precision=precision,
-        gemm=False, target=(target, arch, 32 if target == "cuda" else 64),
+        heads=heads, gemm=False, target=(target, arch, 32 if target == "cuda" else 64),
     )  # fmt: skip
 
 
@@ -357,6 +360,30 @@ EVERY_EXTRA = {
     "forward": MASKS,
     "backward": (*MASKS, "norms", "clip_norm", "clip_value", "dc", "unscaled_x", "unscaled_h", "partial_norms"),
 }
+
+
+# cell, dtype, units of a head: the most that a program can hold, and a number that fills no tile.
+HEADS = [
+    ("lstm", "bfloat16", 128),
+    ("lstm", "float32", 80),
+    ("gru", "bfloat16", 192),
+    (cells.slstm.text, "bfloat16", 100),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_heads(arch, tmp_path):
+    cases = []
+    for cell, dtype, units in HEADS:
+        # The shared memory of sm_80 holds no GRU of 192 units.
+        units = 128 if arch == 80 and cell == "gru" else units
+        for kernel in NORMS:
+            cases.append(
+                make_case(kernel, "cuda", arch, cell, dtype, 8 * units, 16, NORMS[kernel], mode="local", heads=8)
+            )
+    for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
+        check(case, found, arch)
 
 
 @pytest.mark.slow

@@ -70,7 +70,6 @@ WALK = Walk("lstm", False, "triton")
 
 
 @pytest.mark.parametrize(("lacking", "features", "changes", "walk"), [
-    ("heads", (), {"w_hh": torch.zeros(2, 4 * H // 2, H // 2)}, WALK),
     ("layer_norm_sum", ("layer_norm",), {}, WALK._replace(ln_of="sum")),
     ("layer_norm_carried", ("layer_norm",), {}, WALK._replace(ln_c_carried=True)),
     ("recurrent_dropout_per_gate", (), {"recurrent_mask": torch.ones(B, 4 * H)}, WALK),

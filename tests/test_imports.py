@@ -39,7 +39,7 @@ BELOW = {
     "aten": {"cell_table"},
     "backends": {
         *("arguments", "cell_table", "directions", "equations", "tiles", "reference", "kernels", "_C", "backends"),
-        "program",
+        *("heads", "program"),
     },
     "recomputation": set(),
     "evidence.agreement": set(),

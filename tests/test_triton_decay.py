@@ -43,7 +43,7 @@ def test_a_call_with_decay_takes_the_mode_that_has_it(device):
         found.append([y, *torch.autograd.grad(y.square().sum(), [decay, *module.parameters()])])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     inputs = Problem("lstm", device, extras=("decay",))
-    assert launcher._tile_of(inputs.of(ScanInputs), inputs.walk()).mode == "gemm"
+    assert launcher.tile_of(inputs.of(ScanInputs), inputs.walk()).mode == "gemm"
 
 
 @pytest.mark.parametrize("mode", ["local", "stepwise"])

@@ -1,4 +1,5 @@
 """Launches the kernels of `kernels/gemm_step.py`: a GEMM of PyTorch's and a kernel per step, with projection two each.
+In heads, the GEMM is one of each head, and a copy brings the gates of all heads to their places.
 
 Mode "gemm" of `tiles.py`. Layer norm and projection need it: they reduce over all of H in the middle of a step. Decay
 has kernels only here. Nothing is allocated within the time loop and nothing is waited for, so a CUDA graph can hold it.
@@ -33,13 +34,48 @@ States = tuple[Tensor, Tensor | None]  # h and c, or their gradients
 
 
 def _product(b: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function out = a b of a, with sums and result in float32."""
+    """The function out = a b of a, with sums and result in float32; of matrices, or of as many matrices each."""
+    multiply = torch.mm if b.dim() == 2 else torch.bmm
     if b.dtype == out.dtype:
-        return partial(torch.mm, mat2=b, out=out)
+        return partial(multiply, mat2=b, out=out)
     if b.is_cuda:
-        return partial(torch.mm, mat2=b, out_dtype=out.dtype, out=out)
+        return partial(multiply, mat2=b, out_dtype=out.dtype, out=out)
     b = b.to(out.dtype)
-    return lambda a: torch.mm(a.to(out.dtype), b, out=out)
+    return lambda a: multiply(a.to(out.dtype), b, out=out)
+
+
+def _times_w(w_hh: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function out = W_hh h of h, `[B, P] -> [B, G*H]`; W_hh `[G*H, P]`, or in heads `[N, G*K, K]`."""
+    if w_hh.dim() == 2:
+        return _product(w_hh.t(), out)
+    (N, _, K), B = w_hh.shape, len(out)
+    of_heads = scratch(N, B, w_hh.shape[1], like=out)
+    multiply = _product(w_hh.transpose(1, 2), of_heads)
+    to, results = out.view(B, -1, N, K), of_heads.view(N, B, -1, K).permute(1, 2, 0, 3)
+
+    def times(h: Tensor) -> Tensor:
+        multiply(h.view(B, N, K).transpose(0, 1))
+        to.copy_(results)
+        return out
+
+    return times
+
+
+def _times_w_transposed(w_hh: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function out = W_hh^T dgh of dgh, `[B, G*H] -> [B, P]`."""
+    if w_hh.dim() == 2:
+        return _product(w_hh, out)
+    (N, _, K), B = w_hh.shape, len(out)
+    of_heads = w_hh.new_empty(N, B, w_hh.shape[1])
+    multiply = _product(w_hh, out.view(B, N, K).transpose(0, 1))
+    gates = of_heads.view(N, B, -1, K).permute(1, 2, 0, 3)
+
+    def times(dgh: Tensor) -> Tensor:
+        gates.copy_(dgh.view(B, -1, N, K))
+        multiply(of_heads)
+        return out
+
+    return times
 
 
 class _Steps:
@@ -97,7 +133,7 @@ class _ForwardSteps(_Steps):
         self.gh = self.multiply_w_hh = self.multiply_w_hr = None
         if inputs.w_hh is not None:
             self.gh = scratch(B, GH, like=h0)
-            self.multiply_w_hh = _product(inputs.w_hh.t(), self.gh)
+            self.multiply_w_hh = _times_w(inputs.w_hh, self.gh)
         self.cell_h = self.projected = None
         if inputs.w_hr is not None:
             self.cell_h, self.projected = h0.new_empty(B, self.H), scratch(B, self.P, like=h0)
@@ -188,7 +224,7 @@ class _BackwardSteps(_Steps):
         self.product = self.multiply_w_hh = None
         if inputs.w_hh is not None:
             self.product = scratch(B, self.P, like=like)
-            self.multiply_w_hh = _product(inputs.w_hh, self.product)
+            self.multiply_w_hh = _times_w_transposed(inputs.w_hh, self.product)
         self.multiply_w_hr = _product(inputs.w_hr, self.dh_cell) if projects else None
         self.multiply_w_hr_unclamped = _product(inputs.w_hr, self.dh_cell_unclamped) if twice else None
 
@@ -199,7 +235,7 @@ class _BackwardSteps(_Steps):
         operand = h_prev if x.decay_h is None else h_prev.float() * x.decay_h
         operand = (operand if x.recurrent_mask is None else operand * x.recurrent_mask).to(h_prev.dtype)
         gh = scratch(*self.gradients.dgx.shape, like=h_prev)
-        _product(x.w_hh.t(), gh.flatten(0, 1))(operand.flatten(0, 1))
+        _times_w(x.w_hh, gh.flatten(0, 1))(operand.flatten(0, 1))
         return normalize(gh, self.ln_eps)
 
     def prepare(self, i: int) -> tuple[Launch, Launch]:

@@ -19,6 +19,7 @@ from ..arguments import (
 )
 from ..cell_table import RESET, spec_of
 from ..directions import walks_back
+from ..heads import number
 from .launch import Launch, interpreted, next_power_of_two, scratch
 from .programs import equations
 
@@ -47,10 +48,10 @@ def raise_after_timeout(x: Tensor):
         )
 
 
-def grid_of(tile: tiles.Tile, h0: Tensor, recurrent: bool) -> tuple[int, int, int]:
-    """The programs of a launch: by tiles of the batch, of the hidden units, and by direction."""
+def grid_of(tile: tiles.Tile, h0: Tensor, recurrent: bool, heads: int = 1) -> tuple[int, int, int]:
+    """The programs of a launch: by tiles of the batch, of the hidden units (or by head), and by direction."""
     *D, B, H = h0.shape
-    H_tiles = 1 if tile.mode == "local" and recurrent else -(-H // tile.block_h)
+    H_tiles = heads if tile.mode == "local" and recurrent else -(-H // tile.block_h)
     return -(-B // tile.block_b), H_tiles, *(D or [1])
 
 
@@ -69,12 +70,13 @@ class ScanKernel:
     def __init__(self, kernel, tile: tiles.Tile, walk: Walk, inputs: ScanInputs, **arguments):
         spec, w_hh = spec_of(walk.cell), inputs.w_hh
         self.kernel, (self.batch_size, H) = kernel, inputs.h0.shape[-2:]
-        self.grid = grid_of(tile, inputs.h0, spec.recurrent)
+        heads = number(w_hh, inputs.h0)
+        self.grid = grid_of(tile, inputs.h0, spec.recurrent, heads)
         self.arguments = dict(
             **arguments, w_ptr=w_hh, parameters_ptr=inputs.parameters, step_inputs_ptr=inputs.step_inputs,
             **{f"{name}_ptr": getattr(inputs, name) for name in MASKS}, B=self.batch_size, reverse=int(walk.reverse),
             G=len(spec.gates), K=len(spec.saved), S=len(spec.states), Q=len(spec.parameters), N=len(spec.inputs), H=H,
-            BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode,
+            HEADS=heads, BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_K=tile.block_k, MODE=tile.mode,
             PRECISION=precision(), arrived_ptr=None, timeout_flag_ptr=None,
             # Multiplications and additions are not fused, so that all modes round alike.
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
@@ -141,10 +143,13 @@ def backward(
     from ..kernels.scan import backward_kernel
 
     (*D, T, B, H), spec = kept.y.shape, spec_of(walk.cell)
-    G, S, H_tiles = len(spec.gates), len(spec.states), -(-H // tile.block_h)
+    G, S, heads = len(spec.gates), len(spec.states), number(inputs.w_hh, inputs.h0)
+    H_tiles = heads * -(-(H // heads) // tile.block_h)
     beside = len(spec.parameters) + len(spec.inputs)
-    if not spec.recurrent and inputs.clip_norm is not None and H_tiles > 1:
-        raise ValueError("without W_hh, clipping by norm needs all of H in one program: mode gemm of the Triton scan")
+    if inputs.clip_norm is not None and H_tiles > 1 and (heads > 1 or not spec.recurrent):
+        raise ValueError(
+            "in heads or without W_hh, clipping by norm needs all of H in one program: mode gemm of the Triton scan"
+        )
     _, total, cell_backward = equations(walk.cell)
     gradients = empty_gradients(kept, inputs, walk, norms)
     tile_norms = gradients.norms

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import tiles
 from ..arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, contiguous
 from ..cell_table import spec_of
+from ..heads import number
 from . import gemm_step, sequence
 from .launch import interpreted
 
@@ -23,7 +24,7 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
-UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate", "heads")
+UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate")
 """Features of a call that change a step in a way that the kernels do not know."""
 
 
@@ -41,7 +42,7 @@ def why_not(request) -> str | None:
     unknown = [name for name in UNSUPPORTED if name in request.features]
     if unknown:
         return f"its kernels have no {', '.join(unknown)}"
-    return tiles.why_not_mode(request.cell, _asked_mode())
+    return tiles.why_not_mode(request.cell, _asked_mode(), request.heads)
 
 
 def _processors(x: Tensor) -> int:
@@ -53,7 +54,7 @@ def _asked_mode() -> str | None:
 
 
 def choose_tile(
-    cell: str, like: Tensor, hidden_size: int, batch_size: int, mode: str | None = None
+    cell: str, like: Tensor, hidden_size: int, batch_size: int, mode: str | None = None, heads: int = 1
 ) -> tiles.Tile | tiles.GemmTile:
     """The tile of `tiles.py` for tensors like this one, in this mode, or in the one that the environment's
     FASTRNN_TRITON_MODE asks for."""
@@ -63,24 +64,27 @@ def choose_tile(
     if like.is_cuda:
         properties = torch.cuda.get_device_properties(like.device)
         device = dict(shared_memory=properties.shared_memory_per_block_optin, processors=_processors(like))
-    return tiles.choose(cell, like.dtype, hidden_size, batch_size, sequence.precision(), mode, **device)
+    return tiles.choose(cell, like.dtype, hidden_size, batch_size, sequence.precision(), mode, heads=heads, **device)
 
 
-def _tile_of(inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.GemmTile:
+def tile_of(inputs: ScanInputs, walk: Walk, mode: str | None = None) -> tiles.Tile | tiles.GemmTile:
+    """The tile of a call, in this mode, or in the one that suits it."""
     # Layer norm and projection reduce over all of H in the middle of a step, and only mode gemm can. Clipping by norm
-    # does so too; the other modes have the norms from the programs that exchange gradients, if there is a W_hh.
-    recurrent = spec_of(walk.cell).recurrent
+    # does so too; the other modes have the norms from the programs that exchange gradients: of a W_hh without heads.
+    heads = number(inputs.w_hh, inputs.h0)
+    alone = heads > 1 or not spec_of(walk.cell).recurrent
     # Decay has kernels in mode gemm only.
     reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight, inputs.decay_h)) or (
-        not recurrent and inputs.clip_norm is not None
+        alone and inputs.clip_norm is not None
     )
     hidden_size = (inputs.h0 if inputs.w_hr is None else inputs.w_hr).shape[-1]
-    return choose_tile(walk.cell, inputs.h0, hidden_size, inputs.h0.shape[-2], "gemm" if reduces else None)
+    mode = mode or ("gemm" if reduces else None)
+    return choose_tile(walk.cell, inputs.h0, hidden_size, inputs.h0.shape[-2], mode, heads)
 
 
 def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile | None = None) -> bool:
     """Whether one grid takes both directions."""
-    tile = tile or _tile_of(inputs, walk)
+    tile = tile or tile_of(inputs, walk)
     if inputs.decay_h is not None and tile.mode != "gemm":
         raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     if tile.mode != "grouped":
@@ -97,7 +101,6 @@ def _refuse(inputs: ScanInputs, walk: Walk):
     """What the kernels would ignore or misread, where a raw op is called without `why_not`."""
     mask, h0 = inputs.recurrent_mask, inputs.h0
     present = {
-        "heads": inputs.w_hh is not None and inputs.w_hh.dim() > h0.dim(),
         "layer_norm_sum": walk.ln_of != "separate",
         "layer_norm_carried": walk.ln_c_carried,
         "recurrent_dropout_per_gate": mask is not None and mask.shape[-1] != h0.shape[-1],
@@ -111,7 +114,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
     _refuse(inputs, walk)
-    tile = tile or _tile_of(inputs, walk)
+    tile = tile or tile_of(inputs, walk)
     if inputs.decay_h is not None and tile.mode != "gemm":
         raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
@@ -134,7 +137,7 @@ def backward(
     _refuse(inputs, walk)
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
-    tile = tile or _tile_of(inputs, walk)
+    tile = tile or tile_of(inputs, walk)
     if inputs.decay_h is not None and tile.mode != "gemm":
         raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
     run = gemm_step.backward if tile.mode == "gemm" else sequence.backward

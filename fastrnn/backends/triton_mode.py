@@ -4,10 +4,19 @@ import torch
 
 from .. import tiles
 from ..arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk
+from ..cell_table import spec_of
 from . import sequence, triton
 
 BATCHES = (8, 40, 100)
 """One B of each row of `tiles.STEPWISE`, for a call whose B is not known while it is traced."""
+
+
+def _only_gemm(request) -> str | None:
+    """The features of a call for which a step needs all of H at once, so that it takes mode gemm."""
+    alone = request.heads > 1 or not spec_of(request.cell).recurrent
+    found = [name for name in ("layer_norm", "projection", "decay") if name in request.features]
+    found += ["clip"] if alone and "clip" in request.features else []
+    return ", ".join(found) or None
 
 
 def tiles_of(request, mode: str | None = None) -> dict[str, int]:
@@ -15,7 +24,7 @@ def tiles_of(request, mode: str | None = None) -> dict[str, int]:
 
     Raises ValueError where the mode cannot take the call.
     """
-    if request.features & {"layer_norm", "projection"}:
+    if _only_gemm(request):
         mode = mode or "gemm"
     device = {}
     if request.device == "cuda" and torch.cuda.is_available():
@@ -26,11 +35,13 @@ def tiles_of(request, mode: str | None = None) -> dict[str, int]:
     found = {}
     for batch in (request.batch,) if request.batch else BATCHES:
         tile = tiles.choose(
-            request.cell, request.dtype, int(request.hidden_size), batch, sequence.precision(), mode, **device
-        )
+            request.cell, request.dtype, int(request.hidden_size), batch, sequence.precision(), mode,
+            heads=request.heads, **device,
+        )  # fmt: skip
         numbers = "x".join(str(n) for n in tile if isinstance(n, int))
         precision = f" {sequence.precision()}" if request.dtype == torch.float32 else ""
-        found.setdefault(f"{tile.mode} {numbers}{precision}", batch)
+        heads = f" in {request.heads} heads" if request.heads > 1 else ""
+        found.setdefault(f"{tile.mode} {numbers}{precision}{heads}", batch)
     return found
 
 
@@ -44,8 +55,9 @@ class Mode:
         reason = triton.why_not(request)
         if reason is not None:
             return reason
-        if self.mode != "gemm" and request.features & {"layer_norm", "projection"}:
-            return "layer norm and projection need mode gemm"
+        found = None if self.mode == "gemm" else _only_gemm(request)
+        if found:
+            return f"it has no {found} for this call; mode gemm has"
         if self.mode == "grouped" and torch.version.hip is not None:
             return "its barrier is written in PTX"
         try:
@@ -55,7 +67,7 @@ class Mode:
         return None
 
     def _tile(self, inputs: ScanInputs, walk: Walk) -> tiles.Tile | tiles.GemmTile:
-        return triton.choose_tile(walk.cell, inputs.w_hh, inputs.h0.shape[-2], self.mode)
+        return triton.tile_of(inputs, walk, self.mode)
 
     def takes_directions(self, inputs: ScanInputs, walk: Walk) -> bool:
         return triton.takes_directions(inputs, walk, self._tile(inputs, walk))

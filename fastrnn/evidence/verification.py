@@ -37,6 +37,7 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
     spec, features, generator = spec_of(request.cell), request.features, torch.Generator().manual_seed(2013)
     H, dtype, acc = int(request.hidden_size), request.dtype, accumulate_dtype(request.dtype)
     G, P, others = len(spec.gates) * H, request.proj_size or H, (len(spec.states) - 1) * H
+    w_hh_shape = (G, P) if request.heads == 1 else (request.heads, G // request.heads, H // request.heads)
     norm, zoneout = "layer_norm" in features, "zoneout" in features
     norm_c = norm and "c" in spec.states and spec.program is None
 
@@ -48,7 +49,7 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
 
     inputs = ScanInputs(
         gx=normal(steps, batch, G),
-        w_hh=normal(G, P) / P**0.5 if spec.recurrent else None,
+        w_hh=normal(*w_hh_shape) / w_hh_shape[-1] ** 0.5 if spec.recurrent else None,
         h0=normal(batch, P),
         c0=normal(batch, others, dtype=acc) if others else None,
         b_hh=normal(G) if spec.recurrent and (spec.distinct_dgh or norm) else None,

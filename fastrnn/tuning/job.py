@@ -30,6 +30,7 @@ class Job(NamedTuple):
     input_size: int = 0  # 0: hidden_size
     num_layers: int = 1
     bidirectional: bool = False
+    num_heads: int = 1
 
     def lengths(self) -> Tensor:
         """`[B]`, the longest first."""
@@ -45,6 +46,7 @@ class Job(NamedTuple):
         return Request(
             self.cell, self.device, getattr(torch, self.dtype), self.hidden_size, self.proj_size,
             frozenset(self.features), self.steps, self.batch, packed, self.gradients,
+            heads=self.num_heads,
         )  # fmt: skip
 
     @property
@@ -59,6 +61,8 @@ class Job(NamedTuple):
 def _options(job: Job) -> dict[str, Any]:
     """The options of fastrnn's module that give the job's features."""
     found: dict[str, Any] = {"proj_size": job.proj_size} if job.proj_size else {}
+    if job.num_heads > 1:
+        found["num_heads"] = job.num_heads
     by_feature = {
         "clip": {"clip_state_grad_norm": 1.0},
         "layer_norm": {"layer_norm": True},
@@ -69,8 +73,6 @@ def _options(job: Job) -> dict[str, Any]:
     }
     for feature in job.features:
         found |= by_feature.get(feature, {})
-    if "heads" in job.features:  # of how many, a request does not say
-        found["num_heads"] = next(n for n in range(2, job.hidden_size + 1) if job.hidden_size % n == 0)
     return found
 
 

@@ -213,7 +213,7 @@ def of_call(module: modules._Recurrent, args: tuple, kwargs: dict[str, Any]) -> 
             Job(
                 request.device, request.cell, evidence.dtype_name(request.dtype), request.hidden_size, request.steps,
                 request.batch, mode, torch.get_num_threads(), request.proj_size, tuple(sorted(request.features)),
-                filled, module.input_size, module.num_layers, module.bidirectional,
+                filled, module.input_size, module.num_layers, module.bidirectional, request.heads,
             )
         ]
     ]  # fmt: skip
