@@ -307,7 +307,7 @@ def check(
     weight_ih = params["weight_ih_l0"]
     shape = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
     rows, size = shape if len(shape) == 2 else (shape[0] * shape[1], shape[0] * shape[2])
-    num_heads = shape[0] if len(shape) == 3 else 1
+    num_heads = int(shape[0]) if len(shape) == 3 else 1
     hidden_size = rows // len(spec.gates)
     if not spec.recurrent:
         size = hidden_size

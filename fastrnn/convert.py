@@ -56,7 +56,7 @@ def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     if not kind.startswith("LSTM") or kind == "LSTMCell":
         settings.pop("proj_size", None)
     if kind.endswith("Cell"):
-        settings = {name: v for name, v in settings.items() if name in ("bias", "nonlinearity")}
+        settings = {name: v for name, v in settings.items() if name in ("bias", "nonlinearity", *modules.CELL_SETTINGS)}
     elif settings["num_layers"] == 1:
         settings["dropout"] = 0.0  # set below: the constructors would warn of it
     extras = [n for n in modules.EXTRAS if hasattr(module, n)] if ours and library is not torch_nn else []

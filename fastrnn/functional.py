@@ -163,7 +163,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     Returns:
         The new states, a tuple.
     """
-    plain = cell in aten.KNOWN_CELLS and "ln_hh_l0" not in params
+    plain = cell in aten.KNOWN_CELLS and "ln_hh_l0" not in params and params["weight_hh_l0"].dim() == 2
     # vmap knows the scan and not all of torch's cells; forward mode knows only these.
     needs_scan = not torch.compiler.is_compiling() and transformed() and not in_forward_mode()
     if plain and not needs_scan and dispatch.forced(backend) in (None, "aten"):

@@ -33,7 +33,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import torch_nn
 from .cell_table import CELLS, spec_of
-from .modules import GRU, LSTM, _Cell, _Recurrent, has_computed_weights
+from .modules import GRU, LSTM, GRUCell, LSTMCell, _Cell, _Recurrent, has_computed_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -75,7 +75,8 @@ def _layers(model: nn.Module, function: str, cells: Sequence[str] = (), biases: 
     layers = []
     for name, module, cell in found:
         where = f"{function}: {name or 'the model'} ({type(module).__name__})"
-        kind = "lstm" if isinstance(module, LSTM) else "gru" if isinstance(module, GRU) else cell
+        # With activations of one's own, the cell is a text.
+        kind = "lstm" if isinstance(module, (LSTM, LSTMCell)) else "gru" if isinstance(module, (GRU, GRUCell)) else cell
         if cells and kind not in cells:
             raise ValueError(
                 f"{where} is of cell {spec_of(cell).name!r}; this initialisation is for {', '.join(cells)}"

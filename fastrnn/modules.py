@@ -7,6 +7,7 @@ Parameter names, order, shapes and default initialisation are torch.nn's, so sta
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -62,12 +63,18 @@ def _shown(value) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def _uniform(module: nn.Module, hidden_size: int) -> None:
-    """torch.nn's default, U(-1/sqrt(H), 1/sqrt(H)); layer norms start as the identity."""
-    bound = 1 / math.sqrt(hidden_size) if hidden_size > 0 else 0.0
+def _uniform(module: nn.Module) -> None:
+    """torch.nn's default, U(-1/sqrt(H), 1/sqrt(H)), for W_hh with the units of a head; layer norms start as the
+    identity."""
+
+    def bound(units: int) -> float:
+        return 1 / math.sqrt(units) if units > 0 else 0.0
+
+    usual, of_head = bound(module.hidden_size), bound(module.hidden_size // module.num_heads)
     for name, parameter in module.named_parameters(recurse=False):
         if not name.startswith("ln_"):
-            nn.init.uniform_(parameter, -bound, bound)
+            most = of_head if name.startswith("weight_hh") else usual
+            nn.init.uniform_(parameter, -most, most)
         elif "bias" in name:
             nn.init.zeros_(parameter)
         else:
@@ -184,8 +191,12 @@ class _Recurrent(ForSubclasses, nn.Module):
         return [[getattr(self, name) for name in names] for names in self.all_names]
 
     def reset_parameters(self) -> None:
-        """Draws all weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does."""
-        _uniform(self, self.hidden_size)
+        """Draws all weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
+
+        In heads, W_hh is drawn with the units of a head, H/N in place of H: each block is what torch.nn draws for a
+        network of that size, and W_hh h is as large as without heads.
+        """
+        _uniform(self)
 
     def flatten_parameters(self) -> None:
         """Lays the weights out in the one chunk that cuDNN wants. It matters only to the `aten` backend on a GPU."""
@@ -332,7 +343,8 @@ _ARGUMENTS = """
         backend: a name of the backend table (`fastrnn.dispatch.BACKENDS`); None chooses.
         num_heads: a divisor N of H. With more than one, W_hh is block-diagonal: `weight_hh_l0 [N, G*H/N, H/N]`, the
             rows of each head its gates in order. Head n reads and writes units n*H/N to (n+1)*H/N of h. Without
-            proj_size. A layer norm is still over all gates of all heads.
+            proj_size. A layer norm is still over all gates of all heads. W_hh is drawn from U(-sqrt(N/H), sqrt(N/H)),
+            as torch.nn draws that of a network of H/N units.
 
     Raises:
         ValueError, TypeError: an argument does not fit; of the type that torch.nn raises, where it does.
@@ -369,6 +381,26 @@ def _set_activations(module: nn.Module, **activations) -> None:
         object.__setattr__(module, name, activation)
     if activations != ACTIVATIONS:
         module._cell = cell_of(type(module)._cell, **activations).text
+
+
+def _set_nonlinearity(module: nn.Module, nonlinearity: str | Callable, leak: float | None, learn_leak: bool) -> None:
+    """Before the constructor of an RNN or its cell."""
+    checks.check_leak(leak, learn_leak)
+    object.__setattr__(module, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
+    module.leak, module.learn_leak = leak, learn_leak
+
+
+def _cell_of_rnn(module: nn.Module) -> str:
+    if module.leak is not None:
+        return leaky_cell_of(module.nonlinearity, module.leak, module.learn_leak).text
+    return checks.rnn_cell(module.nonlinearity)
+
+
+def _set_leaks(module: nn.Module) -> None:
+    """Gives the parameters of a learnt leak their first value."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("leak"):
+            nn.init.constant_(parameter, module.leak)
 
 
 class LSTM(RNNBase):
@@ -426,27 +458,19 @@ class RNN(RNNBase):
     )
 
     def __init__(self, *args: Any, leak: float | None = None, learn_leak: bool = False, **kwargs: Any) -> None:
-        checks.check_leak(leak, learn_leak)
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        object.__setattr__(self, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
-        self.leak, self.learn_leak = leak, learn_leak
+        _set_nonlinearity(self, nonlinearity, leak, learn_leak)
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
-    @property
-    def _cell(self) -> str:
-        if self.leak is not None:
-            return leaky_cell_of(self.nonlinearity, self.leak, self.learn_leak).text
-        return checks.rnn_cell(self.nonlinearity)
+    _cell = property(_cell_of_rnn)
 
     def reset_parameters(self) -> None:
-        """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does. A learnt leak starts as given."""
+        """Draws weights and biases as the other networks do. A learnt leak starts as given."""
         super().reset_parameters()
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("leak_"):
-                nn.init.constant_(parameter, self.leak)
+        _set_leaks(self)
 
 
 def _show_arguments() -> None:
@@ -470,6 +494,7 @@ _show_arguments()
 
 _OF_CELLS = {name: EXTRAS[name] for name in ("layer_norm", "layer_norm_eps", "layer_norm_cell")}
 """The extras that the single-step cells take."""
+_LEAKS = "leaks"  # the parameter of a cell's learnt leak; `leak` is its first value
 
 
 class _Cell(nn.Module):
@@ -487,20 +512,23 @@ class _Cell(nn.Module):
         layer_norm_eps: float = LN_EPS,
         layer_norm_cell: str | None = "inside",
         backend: str | None = None,
+        num_heads: int = 1,
     ):
         super().__init__()
         input_size, hidden_size = checks.check_cell_sizes(input_size=input_size, hidden_size=hidden_size)
+        checks.check_heads(num_heads, hidden_size)
         checks.check_layer_norm(self._cell, layer_norm)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
-        self.layer_norm, self.backend = layer_norm, backend
+        self.layer_norm, self.backend, self.num_heads = layer_norm, backend, num_heads
         self.layer_norm_eps = checks.check_eps(layer_norm_eps)
         self.layer_norm_cell = checks.check_layer_norm_cell(self._cell, layer_norm_cell)
         dispatch.forced(backend)
         shapes = layer_shapes(
-            self._cell, input_size, hidden_size, 0, self.bias, layer_norm, layer_norm_cell is not None
+            self._cell, input_size, hidden_size, 0, self.bias, layer_norm, layer_norm_cell is not None, num_heads
         )
-        self.all_names = list(shapes)
-        for name, shape in shapes.items():
+        self._kinds = {_LEAKS if kind == "leak" else kind: kind for kind in shapes}
+        self.all_names = list(self._kinds)
+        for name, shape in zip(self.all_names, shapes.values(), strict=True):
             self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if not self.bias:
             self.register_parameter("bias_ih", None)
@@ -508,8 +536,8 @@ class _Cell(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws all weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does."""
-        _uniform(self, self.hidden_size)
+        """Draws all weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does; in heads as the layer does."""
+        _uniform(self)
 
     def forward(self, input: Tensor, hx=None):
         """One step.
@@ -541,7 +569,7 @@ class _Cell(nn.Module):
     def _call(self, input: Tensor, hx):
         """The arguments of `functional.step`: cell, input `[B, I]`, states `[B, H]`, parameters."""
         stored = self._parameters
-        params = {f"{n}_l0": stored[n] if n in stored else getattr(self, n) for n in self.all_names}
+        params = {f"{kind}_l0": stored[n] if n in stored else getattr(self, n) for n, kind in self._kinds.items()}
         x, states = checks.check_cell_call(
             type(self).__name__, self._cell, self.hidden_size, params["weight_ih_l0"].dtype, input, hx
         )
@@ -549,40 +577,91 @@ class _Cell(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        for name, default in {"bias": True, **_OF_CELLS, "nonlinearity": "tanh", "backend": None}.items():
+        shown = {"bias": True, **_OF_CELLS, **CELL_SETTINGS, "nonlinearity": "tanh", "backend": None}
+        for name, default in shown.items():
             if getattr(self, name, default) != default:
                 parts.append(f"{name}={_shown(getattr(self, name))}")
         return ", ".join(parts)
 
 
 class LSTMCell(_Cell):
-    """One step of `LSTM`, in place of torch.nn.LSTMCell; arguments as there. Returns `(h [B, H], c [B, H])`."""
+    """One step of `LSTM`, in place of torch.nn.LSTMCell. Returns `(h [B, H], c [B, H])`.
+
+    Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `layer_norm_cell`, `activation`, `gate_activation`,
+    `num_heads` and `backend` as of `LSTM`.
+    """
 
     _cell = "lstm"
-
-
-class GRUCell(_Cell):
-    """One step of `GRU`, in place of torch.nn.GRUCell; arguments as there. Returns `h [B, H]`."""
-
-    _cell = "gru"
-
-
-class RNNCell(_Cell):
-    """One step of `RNN`, in place of torch.nn.RNNCell; arguments as there. Returns `h [B, H]`."""
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        nonlinearity: str = "tanh",
         device=None,
         dtype=None,
+        *,
+        activation: str | Callable = "tanh",
+        gate_activation: str | Callable = "sigmoid",
         **extras: Any,
     ) -> None:
-        object.__setattr__(self, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
+        _set_activations(self, activation=activation, gate_activation=gate_activation)
+        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
+        if self._cell != "lstm" and self.layer_norm:
+            raise ValueError("layer_norm is for the LSTMCell with torch.nn's activations")
+
+
+class GRUCell(_Cell):
+    """One step of `GRU`, in place of torch.nn.GRUCell. Returns `h [B, H]`.
+
+    Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `activation`, `gate_activation`, `num_heads` and
+    `backend` as of `GRU`.
+    """
+
+    _cell = "gru"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | Callable = "tanh",
+        gate_activation: str | Callable = "sigmoid",
+        **extras: Any,
+    ) -> None:
+        _set_activations(self, activation=activation, gate_activation=gate_activation)
         super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
 
-    @property
-    def _cell(self) -> str:
-        return checks.rnn_cell(self.nonlinearity)
+
+class RNNCell(_Cell):
+    """One step of `RNN`, in place of torch.nn.RNNCell. Returns `h [B, H]`.
+
+    Arguments as in torch.nn; `nonlinearity` (a name or a pointwise function), `leak`, `learn_leak`, `layer_norm`,
+    `layer_norm_eps`, `num_heads` and `backend` as of `RNN`. A learnt leak is the parameter `leaks [H]`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str | Callable = "tanh",
+        device=None,
+        dtype=None,
+        *,
+        leak: float | None = None,
+        learn_leak: bool = False,
+        **extras: Any,
+    ) -> None:
+        _set_nonlinearity(self, nonlinearity, leak, learn_leak)
+        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
+
+    _cell = property(_cell_of_rnn)
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases as the other cells do. A learnt leak starts as given."""
+        super().reset_parameters()
+        _set_leaks(self)

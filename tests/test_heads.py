@@ -258,3 +258,12 @@ def test_sizes_and_dtypes_of_the_c_scan(name, dtype):
         for a, b in zip(*found, strict=True):
             scale = float(b.abs().max())
             torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("kind", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
+def test_a_block_is_drawn_as_the_w_hh_of_a_network_of_its_size(kind):
+    torch.manual_seed(0)
+    module = kind(I, 64, num_heads=16, num_layers=2, bidirectional=True)
+    for name, p in module.named_parameters():
+        bound = 1 / 2 if name.startswith("weight_hh") else 1 / 8  # of 4 units, of 64
+        assert 0.9 * bound < p.abs().max() <= bound, name
