@@ -97,7 +97,8 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
         return None
     if not training:
         return like.new_full((), probability).expand(shape)
-    return torch.bernoulli(like.new_full((), probability).expand(shape))
+    # Of a tensor that is new, not of `like`: under vmap with one mask for all samples, torch draws from no batched one.
+    return torch.bernoulli(torch.full((), probability, dtype=like.dtype, device=like.device).expand(shape))
 
 
 class Direction(NamedTuple):

@@ -42,6 +42,26 @@ class Tagger(nn.Module):
         return self.out(self.upper(y, lengths=lengths)[0]).clone()
 
 
+class Blocks(nn.Module):
+    """Users' cells, W_hh in heads, learnt parameters of cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower = fastrnn.Recurrent(fastrnn.cells.slstm, I, 6, bidirectional=True, num_heads=3)
+        self.middle = fastrnn.Recurrent(fastrnn.cells.peephole_lstm, 12, 6, layer_norm=True)
+        self.upper = fastrnn.RNN(6, 4, num_heads=2, leak=0.3, learn_leak=True)
+
+    def forward(self, x, lengths):
+        for each in (self.lower, self.middle, self.upper):
+            x, _ = each(x, lengths=lengths)
+        return x
+
+
+def blocks():
+    torch.manual_seed(0)
+    return Blocks().double()
+
+
 def model():
     torch.manual_seed(0)
     return Tagger().double().eval()  # zoneout at its expectation: ranks would draw masks of their own
@@ -70,6 +90,10 @@ def train(network, whole, rank=None):
 
 def ddp(rank):
     return train(nn.parallel.DistributedDataParallel(model()), torch.clone, rank)
+
+
+def ddp_of_blocks(rank):
+    return train(nn.parallel.DistributedDataParallel(blocks()), torch.clone, rank)
 
 
 def fsdp2(rank):
@@ -144,7 +168,7 @@ def silent(rank):
     return GradientMonitor(model()).report(all_ranks=True)
 
 
-SCENARIOS = {f.__name__: f for f in (ddp, monitored, accumulated, silent, fsdp2, sharded)}
+SCENARIOS = {f.__name__: f for f in (ddp, ddp_of_blocks, monitored, accumulated, silent, fsdp2, sharded)}
 
 
 def work(rank, folder):
@@ -211,6 +235,10 @@ def check_training(results, alone):
 
 def test_ddp_trains_as_one_process(ranks, alone):
     check_training(ranks("ddp"), alone)
+
+
+def test_ddp_of_users_cells_and_heads_trains_as_one_process(ranks):
+    check_training(ranks("ddp_of_blocks"), train(blocks(), torch.clone))
 
 
 def test_fsdp2_trains_as_one_process(ranks, alone):

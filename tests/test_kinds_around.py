@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from setups import H, I, mostly_slow, needs_cpu_library
+from setups import H, I, needs_cpu_library
 
 import fastrnn
 
@@ -15,11 +15,16 @@ KINDS = {
     "masks": dict(recurrent_dropout=0.5, recurrent_dropout_per_gate=True),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+NETWORKS = {"LSTM-cpu": ("LSTM", "cpu"), "GRU-cpu": ("GRU", "cpu"), "RNN-reference": ("RNN", "reference")}
+every_network = pytest.mark.parametrize("network", NETWORKS)
 
 
-def setup(kind, dtype=torch.float32):
+def setup(kind, network, dtype=torch.float32):
     torch.manual_seed(0)
-    module = fastrnn.LSTM(I, H, **KINDS[kind], dtype=dtype, backend="cpu")
+    (name, backend), settings = NETWORKS[network], dict(KINDS[kind])
+    if name != "LSTM":
+        settings.pop("layer_norm_cell", None)  # they have no c
+    module = getattr(fastrnn, name)(I, H, **settings, dtype=dtype, backend=backend)
     call = {"decay": torch.rand(T, B, dtype=dtype)} if kind == "decay" else {}
     return module, torch.randn(T, B, I, dtype=dtype), call
 
@@ -30,9 +35,10 @@ def run(module, x, call):
 
 
 @every_kind
+@every_network
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types(kind, dtype):
-    module, x, call = setup(kind, dtype)
+def test_half_types(kind, network, dtype):
+    module, x, call = setup(kind, network, dtype)
     y = run(module, x, call)
     grads = torch.autograd.grad(y.float().square().sum(), module.parameters())
     assert y.dtype == dtype and all(g.dtype == dtype and g.isfinite().all() for g in grads)
@@ -43,8 +49,9 @@ def test_half_types(kind, dtype):
 
 
 @every_kind
-def test_vmap_of_the_gradient(kind):
-    module, x, call = setup(kind)
+@every_network
+def test_vmap_of_the_gradient(kind, network):
+    module, x, call = setup(kind, network)
     if kind == "masks":
         module.eval()
     params = dict(module.named_parameters())
@@ -59,9 +66,14 @@ def test_vmap_of_the_gradient(kind):
         torch.testing.assert_close({n: g[k] for n, g in found.items()}, want)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "masks"))
-def test_compile_and_export(kind):
-    module, x, call = setup(kind)
+EACH = [(kind, "LSTM-cpu") for kind in KINDS] + [("sum", "GRU-cpu"), ("masks", "RNN-reference")]
+
+
+@pytest.mark.parametrize(("kind", "network"), [
+    pytest.param(*each, marks=() if each == ("masks", "LSTM-cpu") else pytest.mark.slow) for each in EACH
+])  # fmt: skip
+def test_compile_and_export(kind, network):
+    module, x, call = setup(kind, network)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     want, found = run(module, x, call), run(compiled, x, call)
     torch.testing.assert_close(found, want)

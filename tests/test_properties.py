@@ -78,7 +78,9 @@ KINDS = st.sampled_from(list(CELLS))
 EVERY_KIND = KINDS | st.sampled_from(list(USERS)) if CPU_TAKES_BOTH or CPU_REASON else KINDS
 
 PROBABILITY = st.sampled_from((0.0, 0.0, 0.3, 1.0))
-SIZE = st.sampled_from((1, 2, 3, 5, 7))
+SIZE = st.sampled_from((1, 2, 3, 5, 6, 7))
+ACTIVATION = st.sampled_from(("tanh", "tanh", "hardsigmoid", "silu"))
+LEAKS = st.sampled_from(({}, {"leak": 0.5}, {"leak": 0.25, "learn_leak": True}))
 BOUND = st.sampled_from((None, 0.01, 0.3))  # loss gradients are of order one: 0.01 clips everywhere, 0.3 here and there
 
 
@@ -111,8 +113,14 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         network["proj_size"] = draw(st.integers(0, H - 1))
     if user and not user.recurrent:
         network |= {"recurrent_dropout": 0.0, "weight_dropout": 0.0}  # of W_hh
+    plain = network["layer_norm"] in (False, True)  # the norms of a sum are of the built-in cells
     if kind.startswith("rnn"):
-        network["nonlinearity"] = kind.removeprefix("rnn_")
+        network |= {"nonlinearity": kind.removeprefix("rnn_"), **(draw(LEAKS) if plain else {})}
+    elif (kind == "gru" and plain) or (lstm and not network["layer_norm"] and not network["proj_size"]):
+        network["activation"] = draw(ACTIVATION)
+    refuses_heads = network.get("proj_size") or network.get("recurrent_dropout_per_gate")
+    if not refuses_heads and (not user or user.recurrent):
+        network["num_heads"] = draw(st.sampled_from([n for n in range(1, H + 1) if H % n == 0]))
     return Problem(
         kind, draw(st.sampled_from(dtypes)), T, B, I, H, network,
         training=draw(flag),
@@ -358,14 +366,15 @@ def test_what_is_not_finite_stays_visible_and_in_its_sample(problem, value, data
 # ------------------------------------------------------------------------------------------------------------- triton
 
 
-TRITON_KINDS = ("lstm", "gru", "rnn_relu", "rnn_elu")
+TRITON_KINDS = ("lstm", "gru", "rnn_relu", "rnn_elu", "janet")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, on 1 / 0 and exp of large numbers
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRITON_KINDS)
 def test_the_triton_backend_equals_the_reference(kind, device, ieee):
-    reason = BACKENDS["triton"].reason(Request(kind, device.type, torch.float32, 1))
+    cell = USERS[kind].text if kind in USERS else kind
+    reason = BACKENDS["triton"].reason(Request(cell, device.type, torch.float32, 1))
     if reason is not None:
         pytest.skip(f"backend triton: {reason}")
 
