@@ -1,4 +1,5 @@
 """Texts of cells written by hand, with their backward derived on paper: each has something that the others lack.
+What a traced cell is to the scan, for the C++ library and for Triton.
 
 Every cell also has its step as a function of tensors, from which autograd derives the same gradients.
 """
@@ -267,10 +268,81 @@ def _without_memory():
     return hand_written("feed", "x", "h", forward, total, backward, saved=1, step=step, recurrent=False)
 
 
+def _independent():
+    """No W_hh, and a parameter: h' = tanh(x + w h)."""
+
+    def forward(x, _u, state, p, _n):
+        return [th(x[0] + p[0] * state[0]), x[0] + p[0] * state[0]]
+
+    def total(_saved, _state, d, _p, _n):
+        return d
+
+    def backward(saved, state, d, p, _n):
+        h = th(saved[0])
+        dpre = d[0] * (1 - h * h)
+        return [dpre, dpre * p[0], dpre * state[0]]
+
+    def step(x, _u, state, p, _n):
+        return (tanh(x[0] + p[0] * state[0]),)
+
+    return hand_written("ind", "g", "h", forward, total, backward, saved=1, step=step, p="w", recurrent=False)
+
+
+def _memory():
+    """No W_hh, two states and an input: m' = z m + x_n, h' = m' e."""
+
+    def forward(x, _u, state, _p, inputs):
+        m = sig(x[0]) * state[1] + x[1]
+        return [m * inputs[0], m, x[0], m]
+
+    def total(_saved, _state, d, _p, inputs):
+        return [d[0], d[1] + d[0] * inputs[0]]
+
+    def backward(saved, state, d, _p, _n):
+        z = sig(saved[0])
+        return [d[1] * state[1] * z * (1 - z), d[1], 0.0, d[1] * z, d[0] * saved[1]]
+
+    def step(x, _u, state, _p, inputs):
+        m = sigmoid(x[0]) * state[1] + x[1]
+        return m * inputs[0], m
+
+    return hand_written(
+        "memory", "z n", "h m", forward, total, backward, saved=2, step=step, inputs="e", recurrent=False
+    )  # fmt: skip
+
+
+def _width():
+    """h' = pre / sqrt(pre² + w²) with pre = x + u: NaN where w and pre are 0, as they are beyond H."""
+
+    def root(pre, w):
+        square = pre * pre + w * w
+        return square, square.program.write("sqrt", square)
+
+    def forward(x, u, _state, p, _n):
+        pre = x[0] + u[0]
+        return [pre.program.write("div", pre, root(pre, p[0])[1]), pre]
+
+    def total(_saved, _state, d, _p, _n):
+        return d
+
+    def backward(saved, _state, d, p, _n):
+        pre, w = saved[0], p[0]
+        square, length = root(pre, w)
+        e = d[0].program.write("div", d[0], length * square)
+        return [e * (w * w), 0.0, 0.0 - e * (pre * w)]
+
+    def step(x, u, _state, p, _n):
+        pre = x[0] + u[0]
+        return (pre / (pre * pre + p[0] * p[0]).sqrt(),)
+
+    return hand_written("width", "g", "h", forward, total, backward, saved=1, step=step, p="w")
+
+
 HAND_WRITTEN = {
     "lstm": _lstm(), "gru": _gru(), "leaky": _leaky(), "three": _three(), "four": _four(), "min_gru": _minimal_gated(),
-    "feed": _without_memory(),
+    "feed": _without_memory(), "ind": _independent(), "memory": _memory(), "width": _width(),
 }  # fmt: skip
+TEXTS = {name: cell.text for name, cell in HAND_WRITTEN.items()}
 
 
 def pointwise(write, inputs=2, name="pointwise"):

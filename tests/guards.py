@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PASSED = Path(__file__).with_name("guards.json")
 
-_EQUATIONS = ("arguments.py", "cell_table.py", "equations.py", "program.py", "reference.py", "backends")
+_EQUATIONS = ("arguments.py", "cell_table.py", "equations.py", "heads.py", "program.py", "reference.py", "backends")
 _BOTH = (*(f"fastrnn/{name}" for name in _EQUATIONS), "tests/problems.py", "tests/setups.py")
 _CUDA = (
     *("csrc/cells", "csrc/common", "csrc/cuda", "csrc/torch/include", "setup.py", "tests/emulator"),
@@ -28,12 +28,19 @@ SOURCES = {
     "test_csrc_races": _CUDA,
     "test_grouped_programs": (*_BOTH, *_TRITON),
     "test_launch": (*_BOTH, *_TRITON),
-    "test_triton_decay": (*_BOTH, *_TRITON),
+    "test_triton_decay": (*_BOTH, *_TRITON, "tests/cell_texts.py"),
+    "test_triton_heads": (
+        *_BOTH,
+        *_TRITON,
+        *(f"fastrnn/{name}" for name in ("backend_table.py", "evidence/verification.py", "modules.py", "stack.py")),
+        *("tests/cell_texts.py", "tests/test_heads.py"),
+    ),
     "test_triton_programs": (
         *_BOTH,
         *_TRITON,
         "fastrnn/tracing.py",
         "fastrnn/building.py",
+        "tests/cell_texts.py",
         "tests/test_compile_only.py",
     ),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_texts import FOUR_STATES, IND, MEMORY
+from cell_texts import TEXTS
 
 import fastrnn
 from fastrnn.arguments import ScanInputs
@@ -23,9 +23,9 @@ def test_it_is_the_reference_s(cell, extras, reverse, device):
     assert sum(x is not None for x in found) > 6
 
 
-@pytest.mark.parametrize("text", [FOUR_STATES, IND, MEMORY], ids=["four", "ind", "memory"])
-def test_users_cells_with_and_without_w_hh(text, device):
-    check_against_reference(Problem(text, device, sizes=(3, 3, 5), extras=("decay", "flags", "norms")), GEMM)
+@pytest.mark.parametrize("name", ["four", "ind", "memory"])
+def test_users_cells_with_and_without_w_hh(name, device):
+    check_against_reference(Problem(TEXTS[name], device, sizes=(3, 3, 5), extras=("decay", "flags", "norms")), GEMM)
 
 
 def test_a_half_type(device):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cell_texts import TEXTS
 from setups import mostly_slow
 from test_heads import dense
-from triton_texts import FOUR_STATES, LEAKY
 
 import fastrnn
 from fastrnn import tiles
@@ -61,7 +61,7 @@ def test_it_is_the_dense_w_hh_with_zeros(cell, mode, device):
 
 
 @pytest.mark.parametrize("mode", ["local", "gemm"])
-@pytest.mark.parametrize("text", [LEAKY, FOUR_STATES], ids=["leaky", "four"])
+@pytest.mark.parametrize("text", [TEXTS["leaky"], TEXTS["four"]], ids=["leaky", "four"])
 def test_users_cells(text, mode, device):
     problem = in_heads(text, device, heads=2, units=3, extras=("flags", "norms", "recurrent_mask"))
     check_against_dense(problem, LOCAL if mode == "local" else GEMM)
@@ -152,7 +152,7 @@ def test_clipping_by_norm_takes_all_heads_at_once(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", LEAKY], ids=["lstm", "gru", "rnn", "leaky"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", TEXTS["leaky"]], ids=["lstm", "gru", "rnn", "leaky"])
 def test_heads_have_a_tile_or_a_reason(cell, dtype):
     for units, mode in ((1, "local"), (64, "local"), (512, "gemm")):
         for precision in ("tf32", "ieee"):

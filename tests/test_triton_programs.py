@@ -9,10 +9,10 @@ import tempfile
 
 import pytest
 import torch
+from cell_texts import TEXTS, Value, hand_written, pointwise
 from setups import mostly_slow
 from test_compile_only import check as check_compiled
 from test_compile_only import compiled, make_case, make_gemm_case, read_compiled
-from triton_texts import FOUR_STATES, GATED, IND, LEAKY, MEMORY, TEXTS, WIDTH, cell, program
 from user_cells import BUILT_IN
 
 import fastrnn
@@ -20,7 +20,7 @@ from fastrnn import tiles
 from fastrnn.backends import triton as launcher
 from fastrnn.cell_table import spec_of
 from fastrnn.dispatch import Request
-from fastrnn.program import CONDITIONS, OPERANDS, parse, run
+from fastrnn.program import CONDITIONS, OPERANDS, run
 from problems import (
     GEMM,
     HALF,
@@ -36,6 +36,9 @@ from problems import (
 
 # numpy, in the interpreter, warns of results that the kernels rely on: 1 / 0 and exp of a large number are infinite.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned", "ieee")]
+FOUR_STATES, GATED, IND, LEAKY, MEMORY, WIDTH = (
+    TEXTS[name] for name in ("four", "gru", "ind", "leaky", "memory", "width")
+)
 SHIPPED = {name: getattr(fastrnn.cells, name) for name in fastrnn.cells.__all__ if name != "leaky"}
 WITHOUT_CLIP_NORM = tuple(extra for extra in Problem.ALL if extra != "clip_norm")
 
@@ -157,25 +160,26 @@ CONSTANTS = (0.3, 1e-50, 1e300, float("-inf"))
 
 def every_instruction() -> str:
     """A cell that saves the result of each instruction, of values and of constants."""
-    lines, results = [f"c{k} = const {x}" for k, x in enumerate(CONSTANTS)], []
-    operands = {"not": "less", "and": "less more", "or": "less more", "where": "less x c0", "pow": "positive u"}
-    lines += ["positive = abs u", "less = lt x u", "more = gt x c0"]
-    for op, count in OPERANDS.items():
-        names = operands.get(op, "positive" if op in ("log", "log1p", "sqrt") else " ".join(("x", "u")[:count]))
-        lines.append(f"v_{op} = {op} {names}")
-        results.append(f"v_{op}")
-        if op in CONDITIONS:
-            lines.append(f"n_{op} = where v_{op} x u")
-            results[-1] = f"n_{op}"
-    lines += ["square = pow x c_two", "cube = pow x c_three", "folded = mul c0 c0", "scaled = mul x c0"]
-    lines = ["c_two = const 2", "c_three = const 3", *lines]
-    results += ["square", "cube", "folded", "scaled", *(f"c{k}" for k in range(len(CONSTANTS)))]
-    K = len(results)
-    rest = " ".join(f"k{k}" for k in range(K))
-    return cell(
-        "every", "g", "h", saved=K, forward=program("x u h", *lines, "out x " + " ".join(results)),
-        total=program(f"{rest} h d", "out d"), backward=program(f"{rest} h d", "zero = const 0", "out zero zero"),
-    )  # fmt: skip
+
+    def forward(x, u, _state, _p, _n):
+        (x,), (u,), write = x, u, x[0].program.write
+        constants = [Value(x.program, x.program.number(value)) for value in CONSTANTS]
+        positive, less, more = write("abs", x), write("lt", x, u), write("gt", x, constants[0])
+        special = {
+            "not": (less,), "and": (less, more), "or": (less, more), "where": (less, x, constants[0]),
+            "pow": (positive, u), **dict.fromkeys(("log", "log1p", "sqrt"), (positive,)),
+        }  # fmt: skip
+        results = []
+        for op, count in OPERANDS.items():
+            found = write(op, *special.get(op, (x, u)[:count]))
+            results.append(write("where", found, x, u) if op in CONDITIONS else found)
+        results += [write("pow", x, 2.0), write("pow", x, 3.0), constants[0] * constants[0], x * constants[0]]
+        return [x, *results, *constants]
+
+    return hand_written(
+        "every", "g", "h", forward, lambda _k, _s, d, _p, _n: d, lambda *_: [0.0, 0.0],
+        saved=len(OPERANDS) + 4 + len(CONSTANTS), step=None,
+    ).text  # fmt: skip
 
 
 def test_every_instruction(device):
@@ -196,16 +200,12 @@ def test_the_ends_of_the_range(op, device):
     x = [0.0, 1e-30, -1e-30, 1e-4, -1e-4, 0.9, -0.9, 1.1, 20, -20, 88, -88, infinity, -infinity, nan, 2, -3]
     u = [1.0, 0, 2, -3, 0.5, nan, infinity]
     x, u = (each.flatten() for each in torch.meshgrid(torch.tensor(x), torch.tensor(u), indexing="ij"))
-    names = "x u" if OPERANDS[op] == 2 else "x"
-    text = cell(
-        "ends", "g", "h", saved=1, forward=program("x u h", f"y = {op} {names}", "out y y"),
-        total=program("y h d", "out d"), backward=program("y h d", "out d d"),
-    )  # fmt: skip
+    text = pointwise(lambda *operands: operands[0].program.write(op, *operands), OPERANDS[op])
     problem = Problem(text, device, sizes=(1, 1, len(x)))
-    problem.gx, problem.b_hh = x.to(device)[None, None], u.to(device)
-    problem.w_hh = torch.zeros_like(problem.w_hh)
+    operands = (x, u)[: OPERANDS[op]]
+    problem.gx = torch.cat(operands).to(device)[None, None]
     y = problem.forward(launcher, tile=GEMM).y.flatten()
-    want = run(parse(text.split("\n")[8].removeprefix("forward ")), [x.double(), u.double(), x.double()])[0]
+    want = run(spec_of(text).program.forward, [*(each.double() for each in operands), x.double()])[0]
     torch.testing.assert_close(y.cpu(), want.float(), rtol=2e-6, atol=1e-37, equal_nan=True)
 
 
