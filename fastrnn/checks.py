@@ -7,6 +7,7 @@ expected. Values on a GPU are never read back just to be checked.
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -209,6 +210,22 @@ def check_options(
     )  # fmt: skip
 
 
+def _options_and_features(*settings) -> tuple[Options, tuple[str, ...]]:
+    options = check_options(*settings)
+    return options, options.features()
+
+
+_cached_options = lru_cache(typed=True)(_options_and_features)
+
+
+def _options_known(*settings) -> tuple[Options, tuple[str, ...]]:
+    """`_options_and_features`, checked once."""
+    try:
+        return _cached_options(*settings)
+    except TypeError:  # a list, which cannot be looked up, or a setting of the wrong type
+        return _options_and_features(*settings)
+
+
 # -------------------------------------------------------------------------------------------------------- exporters
 
 
@@ -296,7 +313,9 @@ def check(
     Raises:
         ValueError, RuntimeError, TypeError: the type that torch.nn raises for the same mistake.
     """
-    options = check_options(
+    # torch.compile would warn of a cache. The value of a bound that is a tensor may have changed since.
+    known = not torch.compiler.is_compiling() and not isinstance(clip_state_grad_norm, Tensor)
+    options, features = (_options_known if known else _options_and_features)(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
         weight_dropout, clip_state_grad_norm, clip_state_grad_value, layer_norm_eps, layer_norm_cell,
         layer_norm, recurrent_dropout_per_gate,
@@ -343,23 +362,23 @@ def check(
     if decay is not None:
         decay = _check_decay(decay, (T, batch, hidden_size), projection, x, packed, batched, batch_first)
     traced, forward_mode = tracing(), in_forward_mode()
-    features = (
-        *options.features(),
-        ("tap", tap is not None),
-        ("lengths", lengths is not None),
-        ("resets", reset_mask is not None),
-        ("decay", decay is not None),
-        ("return_cells", return_cells),
-        ("return_layers", return_layers),
-        ("layer_norm", layer_norm),
-        ("layer_norm_sum", layer_norm and options.layer_norm != "separate"),
-        ("layer_norm_carried", layer_norm and options.layer_norm_cell == "carried"),
-        ("projection", projection > 0),
-        ("heads", num_heads > 1),
-        ("eval_gradient", refused_by_cudnn(x, training)),
-        ("autocast_lstm", refused_by_onednn(cell, x, projection, packed is not None)),
+    found = (
+        *features,
+        tap is not None and "tap",
+        lengths is not None and "lengths",
+        reset_mask is not None and "resets",
+        decay is not None and "decay",
+        return_cells and "return_cells",
+        return_layers and "return_layers",
+        layer_norm and "layer_norm",
+        layer_norm and options.layer_norm != "separate" and "layer_norm_sum",
+        layer_norm and options.layer_norm_cell == "carried" and "layer_norm_carried",
+        projection > 0 and "projection",
+        num_heads > 1 and "heads",
+        refused_by_cudnn(x, training) and "eval_gradient",
+        refused_by_onednn(cell, x, projection, packed is not None) and "autocast_lstm",
         # The scan has no forward mode, and what torch.jit.trace writes of it has no gradient; torch's own kernels do.
-        ("tracing", traced and not forward_mode and not recorded()),
+        traced and not forward_mode and not recorded() and "tracing",
     )
     # A compiled graph must not be tied to its sizes.
     known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
@@ -371,7 +390,7 @@ def check(
     # ExpandedWeight does not say whether it requires grad.
     gradients = torch.is_grad_enabled() and (subclass or any([t.requires_grad for t in tensors]))
     request = Request(
-        cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name, on in features if on]),
+        cell, x.device.type, x.dtype, hidden_size, projection, frozenset([name for name in found if name]),
         known_T, known_batch, filled, gradients, subclass,
     )  # fmt: skip
     return Call(x, states, options, request, lengths, reset_mask, tap, packed, inputs, decay)

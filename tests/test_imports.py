@@ -53,7 +53,7 @@ BELOW = {
     "ranking": {"backend_table", "evidence", "evidence.records", "evidence.verification", "aten", "backends"},
     "network": {"aten", "backends", "cell_table", "functional", "linear", "scan"},
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation"},
-    "ops": {"dispatch", "arguments", "directions"},
+    "ops": {"dispatch", "arguments", "directions", "linear"},
     "vmapping": set(),
     "export": {"ops", "dispatch", "linear", "arguments", "cell_table", "directions", "reference"},
     "scan": {
