@@ -206,9 +206,7 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         stored = self._parameters  # parametrized weights are not in it: they are attributes
-        return {
-            name: stored[name] if name in stored else getattr(self, name) for row in self.all_names for name in row
-        }
+        return {name: stored[name] if name in stored else getattr(self, name) for row in self.all_names for name in row}
 
     def __prepare_scriptable__(self):
         checks.refuse_script(self)  # torch.jit.script asks here for what to compile

@@ -139,7 +139,9 @@ def _fake_backward(*flat):
     return as_tensors(empty_gradients(kept, inputs, walk, norms), kept.saved)
 
 
-scan_forward, call_forward = _op("scan_forward", schema(ScanInputs, Walk, results=ScanOutputs, save=bool), _run_forward, fake_forward)
+scan_forward, call_forward = _op(
+    "scan_forward", schema(ScanInputs, Walk, results=ScanOutputs, save=bool), _run_forward, fake_forward
+)
 scan_backward, call_backward = _op(
     "scan_backward",
     schema(IncomingGradients, Kept, ScanInputs, Walk, results=ScanGradients, norms=bool),
