@@ -42,7 +42,7 @@ BELOW = {
         "program",
     },
     "recomputation": set(),
-    "evidence.agreement": set(),
+    "evidence.agreement": {"cell_table"},
     "evidence.records": set(),
     "evidence.lookup": {"cell_table", "evidence.records"},
     "evidence": {"evidence.lookup"},
