@@ -61,7 +61,8 @@ BELOW = {
         "heads",
     },
     "stack": {"export", "scan", "linear", "arguments", "cell_table", "dispatch", "packing", "equations", "reference"},
-    "checks": {"activations", "packing", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
+    "call_tensors": {"packing", "linear", "cell_table", "equations"},
+    "checks": {"activations", "call_tensors", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
     "functional": {
         *("checks", "stack", "packing", "scan", "export", "dispatch", "aten", "recomputation", "equations", "linear"),
         "activations",

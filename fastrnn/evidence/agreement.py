@@ -54,8 +54,9 @@ def disagreement(
     return None
 
 
-# A ReLU's derivative jumps at zero. A sum that comes out a rounding above zero in one order and below it in another gives
-# gradients that differ by far more than a rounding, and both are right. Such sequences send no gradient in a comparison.
+# A ReLU's derivative jumps at zero. A sum that is a rounding above zero in one order of its terms, and below it in
+# another, gives gradients that differ by far more than a rounding. Both are right. In a comparison the sequences in
+# which this may happen send no gradient.
 
 FINE = 2.0**-20
 """The largest eps with which this is done. In half types the yardstick is as often on the other side."""
