@@ -67,7 +67,7 @@ demo: $(READY)
 
 # pytest-benchmark is switched off: it warns under xdist, and nothing in tests/ is timed.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist loadfile -p no:benchmark $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist worksteal -p no:benchmark $(PYTEST_ARGS)
 
 # Without the tests that are marked slow.
 quick: $(READY)

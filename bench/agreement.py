@@ -1,7 +1,7 @@
 """Whether a contestant computes the right thing, which is decided before it is timed.
 
-The 2x rule of `fastrnn/agreement.py`: a contestant's error in each tensor is at most twice torch.nn's error in the same
-dtype, plus a rounding floor.
+The 2x rule of `fastrnn/evidence/agreement.py`: a contestant's error in each tensor is at most twice torch.nn's error
+in the same dtype, plus a rounding floor.
 """
 
 import math

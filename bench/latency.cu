@@ -83,7 +83,7 @@ __global__ void cluster_delivery(unsigned*, int ctas, int rounds, int* failed) {
 #endif
 }
 
-// The same with the hardware's barrier: a word to the neighbour, and everybody waits for everybody.
+// The same with the hardware's barrier: a word to the neighbour, and every block waits for all others.
 __global__ void cluster_barrier(unsigned*, int ctas, int rounds, int* failed) {
 #if __CUDA_ARCH__ >= 900
   __shared__ unsigned received[2];

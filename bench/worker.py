@@ -6,8 +6,6 @@ The process stays from case to case, and is replaced when that has happened.
 import multiprocessing
 from collections.abc import Callable
 
-import torch
-
 
 class GpuLost(Exception):
     """After a contestant's error the process can no longer use the GPU."""
@@ -19,6 +17,8 @@ class GpuLost(Exception):
 
 def raise_if_lost(contestant: str, reason: str) -> None:
     """After an error of a contestant: raises GpuLost where this process can no longer use the GPU."""
+    import torch  # late: a process that replaces another one is ready sooner
+
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()

@@ -7,8 +7,8 @@ field.
 
 T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes, Q parameters and N inputs of the
 cell (`cell_table.py`). "acc" is float32 for the half types and the input's own dtype otherwise; the other tensors have
-the input's dtype. Planes lie side by side in
-the last dimension, `[.., K*H]`. Index t is the input's own t, in whichever direction the scan walks.
+the input's dtype. Planes lie side by side in the last dimension, `[.., K*H]`. Index t is the input's own t, in
+whichever direction the scan walks.
 """
 
 from typing import NamedTuple, get_type_hints

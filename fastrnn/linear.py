@@ -6,9 +6,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C import _is_tracing
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from .backends import extension
@@ -33,24 +35,24 @@ def has_own() -> bool:
 
 def transformed() -> bool:
     """Under a torch.func transform."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def recorded() -> bool:
     """Under torch.jit.trace, which writes down the operations of one call; values can be looked at, with a warning."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # torch.compile cannot follow the question
+    return not is_compiling() and _is_tracing()  # torch.compile cannot follow the question
 
 
 def tracing() -> bool:
     """Under torch.compile, torch.export, torch.jit.trace or a torch.func transform, which do not see values."""
-    return torch.compiler.is_compiling() or transformed() or torch._C._is_tracing()
+    return is_compiling() or transformed() or _is_tracing()
 
 
 def in_forward_mode() -> bool:
     """Within a dual level of autograd, or under torch.func.jvp and the transforms that use it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling() or not transformed():
+    if is_compiling() or not transformed():
         return False
     return any(level.key() == TransformType.Jvp for level in retrieve_all_functorch_interpreters())
 

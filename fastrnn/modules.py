@@ -52,10 +52,8 @@ CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 
 """What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
 _WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
 _extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BACKEND.values(), 1)
-_FORWARDED = (
-    "batch_first", "num_layers", "bidirectional", "training", "dropout",
-    *(name for name in EXTRAS if name != "backend"),
-)  # fmt: skip
+_FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
+_settings = attrgetter(*_FORWARDED)
 
 
 def _shown(value) -> str:
@@ -215,12 +213,11 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def _arguments(self) -> dict:
         """The module's settings as keyword arguments of the functional form."""
-        return {name: getattr(self, name) for name in _FORWARDED}
+        return dict(zip(_FORWARDED, _settings(self), strict=True))
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         stored = self._parameters  # parametrized weights are not in it: they are attributes
-        names = (name for row in self.all_names for name in row)
-        return {name: stored[name] if name in stored else getattr(self, name) for name in names}
+        return {name: stored[name] if name in stored else getattr(self, name) for row in self.all_names for name in row}
 
     def __prepare_scriptable__(self):
         checks.refuse_script(self)  # torch.jit.script asks here for what to compile
@@ -261,10 +258,12 @@ class _Recurrent(ForSubclasses, nn.Module):
         """
         if type(defaults) is not tuple or defaults:  # torch.fx makes something else of it
             checks.check_defaults(self, defaults)
-        plain = lengths is None and reset_mask is None and tap is None and decay is None
-        plain = plain and not return_cells and not return_layers
         watch = self._watch
-        if plain and (watch is None or watch.is_idle()) and not tracing() and _extras(self) == _NO_EXTRAS:
+        if (
+            lengths is None and reset_mask is None and decay is None and tap is None
+            and not return_cells and not return_layers and (watch is None or watch.is_idle())
+            and not tracing() and _extras(self) == _NO_EXTRAS
+        ):  # fmt: skip
             result = network.directly(self, input, hx, dispatch.chosen_for_plain)
             if result is None and self.backend is None:
                 result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)

@@ -1,4 +1,4 @@
-"""The order in which `auto` takes the backends, by evidence (`evidence.py`).
+"""The order in which `auto` takes the backends, by evidence (`evidence/`).
 
 Measured here, measured elsewhere, verified here: the stronger goes first. Where nothing is known the order of the table
 holds, and a backend that the table does not trust on a device is left out. So on a GPU, before a call would run as a

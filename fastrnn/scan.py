@@ -66,7 +66,7 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
     if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
         outputs = _apply(Scan, *inputs, *walk, tap, keep_c)
     else:
-        outputs = ops.scan_forward(*inputs, *walk, keep_c)
+        outputs = ops.call_forward(*inputs, *walk, keep_c)
     return ScanOutputs(*outputs[:4])
 
 
@@ -112,7 +112,7 @@ class Scan(Function):
     @staticmethod
     def forward(*flat):  # with names, autograd would bind each of them in every call
         *inputs_and_walk, _, _ = flat
-        return ops.scan_forward(*inputs_and_walk, True)
+        return ops.call_forward(*inputs_and_walk, True)
 
     @staticmethod
     def setup_context(ctx, flat, output):
@@ -132,10 +132,10 @@ class Scan(Function):
     @staticmethod
     def backward(ctx, *grads):
         # A compiler gives zeros where no gradient arrives, also for outputs that are not differentiable.
-        found = (g if d else None for g, d in zip(grads, ctx.differentiable, strict=True))
-        incoming, (inputs, kept) = IncomingGradients._make(found), split(ctx.saved_tensors, ScanInputs, Kept)
+        found = [g if d else None for g, d in zip(grads, ctx.differentiable, strict=True)]
+        incoming, (inputs, kept) = IncomingGradients(*found), split(ctx.saved_tensors, ScanInputs, Kept)
         norms = None
-        if any(g is not None for g in incoming):
+        if any([g is not None for g in incoming]):
             # The forward chose its dtypes; a backward called inside an autocast block must not choose again.
             with without_autocast(ctx.device):
                 inputs, norms = _gradients(incoming, kept, inputs, ctx.walk, ctx.tapped, ctx.biased)
@@ -156,9 +156,10 @@ def _gradients(
     # The raw op is enough where it is neither differentiated again, as in a compiled graph, nor mapped by vmap.
     again = (torch.is_grad_enabled() or tracing()) and not torch.compiler.is_compiling()
     # The fused kernels have no input for the gradient of `saved`, which only double backward brings.
-    backend = walk.backend if incoming.dsaved is None else "reference"
-    flat = (*incoming, *kept, *inputs, *walk._replace(backend=backend), tapped)
-    found = ScanGradients._make(_apply(ScanBackward, *flat) if again else ops.scan_backward(*flat))
+    if incoming.dsaved is not None:
+        walk = walk._replace(backend="reference")
+    flat = (*incoming, *kept, *inputs, *walk, tapped)
+    found = ScanGradients._make(_apply(ScanBackward, *flat) if again else ops.call_backward(*flat))
     dgh = found.dgh if spec_of(walk.cell).distinct_dgh or inputs.ln_hh is not None else found.dgx
     dw_hh = db_hh = None
     if inputs.w_hh is not None:
@@ -261,7 +262,7 @@ class ScanBackward(Function):
 
     @staticmethod
     def forward(*flat):
-        return ops.scan_backward(*flat)
+        return ops.call_backward(*flat)
 
     @staticmethod
     def setup_context(ctx, flat, output):

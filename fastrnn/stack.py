@@ -44,17 +44,18 @@ class Options(NamedTuple):
     recurrent_dropout_per_gate: bool = False
 
     # Methods, not properties: the compiler of torch 2.10 cannot read a property of a named tuple.
-    def features(self) -> tuple[tuple[str, bool], ...]:
+    def features(self) -> tuple[str, ...]:
         """Which of `dispatch.FEATURES` are on by these options."""
         between = self.num_layers > 1
-        return (
-            ("clip", self.clip_norm is not None or self.clip_value is not None),
-            ("zoneout", any(self.zoneout)),
-            ("recurrent_dropout", self.recurrent_dropout > 0),
-            ("recurrent_dropout_per_gate", self.recurrent_dropout_per_gate and self.recurrent_dropout > 0),
-            ("locked_dropout", self.locked_dropout and self.dropout > 0 and between),
-            ("residual", self.residual and between),
+        found = (
+            (self.clip_norm is not None or self.clip_value is not None) and "clip",
+            any(self.zoneout) and "zoneout",
+            self.recurrent_dropout > 0 and "recurrent_dropout",
+            self.recurrent_dropout > 0 and self.recurrent_dropout_per_gate and "recurrent_dropout_per_gate",
+            between and self.locked_dropout and self.dropout > 0 and "locked_dropout",
+            between and self.residual and "residual",
         )
+        return tuple([name for name in found if name])
 
 
 def fold_flags(T: int, batch: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> Tensor | None:
@@ -138,9 +139,10 @@ def _direction(
         if options.recurrent_dropout_per_gate:
             like = h0.new_empty(*h0.shape[:-1], len(spec.gates) * h0.shape[-1])
         recurrent_mask = F.dropout(torch.ones_like(like), options.recurrent_dropout)
-    zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
-    zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
-    decay_h = decay_c = None
+    zone_h = zone_c = decay_h = decay_c = None
+    if any(options.zoneout):
+        zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
+        zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
     if decay is not None:
         decay_h = decay.expand(T, *h0.shape)
         if c0 is not None:

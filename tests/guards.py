@@ -14,8 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PASSED = Path(__file__).with_name("guards.json")
 
-_EQUATIONS = ("arguments.py", "cell_table.py", "equations.py", "heads.py", "program.py", "reference.py", "backends")
-_BOTH = (*(f"fastrnn/{name}" for name in _EQUATIONS), "tests/problems.py", "tests/setups.py")
+_SCAN = (
+    *("arguments.py", "backends", "cell_table.py", "directions.py", "equations.py", "heads.py", "program.py"),
+    "reference.py",
+)
+_BOTH = (*(f"fastrnn/{name}" for name in _SCAN), "tests/problems.py", "tests/setups.py")
 _CUDA = (
     *("csrc/cells", "csrc/common", "csrc/cuda", "csrc/torch/include", "setup.py", "tests/emulator"),
     *("tests/emulated.py", "tests/cuda_problems.py"),
@@ -27,6 +30,8 @@ SOURCES = {
     "test_csrc_persistent": (*_BOTH, *_CUDA),
     "test_csrc_races": _CUDA,
     "test_grouped_programs": (*_BOTH, *_TRITON),
+    "test_kernels": (*_BOTH, *_TRITON),
+    "test_kernels_gemm": (*_BOTH, *_TRITON),
     "test_launch": (*_BOTH, *_TRITON),
     "test_triton_decay": (*_BOTH, *_TRITON, "tests/cell_texts.py"),
     "test_triton_heads": (

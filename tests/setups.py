@@ -229,8 +229,3 @@ def random_incoming(inputs: ScanInputs, *, scale=1.0, seed=1) -> IncomingGradien
 def kept_of(outputs: ScanOutputs) -> Kept:
     """What the backward reads; an empty tensor, which a raw op gives, is None here."""
     return Kept(outputs.y, outputs.c if outputs.c is not None and outputs.c.dim() > 1 else None, outputs.saved)
-
-
-def floats_as(named, dtype):
-    """A named tuple whose floating tensors have another dtype."""
-    return named._make(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in named)

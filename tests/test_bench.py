@@ -10,28 +10,37 @@ from pathlib import Path
 import pytest
 from setups import needs_cpu_library
 
+from scripts import Forks
+
 ROOT = Path(__file__).parents[1]
+# In processes of their own, because the tests do not put the repository on sys.path; without Triton's interpreter, in
+# which the Triton contestants would take minutes.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def run(code: str) -> str:
-    """In a process of its own, because the tests do not put the repository on sys.path; without Triton's interpreter,
-    in which the Triton contestants would take minutes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return process.stdout
+@pytest.fixture(scope="module")
+def forks():
+    found = Forks("import torch; from bench import contestants, measure, report, search, shipped", ROOT, ENVIRONMENT)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def run(forks):
+    """`run(code)`: what the program prints."""
+    return forks.run
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_the_latency_kernels_compile(architecture, tmp_path):
+def test_the_latency_kernels_compile(architecture, tmp_path, run):
     code = (
         f"from bench import latency; import json; print(json.dumps(latency.compile_line('x.so', ('{architecture}',))))"
     )
     subprocess.run([*json.loads(run(code))[:-1], str(tmp_path / "x.so")], check=True)
 
 
-def test_measured_latencies_replace_the_estimates(tmp_path):
+def test_measured_latencies_replace_the_estimates(tmp_path, run):
     code = f"""
 import json
 from pathlib import Path
@@ -50,7 +59,7 @@ assert limit.device_model("some CPU") is None
     run(code)
 
 
-def test_a_wavefront_needs_the_matrices_of_both_layers_on_the_chip():
+def test_a_wavefront_needs_the_matrices_of_both_layers_on_the_chip(run):
     code = """
 from bench import limit
 in_turn, wavefront = limit.two_layers(limit.H200, "lstm", 16, 2048, 256)
@@ -60,7 +69,7 @@ assert limit.two_layers(limit.H200, "lstm", 64, 512, 1024)[1] is None
     run(code)
 
 
-def test_the_search_knows_every_mode_and_prints_the_best_of_each():
+def test_the_search_knows_every_mode_and_prints_the_best_of_each(run):
     code = """
 import torch
 from bench import search
@@ -124,7 +133,7 @@ if __name__ == "__main__":
     assert worker.measure(astray.loses, "gru", 60)["case"] == "gru"
     worker.close()
 """
-    run(code)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True)
 
 
 SMALL = """
@@ -149,7 +158,7 @@ def agreeing(case, broken):
 """
 
 
-def test_all_contestants_of_small_cases_agree():
+def test_all_contestants_of_small_cases_agree(run):
     code = """
 for case in cases:
     right, entries = agreeing(case, {})
@@ -162,7 +171,7 @@ for case in cases:
 
 
 @needs_cpu_library
-def test_a_users_cell_agrees_with_the_built_in_one():
+def test_a_users_cell_agrees_with_the_built_in_one(run):
     code = """
 case = Case("lstm", 3, 5, 4, 6, suite="cells", without={"compiled loop": "compiling takes long"})
 right, entries = agreeing(case, {})
@@ -171,7 +180,7 @@ assert right.keys() == {"fastrnn:cpu", "own cell", "loop"}, entries
     run(SMALL + code)
 
 
-def test_a_contestant_that_computes_something_else_is_not_timed():
+def test_a_contestant_that_computes_something_else_is_not_timed(run):
     code = """
 import dataclasses
 from bench import contestants
@@ -189,7 +198,7 @@ assert list(right) == ["torch.nn", "loop"] and entries["wrong"]["failed"].starts
     run(SMALL + code)
 
 
-def test_what_lost_the_gpu_is_left_out():
+def test_what_lost_the_gpu_is_left_out(run):
     code = """
 broken = {name: "gone" for name in ("fastrnn:cpu", "fastrnn:reference")}
 for case in (cases[0], cases[-1]):
@@ -200,7 +209,7 @@ for case in (cases[0], cases[-1]):
     run(SMALL + code)
 
 
-def test_the_figures_of_a_record_follow_from_the_samples():
+def test_the_figures_of_a_record_follow_from_the_samples(run):
     """Medians, order statistics and ratios by hand; a contestant's ratio is over the rounds that both were timed in."""
     code = """
 from fastrnn.tuning.timing import Samples, figure, ratio
@@ -219,7 +228,7 @@ assert entries["fastrnn"]["overhead"]["median"] == 2.0 and entries["plain cpu"] 
     run(SMALL + code)
 
 
-def test_the_cases_of_a_gpu_are_sound_on_any_machine():
+def test_the_cases_of_a_gpu_are_sound_on_any_machine(run):
     """They have names of their own, can be pickled, and have a limit; `warm` skips contestants that cannot run."""
     code = """
 import pickle
@@ -236,7 +245,7 @@ if not torch.cuda.is_available():
     run(SMALL + code)
 
 
-def test_the_tables_of_a_gpu_have_the_limit_and_the_memory():
+def test_the_tables_of_a_gpu_have_the_limit_and_the_memory(run):
     code = """
 from bench import tables
 from bench.cases import Case
@@ -253,7 +262,7 @@ assert rows == [["2", "0.50 (0.50–0.50)", "0.25"], ["2", "0.50"]]
     run(code)
 
 
-def test_records_are_written_as_they_come_and_can_be_read(tmp_path):
+def test_records_are_written_as_they_come_and_can_be_read(tmp_path, run):
     """Also what was not run, and why."""
     code = f"""
 from pathlib import Path
@@ -280,7 +289,7 @@ assert {{"machine", "commit", "date"}} <= data.keys() and len(path.read_text().s
     run(code)
 
 
-def test_the_pages_show_the_committed_results(tmp_path):
+def test_the_pages_show_the_committed_results(tmp_path, run):
     """The text between the markers is what the tool writes there; it leaves the rest of a page alone."""
     code = f"""
 from pathlib import Path
@@ -306,7 +315,7 @@ else:
     run(code)
 
 
-def test_the_shipped_record_is_made_of_the_committed_measurements():
+def test_the_shipped_record_is_made_of_the_committed_measurements(run):
     code = """
 from bench import shipped
 from fastrnn.evidence import records

@@ -42,7 +42,7 @@ BELOW = {
         *("heads", "program"),
     },
     "recomputation": set(),
-    "evidence.agreement": set(),
+    "evidence.agreement": {"cell_table"},
     "evidence.records": set(),
     "evidence.lookup": {"cell_table", "evidence.records"},
     "evidence": {"evidence.lookup"},
@@ -53,7 +53,7 @@ BELOW = {
     "ranking": {"backend_table", "evidence", "evidence.records", "evidence.verification", "aten", "backends"},
     "network": {"aten", "backends", "cell_table", "functional", "linear", "scan"},
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation"},
-    "ops": {"dispatch", "arguments", "directions"},
+    "ops": {"dispatch", "arguments", "directions", "linear"},
     "vmapping": set(),
     "export": {"ops", "dispatch", "linear", "arguments", "cell_table", "directions", "reference"},
     "scan": {
@@ -61,7 +61,8 @@ BELOW = {
         "heads",
     },
     "stack": {"export", "scan", "linear", "arguments", "cell_table", "dispatch", "packing", "equations", "reference"},
-    "checks": {"activations", "packing", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
+    "call_tensors": {"packing", "linear", "cell_table", "equations"},
+    "checks": {"activations", "call_tensors", "stack", "dispatch", "aten", "linear", "cell_table", "equations"},
     "functional": {
         *("checks", "stack", "packing", "scan", "export", "dispatch", "aten", "recomputation", "equations", "linear"),
         "activations",

@@ -1,4 +1,4 @@
-"""GradientMonitor on every kind of call, and what it leaves behind."""
+"""GradientMonitor on every kind of call, and what remains of it."""
 
 import copy
 import gc

@@ -190,7 +190,7 @@ def test_an_lstm_without_w_hh_keeps_the_forget_gate_of_c(bias):
 
 @pytest.mark.parametrize("bias", [-2.0, 0.0, 1.0, 4.0])
 def test_a_gru_without_w_hh_keeps_the_update_gate_of_h(bias):
-    """dL/dh_{t-1} = sigmoid(b_z) dL/dh_t: r and z hear nothing of h, and b_hn alone is behind r."""
+    """dL/dh_{t-1} = sigmoid(b_z) dL/dh_t: r and z do not depend on h, and r multiplies b_hn alone."""
     module = build("gru")
     gate_bias(module, "z", bias)
     total, carried = tapped(module, torch.randn(T, B, I).double(), lambda y, h: y[-1].sum())[:, 0]

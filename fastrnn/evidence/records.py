@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 class Key(NamedTuple):
-    """A bucket of calls. The sizes are bounds of buckets (`evidence.py`), never the sizes of a call."""
+    """A bucket of calls. The sizes are bounds of buckets (`lookup.py`), never the sizes of a call."""
 
     device: str  # type: "cpu", "cuda", ...
     cell: str

@@ -1,5 +1,6 @@
 """A call that `tune` tries: a job names it, `Call` makes it with random inputs, on fastrnn's module or torch.nn's."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +148,20 @@ class Call:
         self.keywords |= inputs
         self.leaves = {"x": self.x, **inputs}
         self.acc = torch.promote_types(dtype, torch.float32)
+
+    def at(self, x: Tensor) -> "Call":
+        """The same call on another x."""
+        other = copy.copy(self)
+        other.x = x.detach().requires_grad_()
+        other.leaves = self.leaves | {"x": other.x}
+        return other
+
+    def leave_out(self, sequences: Tensor) -> None:
+        """From now on these sequences, bool `[B]`, send no gradient."""
+        given = sequences[:, None].expand(self.job.steps, -1, 1)
+        if self.job.filled is not None:
+            given = pack_padded_sequence(given, self.packed_as, enforce_sorted=False).data
+        self.dy = self.dy.masked_fill(given, 0)
 
     def _tap(self) -> Tensor:
         job = self.job

@@ -1,4 +1,4 @@
-"""`tune`: asks this machine which backend is right and fast, and records the answers (`records.py`).
+"""`tune`: asks this machine which backend is right and fast, and records the answers (`evidence/records.py`).
 
 Every candidate runs in a child process (`trial.py`), is compared with the reference there, and is timed beside
 torch.nn, or beside the loop where torch.nn cannot run the call. A child that dies, or shows no life for too long, marks
