@@ -286,13 +286,18 @@ class _Recurrent(ForSubclasses, nn.Module):
             raise ValueError("a bidirectional network has no steps: it needs the whole sequence")
         if x.dim() != 2:
             raise ValueError(f"x should have shape [B, I], got {list(x.shape)}")
-        time = 1 if self.batch_first else 0
-        with torch.no_grad():
-            found = None
+        with_gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a `with` block would take as long as the arithmetic of a small step
+        try:
             if not inputs and not tracing() and _extras(self) == _NO_EXTRAS:
-                found = network.directly(self, x.unsqueeze(time), state, dispatch.chosen_for_step)
-            y, state = self(x.unsqueeze(time), state, **inputs) if found is None else found
+                found = network.step(self, x, state, dispatch.chosen_for_step)
+                if found is not None:
+                    return found
+            time = 1 if self.batch_first else 0
+            y, state = self(x.unsqueeze(time), state, **inputs)
             return y.squeeze(time), state
+        finally:
+            torch._C._set_grad_enabled(with_gradients)
 
     # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.
     forward.__signature__ = inspect.Signature([
