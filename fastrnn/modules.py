@@ -56,6 +56,9 @@ _FORWARDED = (
     *(name for name in EXTRAS if name != "backend"),
 )  # fmt: skip
 
+_OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
+"""Arguments of `forward` that `step` refuses."""
+
 
 def _shown(value) -> str:
     """A setting as it is shown: a function by its name."""
@@ -270,22 +273,32 @@ class _Recurrent(ForSubclasses, nn.Module):
     def step(self, x: Tensor, state=None, **inputs: Tensor):
         """One step of all layers, without gradients: for a stream whose next input is not known yet.
 
+        A plain LSTM, GRU or RNN on a CPU runs as one operation, which reads the parameters where they are: a change of
+        them, by whatever means, counts from the next step on. It needs no memory beyond its results, and other Python
+        threads run meanwhile.
+
         Args:
             x: `[B, I]`.
             state: as `hx` of the module's call, or as the last step returned it; None for zeros.
             inputs: those of the cell of a `Recurrent`, `[B, H]` each.
 
         Returns:
-            `(y [B, P], state)`.
+            `(y [B, P], state)`, new tensors: `state` was not changed, and nothing else uses their memory.
 
         Raises:
             ValueError: the network is bidirectional, or x has other dimensions.
+            TypeError: an argument that describes a sequence, such as lengths.
             RuntimeError: of the module's call.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional network has no steps: it needs the whole sequence")
         if x.dim() != 2:
             raise ValueError(f"x should have shape [B, I], got {list(x.shape)}")
+        for name in inputs:
+            if name in _OF_SEQUENCES:
+                raise TypeError(
+                    f"step takes no {name}: it is one step of every sequence, from the state that it is given"
+                )
         with_gradients = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a `with` block would take as long as the arithmetic of a small step
         try:
