@@ -120,8 +120,10 @@ def loop(style: str) -> Callable[[Problem], Model]:
 
 
 def fused(problem: Problem, backend: str | None, plain: bool = False) -> Model:
-    """fastrnn, on the backend that it chooses or on a given one; `plain`: without the arguments of the call."""
+    """fastrnn, on the backend that it chooses or on a given one. `plain`: without clipping and the call's arguments."""
     case, module = problem.case, copy.copy(problem.module)
+    if plain:
+        module.clip_state_grad_norm = module.clip_state_grad_value = None
     keywords = dict if plain else problem.keywords
     probe = torch.empty(case.T, case.B, case.I, device=DEVICE, dtype=problem.dtype, requires_grad=case.mode == "train")
     with torch.set_grad_enabled(case.mode == "train"):

@@ -7,6 +7,7 @@ import torch
 
 from .cases import CLIP, DEVICE, dtype_name
 
+ON_CPU = DEVICE == "cpu"
 P = 0.5  # of every random mask: its inverse is exact in every dtype
 
 
@@ -36,8 +37,8 @@ FEATURES = (
     Feature("recurrent dropout", module={"recurrent_dropout": P}),
     Feature("weight dropout", module={"weight_dropout": P}),
     # A hook cannot compute the LSTM's joint norm over h and c; the GRU has one state.
-    Feature("clipping by norm", "gru", module={"clip_state_grad_norm": CLIP}),  # times sqrt(H), as in cases.py
-    Feature("clipping by value", module={"clip_state_grad_value": 0.05}),
+    Feature("clipping by norm", "gru", module={"clip_state_grad_norm": CLIP}, overhead=ON_CPU),  # times sqrt(H)
+    Feature("clipping by value", module={"clip_state_grad_value": 0.05}, overhead=ON_CPU),
     Feature("return_cells", call=frozenset({"return_cells"})),
     Feature("leaky ReLU", "rnn_leaky_relu", cells=False),
     Feature("ELU", "rnn_elu", cells=False),

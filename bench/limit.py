@@ -9,16 +9,22 @@ agree. The floor is the best over all n and tiles. Where W_hh does not fit, ever
 kernel edge. Everything else (pointwise work, memory traffic of gx and of the saved planes) counts as free: this is a
 floor, not a forecast.
 
+On a CPU the floor is that of the products alone, at the best rate that a product of PyTorch reaches in the same run.
+
 `python -m bench.limit` prints the model's times of two layers, one after the other and as a wavefront.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from . import latency
-from .cases import GPU_SIZES
+from . import latency, machine
+from .cases import DEVICE, GPU_SIZES
 
 RESULTS = Path(__file__).with_name("results")
 GEMM_EFFICIENCY = 0.65  # estimate: the share of the data sheet's peak that a library GEMM reaches at the sizes here
@@ -136,6 +142,44 @@ def floor(device: Device | None, case) -> dict | None:
         "agreement": means,
         "source": device.source,
     }
+
+
+@cache
+def cpu_rate(dtype: torch.dtype) -> float:
+    """Multiplications and additions per second of the fastest of some products: MKL's, and oneDNN's where it is."""
+    size = 1024
+    x, weight = (torch.randn(size, size).to(dtype) for _ in range(2))
+    products = [lambda: F.linear(x, weight)]
+    if torch.backends.mkldnn.is_available():
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+    least = math.inf
+    for _ in range(15):
+        for product in products:
+            begin = time.perf_counter()
+            product()
+            least = min(least, time.perf_counter() - begin)
+    return 2 * size**3 / least
+
+
+def cpu_floor(case, rate: float) -> dict:
+    """The time of a case's products at this rate, in seconds; a backward has twice as many as the forward."""
+    directions = 2 if case.bidirectional else 1
+    widths = [case.I, *(directions * case.H for _ in range(case.num_layers - 1))]
+    forward = sum(2 * case.B * case.T * _gates(case.cell) * case.H * (width + case.H) * directions for width in widths)
+    work = forward * (3 if case.mode == "train" else 1)
+    return {
+        "seconds": work / rate,
+        "operations": work,
+        "rate": rate,
+        "source": "PyTorch's fastest product, 1024 x 1024",
+    }
+
+
+def floor_here(case) -> dict | None:
+    """The floor of a case on the device at hand."""
+    if DEVICE == "cpu":
+        return cpu_floor(case, cpu_rate(case.dtype))
+    return floor(device_model(machine.device_name(DEVICE)), case)
 
 
 def main():

@@ -15,7 +15,7 @@ from fastrnn.tuning import timing
 from . import agreement, contestants, machine
 from .cases import DEVICE
 from .contestants import CannotRun, Contestant
-from .limit import device_model, floor
+from .limit import floor_here
 from .problem import NAMES, SEED, Inputs, Model, Problem, call, results
 from .suites import SUITES, Suite
 from .worker import raise_if_lost
@@ -55,7 +55,7 @@ def measure(case, broken: Mapping[str, str]) -> dict:
     _compare(suite, samples, entries)
     if suite.figure == "ratio":
         record["torch.nn runs"] = machine.torch_algorithm(case, DEVICE)
-        record["limit"] = floor(device_model(machine.device_name(DEVICE)), case)
+        record["limit"] = floor_here(case)
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -118,7 +118,7 @@ class Problem:
 
 def call(problem: Problem, model: Model, inputs: Inputs, differentiated=TIMED):
     """Forward, and in training the gradients of x and of all parameters, and the norms, from those of some outputs."""
-    with environment(model.environment):
+    with environment(model.environment) if model.environment else nullcontext():
         if problem.case.mode == "infer":
             with torch.no_grad():
                 return model.run(inputs.x).outputs, ()

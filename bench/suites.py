@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cases, contestants, feature_cases, heads, own_cells, rivals
+from . import cases, contestants, feature_cases, heads, memory, own_cells, packed, rivals, short, streams
 from .contestants import LOOPS, Contestant
 from .problem import Model, Problem
 
@@ -40,7 +40,7 @@ class Suite:
 
 _gpu = cases.DEVICE == "cuda"
 
-# All suites must end within some five minutes on two CPU cores.
+# All suites must end within some nine minutes on two CPU cores.
 SUITES = {
     "throughput": Suite(
         cases.CASES, lambda case: contestants.THROUGHPUT, contestants.reference, ("torch.nn",), "ratio",
@@ -61,6 +61,13 @@ SUITES = {
         heads.CASES, lambda case: heads.CONTESTANTS, heads.reference, (heads.DENSE,), "ratio", session_seconds=60.0,
         case_seconds=10.0,
     ),
+    "short": Suite(
+        short.CASES, lambda case: short.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",
+        session_seconds=60.0, case_seconds=0.5, warmup=0.05,
+    ),
+    "streams": streams.SUITE,
+    "packed": packed.SUITE,
+    "memory": memory.SUITE,
     # FlashRNN runs nvcc several times per shape where `warm.py` has not done it: hence the long limit.
     "rivals": Suite(
         rivals.CASES, lambda case: rivals.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",

@@ -48,17 +48,19 @@ def measured(records: list[dict], figure: str) -> list[str]:
 
 
 def throughput(records: list[dict], yardstick: str = YARDSTICK) -> str:
-    """The time of torch.nn, or of another yardstick, then the time of the others relative to it."""
+    """The time of torch.nn, or of another yardstick, then the time of the others and the limit relative to it; at last
+    the limit over the time of fastrnn."""
     names = [name for name in measured(records, "ratio") if name != yardstick]
     limited = any(record["limit"] for record in records)
-    rows = [["case", f"{yardstick}, ms", *names] + ["limit"] * limited]
+    rows = [["case", f"{yardstick}, ms", *names] + ["limit", "share of the limit"] * limited]
     for record in records:
         entries = record["contestants"]
         row = [title(record), milliseconds(entries[yardstick])]
         row += [figure(entries.get(name, {}), "ratio", 2) for name in names]
         if limited:
             least, own = record["limit"], entries[yardstick].get("seconds")
-            row.append(f"{least['seconds'] / own['median']:.2f}" if least and own else "–")
+            fastest = entries.get("fastrnn", {}).get("seconds")
+            row += [f"{least['seconds'] / one['median']:.2f}" if least and one else "–" for one in (own, fastest)]
         rows.append(row)
     return markdown(rows)
 
@@ -113,6 +115,13 @@ TABLES = {
             lambda records: throughput(records, "dense")
         ),
     },
+    "short": {"Time of short calls relative to torch.nn's (below 1 is faster)": throughput},
+    "streams": {"Time of one step of a stream relative to torch.nn's module at T = 1 (below 1 is faster)": throughput},
+    "packed": {
+        "Time of packed batches, lengths from 1 to T, relative to torch.nn's (below 1 is faster; the limit is that of"
+        " whole batches)": throughput,
+    },
+    "memory": {"Peak memory of a training step relative to torch.nn's (below 1 is less)": memory},
     "rivals": {
         "Time relative to torch.nn (below 1 is faster), beside other projects' kernels": throughput,
         "Peak memory relative to torch.nn's (below 1 is less), beside other projects' kernels": memory,

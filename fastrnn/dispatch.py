@@ -86,15 +86,13 @@ def chosen_for_plain(argument, cell, gradients, dtype, hidden_size, steps, batch
     return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) if name is None else name
 
 
-LARGEST_STEP = 1 << 17
-"""The most elements of W_hh with which the C++ library is ahead of torch in one step of a GRU or RNN: it reads the
-weights once, and larger ones are faster read by MKL. In an LSTM, torch prepares the weights anew in every call."""
+MOST_STREAMS = 64
+"""The largest batch of a step that reads the weights in place; for more rows it pays to pack them."""
 
 
-def chosen_for_step(argument, cell, gradients, dtype, hidden_size, *_) -> str:
-    """The backend of `step`: the C++ library's or torch's, unless another one is forced."""
-    small = len(spec_of(cell).gates) * hidden_size**2 <= LARGEST_STEP
-    return forced(argument) or ("cpu" if cell == "lstm" or small else "aten")
+def chosen_for_step(argument: str | None, batch: int) -> str | None:
+    """The backend of `step`, or None: as of the module's call."""
+    return forced(argument) or ("cpu" if batch <= MOST_STREAMS else None)
 
 
 def _chosen(request: Request, argument: str | None) -> str:

@@ -55,6 +55,9 @@ _extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BAC
 _FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
 _settings = attrgetter(*_FORWARDED)
 
+_OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
+"""Arguments of `forward` that `step` refuses."""
+
 
 def _shown(value) -> str:
     """A setting as it is shown: a function by its name."""
@@ -280,29 +283,44 @@ class _Recurrent(ForSubclasses, nn.Module):
     def step(self, x: Tensor, state=None, **inputs: Tensor):
         """One step of all layers, without gradients: for a stream whose next input is not known yet.
 
+        A plain LSTM, GRU or RNN on a CPU runs as one operation, which reads the parameters where they are: a change of
+        them, by whatever means, counts from the next step on. It needs no memory beyond its results, and other Python
+        threads run meanwhile.
+
         Args:
             x: `[B, I]`.
             state: as `hx` of the module's call, or as the last step returned it; None for zeros.
             inputs: those of the cell of a `Recurrent`, `[B, H]` each.
 
         Returns:
-            `(y [B, P], state)`.
+            `(y [B, P], state)`, new tensors: `state` was not changed, and nothing else uses their memory.
 
         Raises:
             ValueError: the network is bidirectional, or x has other dimensions.
+            TypeError: an argument that describes a sequence, such as lengths.
             RuntimeError: of the module's call.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional network has no steps: it needs the whole sequence")
         if x.dim() != 2:
             raise ValueError(f"x should have shape [B, I], got {list(x.shape)}")
-        time = 1 if self.batch_first else 0
-        with torch.no_grad():
-            found = None
+        for name in inputs:
+            if name in _OF_SEQUENCES:
+                raise TypeError(
+                    f"step takes no {name}: it is one step of every sequence, from the state that it is given"
+                )
+        with_gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a `with` block would take as long as the arithmetic of a small step
+        try:
             if not inputs and not tracing() and _extras(self) == _NO_EXTRAS:
-                found = network.directly(self, x.unsqueeze(time), state, dispatch.chosen_for_step)
-            y, state = self(x.unsqueeze(time), state, **inputs) if found is None else found
+                found = network.step(self, x, state, dispatch.chosen_for_step)
+                if found is not None:
+                    return found
+            time = 1 if self.batch_first else 0
+            y, state = self(x.unsqueeze(time), state, **inputs)
             return y.squeeze(time), state
+        finally:
+            torch._C._set_grad_enabled(with_gradients)
 
     # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.
     forward.__signature__ = inspect.Signature([

@@ -21,6 +21,9 @@ LARGEST_PRODUCT = 1 << 23
 """The most multiplications in one product over all steps that the operation's own panels take."""
 
 
+STEP_DTYPES = (torch.float32, torch.float64)
+
+
 class Shape(NamedTuple):
     """What describes a network beside its tensors: the last arguments of both ops."""
 
@@ -106,6 +109,45 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     if turned:
         y.transpose_(0, 1)
     return y, (h_n, c_n) if pair else h_n
+
+
+def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str]):
+    """`(y, state)` of `module.step` by one operation; None where another way is to run it, or to refuse it.
+
+    The operation reads the parameters where they are, and checks all shapes and dtypes: what it does not take, the
+    module's call takes, or refuses in its own words.
+
+    Args:
+        module: a fastrnn LSTM, GRU or RNN of one direction whose extras, but for `backend`, are off.
+        x: `[B, I]`.
+        state: as of the module's call, unchecked.
+        chosen: `dispatch.chosen_for_step`.
+    """
+    cell, dtype = module._cell, x.dtype
+    if type(x) is not Tensor or not x.is_cpu or dtype not in STEP_DTYPES or cell not in KNOWN_CELLS:
+        return None
+    if cpu.MISSING is not None or _seen_by_others() or (module.dropout and module.training):
+        return None
+    pair, weights, stored = cell == "lstm", [], module._parameters
+    for names in module.all_names:
+        for name in names:
+            weight = stored.get(name)  # a weight that is computed at every call is no parameter
+            if type(weight) is not Parameter:
+                return None
+            weights.append(weight)
+    states = () if state is None else state if pair else (state,)
+    if type(states) not in (tuple, list) or any(type(one) is not Tensor for one in states):
+        return None
+    if len(states) not in (0, 1 + pair) or chosen(module.backend, x.shape[0]) != "cpu":
+        return None
+    h, c = states if len(states) == 2 else (*states, None) if states else (None, None)
+    try:
+        y, *states = torch.ops.fastrnn_c.network_step.default(
+            x, h, c, weights, cell, module.num_layers, module.bias, module.proj_size > 0
+        )
+    except RuntimeError:
+        return None
+    return y, tuple(states) if pair else states[0]
 
 
 def _seen_by_others() -> bool:

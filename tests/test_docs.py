@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")])
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
-NEEDED = {"docs/deployment.md": ("onnx", "onnxscript")}
+NEEDED = {"docs/deployment.md": ("onnx", "onnxscript", "onnxruntime")}
 """Packages that a page's blocks import."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 

@@ -223,16 +223,6 @@ void to_arithmetic(Optional& t) {
     t = torch::stable::to(*t, arithmetic_of(t->scalar_type()));
 }
 
-// f(cell) with one of torch's.
-template <class F>
-auto with_cell_of_torch(const std::string& name, const F& f) {
-  if (name == "lstm") return f(LSTM{});
-  if (name == "gru") return f(GRU{});
-  if (name == "rnn_tanh") return f(RNN<Tanh>{});
-  if (name == "rnn_relu") return f(RNN<Relu>{});
-  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
-}
-
 // f(network) of this cell, with `x` made contiguous and everything checked.
 template <class F>
 auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional& h0, const Optional& c0,

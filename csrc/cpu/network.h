@@ -3,6 +3,8 @@
 // Rows of all steps are in the order of the input in memory, [T, B] or [B, T], so that nothing is transposed.
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -60,6 +62,16 @@ Matrix<Storage> matrix_of(const Tensor& t) {
 template <class Storage>
 Matrix<Storage> transposed(const Matrix<Storage>& m) {
   return {m.data, m.N, m.K, m.n_stride, m.k_stride};
+}
+
+// f(cell) with one of torch's.
+template <class F>
+auto with_cell_of_torch(const std::string& name, const F& f) {
+  if (name == "lstm") return f(LSTM{});
+  if (name == "gru") return f(GRU{});
+  if (name == "rnn_tanh") return f(RNN<Tanh>{});
+  if (name == "rnn_relu") return f(RNN<Relu>{});
+  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
 }
 
 // out [rows, padded(N)] = in [rows, K] times the matrix, plus `bias` [N] or null, shared among the threads.
