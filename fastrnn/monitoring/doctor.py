@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .diagnosis import Record, Report, table
+from .diagnosis import Record, Report
+from .listing import table
 from .monitor import GradientMonitor
 from .prescription import SEVERITY, Prescription, prescribe
 
