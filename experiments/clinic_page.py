@@ -55,6 +55,13 @@ RULES = {
 """The last one is `Checkup.outlook`."""
 
 
+SHORT_RULES = {
+    "verdict": _verdict,
+    f"training loss above {STUCK} of the constant answer's": lambda check: _loss(check, "loss") > STUCK,
+}
+"""Rules that need no held-out data."""
+
+
 def key(row: dict) -> str:
     return str((row["patient"], row["seed"]))
 
@@ -64,7 +71,7 @@ def share(hits: int, of: int) -> str:
 
 
 def is_whole(row: dict) -> bool:
-    """Whether the row of a training as it is has all quantities."""
+    """Whether the checks of a training have all quantities; earlier versions of the clinic recorded fewer."""
     return all(name in check for check in row["checks"].values() for name in QUANTITIES)
 
 
@@ -151,17 +158,19 @@ def patients(base: list[dict], rows: list[dict]) -> list[tuple]:
             if row["patient"] == patient and row["treatment"].startswith("prescription "):
                 treated[row["treatment"].removeprefix("prescription ")].append(not row["failed"])
         options = "".join(f", {name}={value}" for name, value in patient["module"].items())
-        checks = [row["checks"]["200"] for row in runs if "200" in row["checks"]]
+        checks = [row["checks"][str(CHECKS[-1])] for row in runs if str(CHECKS[-1]) in row["checks"]]
         verdicts = collections.Counter(check["verdict"] for check in checks)
         outlooks = collections.Counter(
-            "stuck" if _stuck(check) else "overfits" if _overfits(check) else "learns" for check in checks
+            "stuck" if _stuck(check) else "overfits" if _overfits(check) else "learns"
+            for check in checks
+            if "held out" in check
         )
         found.append((
             f"{patient['task']}, T = {patient['T']}",
             f"{patient['cell']}{options}, {patient['optimizer']} {patient['lr']}",
             f"{sum(row['failed'] for row in runs)} of {len(runs)}",
             ", ".join(f"{n} {name}" for name, n in verdicts.items()),
-            ", ".join(f"{n} {name}" for name, n in outlooks.items()),
+            ", ".join(f"{n} {name}" for name, n in outlooks.items()) or "-",
             ", ".join(f"{name} {sum(ok)} of {len(ok)}" for name, ok in treated.items()) or "-",
         ))  # fmt: skip
     return found
@@ -169,6 +178,7 @@ def patients(base: list[dict], rows: list[dict]) -> list[tuple]:
 
 def _introduction(base: list[dict]) -> str:
     seeds = collections.Counter(row["seed"] for row in base)
+    whole = sum(map(is_whole, base))
     return (
         "Does the diagnosis tell which trainings fail, and does following the advice help? "
         f"`python -m experiments.clinic` trains {len(PATIENTS)} networks for {STEPS} steps each (hidden size 32, "
@@ -177,8 +187,13 @@ def _introduction(base: list[dict]) -> str:
         "a fixed share of the loss of the best constant answer ("
         + ", ".join(f"{name} {value}" for name, value in FAILED.items())
         + f"); the shares were fixed first. Trainings per seed: {', '.join(f'{n} ({s})' for s, n in seeds.items())}; "
-        f"{sum(row['failed'] for row in base)} of {len(base)} failed."
-    )
+        f"{sum(row['failed'] for row in base)} of {len(base)} failed. "
+        + (
+            f"The loss on held-out data was recorded during {whole} of them, on which the tables of rules are."
+            if whole < len(base)
+            else ""
+        )
+    ).rstrip()
 
 
 PREDICTS = (
@@ -202,18 +217,30 @@ CURES = (
 
 
 def text(rows: list[dict]) -> str:
-    base = [row for row in rows if row["treatment"] == "as it is" and is_whole(row)]
+    base = [row for row in rows if row["treatment"] == "as it is"]
+    whole = [row for row in base if is_whole(row)]
     halves = {
         "First half": TUNED_ON,
         "Second half": tuple(name for name in FAILED if name not in TUNED_ON),
     }
-    tuned, others = ([row for row in base if row["patient"]["task"] in names] for names in halves.values())
+    tuned, others = ([row for row in whole if row["patient"]["task"] in names] for names in halves.values())
     parts = ["# The clinic", _introduction(base), "## What predicts a failure?", *PREDICTS]
     for (half, names), chosen in zip(halves.items(), (tuned, others), strict=True):
         table = [line for check in CHECKS for line in predictions(chosen, check)]
         parts += [
             f"{half}: {', '.join(names)}.",
             markdown([("rule", "after step", "sensitivity", "specificity"), *table]),
+        ]
+    if len(whole) < len(base):
+        halved = [[row for row in base if row["patient"]["task"] in names] for names in halves.values()]
+        table = [
+            (name, *(number for half in halved for number in counts(half, CHECKS[-1], rule)))
+            for name, rule in SHORT_RULES.items()
+        ]
+        head = ("rule, after 200 steps", "sensitivity, first half", "specificity")
+        parts += [
+            f"What needs no held-out data, on all {len(base)} trainings:",
+            markdown([(*head, "sensitivity, second half", "specificity"), *table]),
         ]
     head = ("quantity after 200 steps", "fails if", "sensitivity, first half", "specificity")
     parts += [

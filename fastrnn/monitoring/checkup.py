@@ -119,21 +119,15 @@ class Checkup(list):
         numbers = f"loss {trial.loss:.4g}, {self.constant:.4g} with a constant answer"
         if trial.held_out is not None:
             numbers += f", {trial.held_out:.4g} on held-out data"
-        if outlook == "stuck":
-            reason = (
-                f"its gradient is {verdict}"
-                if sick
-                else ("its gradient is healthy, so look elsewhere: the learning rate, more steps, the data")
-            )
+        reason = f"its gradient is {verdict}"
+        if outlook == "stuck" and not sick:
+            reason += ", so look elsewhere: the learning rate, more steps, the data"
         elif outlook == "overfits":
             reason = "no gradient mends that: more data, regularisation, or an earlier end"
-        elif outlook == "diverges":
-            reason = f"its gradient is {verdict}"
-        else:
-            reason = (
-                f"although its gradient is {verdict}: the task may not need more" if sick else "its gradient is healthy"
-            )
-        return f"{outlook} after {len(trial.losses)} steps ({numbers}); {reason}"
+        elif outlook == "learns" and sick:
+            reason = f"although its gradient is {verdict}: the task may not need more"
+        verb = "is stuck" if outlook == "stuck" else outlook
+        return f"{verb} after {len(trial.losses)} steps ({numbers}); {reason}"
 
     def best(self) -> Trial:
         """The trial with the lowest loss."""

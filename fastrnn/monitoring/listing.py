@@ -1,12 +1,11 @@
-"""A report as text: a table with the findings under it. In a deep network, layers that are alike share a line."""
+"""A report as text: a table with the findings under it. In a deep network, layers that are alike share a line.
+
+`diagnosis.Report` prints itself by this, so its types are not imported here: a run is a list of `Record`s.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .diagnosis import Finding, Record, Report
 
 DEEP = 6
 """A report on more layers and directions than this is shortened."""
@@ -22,7 +21,7 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def text(report: "Report") -> str:
+def text(report: list) -> str:
     """The table of a report that is not empty, its note and its findings."""
     runs = runs_of(report)
     rows = [row for run in runs for row in _rows(run)]
@@ -30,7 +29,7 @@ def text(report: "Report") -> str:
     return "\n\n".join((table([HEAD, *rows]), *notes, *_findings(report, runs)))
 
 
-def runs_of(report: "Report") -> "list[list[Record]]":
+def runs_of(report: list) -> list[list]:
     """The records in groups that share a line of text.
 
     Where there are more than DEEP layers and directions, a group is made of layers in a row, of one module and
@@ -38,8 +37,8 @@ def runs_of(report: "Report") -> "list[list[Record]]":
     """
     layers = [list(states) for _, states in groupby(report, key=lambda record: record.name)]
     deep = len(layers) > DEEP
-    runs: list[list[Record]] = []
-    open_runs: dict[tuple, list[Record]] = {}  # by module and direction, the group that its next layer may join
+    runs: list[list] = []
+    open_runs: dict[tuple, list] = {}  # by module and direction, the group that its next layer may join
     for states in layers:
         first = states[0]
         key = first.module, first.direction
@@ -56,7 +55,7 @@ def runs_of(report: "Report") -> "list[list[Record]]":
     return runs
 
 
-def label(run: "list[Record]") -> str:
+def label(run: list) -> str:
     """`gru.l3`, or `gru.l0-l19` and `gru.l0-l19_reverse` of several layers."""
     first, last = run[0], run[-1]
     if first.layer == last.layer:
@@ -64,7 +63,7 @@ def label(run: "list[Record]") -> str:
     return f"{first.module}.l{first.layer}-l{last.layer}" + ("_reverse" if first.direction == "reverse" else "")
 
 
-def _rows(run: "list[Record]") -> list[tuple[str, ...]]:
+def _rows(run: list) -> list[tuple[str, ...]]:
     """A row of the table for each state; numbers of several layers are given as the smallest and the largest."""
     rows = []
     for state in dict.fromkeys(record.state for record in run):
@@ -88,17 +87,17 @@ def _rows(run: "list[Record]") -> list[tuple[str, ...]]:
     return rows
 
 
-def _between(records: "list[Record]", quantity: "Callable[[Record], float | None]", form: str) -> str:
+def _between(records: list, quantity: Callable, form: str) -> str:
     """`0.470..0.710`; "-" where there is no number, which counts as the largest (of half-lives, say)."""
     values = sorted((quantity(record) for record in records), key=lambda v: math.inf if v is None or v != v else v)
     ends = ["-" if v is None else form.format(v) for v in (values[0], values[-1])]
     return ends[0] if ends[0] == ends[1] else "..".join(ends)
 
 
-def _findings(report: "Report", runs: "list[list[Record]]") -> list[str]:
+def _findings(report: list, runs: list[list]) -> list[str]:
     """A paragraph for each group; advice that several groups share is given once, with the numbers of the first."""
     run_of = {record.name: label(run) for run in runs for record in run}
-    groups: dict[str, list[Finding]] = {}
+    groups: dict[str, list] = {}
     for finding in report.findings:
         groups.setdefault(run_of.get(finding.name, finding.name), []).append(finding)
     named: dict[tuple[str, str], list[str]] = {}  # by verdict and rule, the groups and single layers that it is about
@@ -127,5 +126,5 @@ def _findings(report: "Report", runs: "list[list[Record]]") -> list[str]:
     return texts
 
 
-def _rules(finding: "Finding") -> tuple[str, ...]:
+def _rules(finding) -> tuple[str, ...]:
     return finding.rules or finding.advice
