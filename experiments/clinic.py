@@ -30,6 +30,8 @@ HIDDEN, BATCH, STEPS, CHECKS, TEST = 32, 32, 500, (0, 50, 200), 256
 FAILED = {"adding": 0.5, "order": 0.5, "copy": 0.5, "digits": 0.5, "sunspots": 0.5, "text": 0.85}
 TUNED_ON = ("adding", "digits", "sunspots")
 """The half of the tasks that is listed first; see docs/clinic.md on what it was used for."""
+POINT = 25
+"""The number of training steps whose mean loss is a point of the recorded curve."""
 AHEAD = 3
 """The number of years ahead for which the sunspots are forecast."""
 
@@ -171,15 +173,17 @@ def data_of(patient: dict, seed: int, test: bool = False):
 
 def observed(model: Model, patient: dict, seed: int) -> tuple[fastrnn.monitoring.Report, dict]:
     """The monitor's report on a batch of training data, and what a rule for the verdict may look at."""
-    x, target = batch(patient["task"], patient["T"], 128, torch.Generator().manual_seed(2**41 + seed), False)
+    task, T = patient["task"], patient["T"]
+    x, target = batch(task, T, 128, torch.Generator().manual_seed(2**41 + seed), False)
     with fastrnn.GradientMonitor(model) as monitor:
-        loss = loss_of(patient["task"], model(x), target)
+        loss = loss_of(task, model(x), target)
         loss.backward()
     report = monitor.report()
     model.zero_grad()
     first, last = report[0], report[-1]
     norms = first.total[first.valid > 0].nan_to_num()
-    beyond = norms[: len(norms) // 2].sum() / norms.sum().clamp(min=1e-300)
+    early = norms[: len(norms) // 2].sum() / norms.sum().clamp(min=1e-300)
+    whole, near = gradients(model, patient, x, target), gradients(model, patient, x, target, cut=True)
     with torch.no_grad():
         h = model.rnn(x)[0].norm(dim=-1).mean(-1)  # [T]
     return report, {
@@ -187,22 +191,46 @@ def observed(model: Model, patient: dict, seed: int) -> tuple[fastrnn.monitoring
         "horizon": None if first.horizon is None else first.horizon / max(first.longest, 1),
         "gain": _number(last.gain_median),
         "growth": _number(first.growth),
-        "early": _number(beyond),  # the share of the norms of dL/dh_t in the first half of the sequence
-        "noise": _number(signal_to_noise(model, patient, x, target)),
+        "early": _number(early),  # the share of the norms of dL/dh_t in the first half of the sequence
+        "crossing": _number((whole - near).mean(0).norm() / whole.mean(0).norm().clamp(min=1e-300)),
+        "noise": _number(signal_to_noise(whole)),
+        "crossing noise": _number(signal_to_noise(whole - near)),
         "h growth": _number(h[-1] / h[0].clamp(min=1e-12)),
-        "loss": _number(loss.item() / constant(patient["task"], patient["T"])),
+        "loss": _number(loss.item() / constant(task, T)),
+        "held out": _number(test_loss(model, patient)),
     }
 
 
-def signal_to_noise(model: Model, patient: dict, x: Tensor, target: Tensor, parts: int = 8) -> float:
-    """The squared norm of the mean gradient of W_hh over the mean squared deviation of the parts of a batch from it."""
-    weight, found = model.rnn.weight_hh_l0, []
-    step = x.shape[1] // parts
+def test_loss(model: Model, patient: dict) -> float:
+    """On data that training never draws, relative to the best constant answer."""
+    x, target = data_of(patient, 0, test=True)
+    with torch.no_grad():
+        return float(loss_of(patient["task"], model(x), target)) / constant(patient["task"], patient["T"])
+
+
+def gradients(model: Model, patient: dict, x: Tensor, target: Tensor, cut: bool = False, parts: int = 8) -> Tensor:
+    """The gradient of the first W_hh on each part of a batch, float64 `[parts, G*H*H]`.
+
+    Args:
+        cut: whether no gradient crosses the middle of the sequence.
+    """
+    found, step, middle = [], x.shape[1] // parts, x.shape[0] // 2
     for i in range(0, parts * step, step):
-        part = target[:, i : i + step] if target.dim() == 2 and target.shape[0] == x.shape[0] else target[i : i + step]
-        (grad,) = torch.autograd.grad(loss_of(patient["task"], model(x[:, i : i + step]), part), weight)
+        inputs = x[:, i : i + step]
+        answer = target[:, i : i + step] if patient["task"] in ("copy", "text") else target[i : i + step]
+        if cut:
+            early, state = model.rnn(inputs[:middle])
+            state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+            scores = model.out(torch.cat((early, model.rnn(inputs[middle:], state)[0])))
+        else:
+            scores = model(inputs)
+        (grad,) = torch.autograd.grad(loss_of(patient["task"], scores, answer), model.rnn.weight_hh_l0)
         found.append(grad.flatten())
-    gradients = torch.stack(found).double()
+    return torch.stack(found).double()
+
+
+def signal_to_noise(gradients: Tensor) -> float:
+    """The squared norm of the mean of the parts' gradients over their mean squared deviation from it."""
     mean = gradients.mean(0)
     return float(mean.square().sum() / (gradients - mean).square().sum(1).mean().clamp(min=1e-300))
 
@@ -215,28 +243,29 @@ def _number(value) -> float | None:
 # ----------------------------------------------------------------------------------------------------- training
 
 
-def train(model: Model, patient: dict, seed: int, watch: bool = False) -> tuple[dict, list]:
+def train(model: Model, patient: dict, seed: int, watch: bool = False, steps: int | None = None) -> tuple[dict, list]:
     """Trains in place. Returns the row's results, and the prescriptions after the last check where `watch`."""
-    task, T = patient["task"], patient["T"]
+    task, level = patient["task"], constant(patient["task"], patient["T"])
     generator = torch.Generator().manual_seed(seed)
     optimizer = getattr(torch.optim, patient["optimizer"])(model.parameters(), lr=patient["lr"])
-    checks, prescriptions = {}, []
-    for step in range(STEPS):
+    checks, prescriptions, losses = {}, [], []
+    for step in range(STEPS if steps is None else steps):
         if watch and step in CHECKS:
             report, checks[str(step)] = observed(model, patient, seed)
             prescriptions = fastrnn.prescribe(report)
-        x, target = batch(task, T, BATCH, generator, False)
+        x, target = batch(task, patient["T"], BATCH, generator, False)
         loss = loss_of(task, model(x), target)
+        losses.append(loss.item() / level)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if not math.isfinite(loss.item()):
+        if not math.isfinite(losses[-1]):
             break
-    x, target = data_of(patient, 0, test=True)
-    with torch.no_grad():
-        final = float(loss_of(task, model(x), target)) / constant(task, T)
-    return {"loss": _number(final), "failed": not final <= FAILED[task], "checks": checks}, prescriptions
+    final = test_loss(model, patient)
+    curve = [_number(sum(part) / len(part)) for part in (losses[i : i + POINT] for i in range(0, len(losses), POINT))]
+    result = {"loss": _number(final), "failed": not final <= FAILED[task], "checks": checks, "curve": curve}
+    return result, prescriptions
 
 
 def random_remedy(model: Model, patient: dict, seed: int) -> tuple[str, Model]:
@@ -286,34 +315,47 @@ class Notes:
         files.write(self.file, {"machine": machine.describe("cpu")}, "runs", self.rows)
 
 
-def visit(notes: Notes, patient: dict, seed: int) -> None:
-    """Trains one patient as it is and, if that fails, under every treatment."""
+class Clinic:
+    """Trains what is not in the notes yet."""
 
-    def treated(treatment: str, build, detail: str = "", watch: bool = False) -> dict:
-        row = notes.find(patient=patient, seed=seed, treatment=treatment)
+    def __init__(self, notes: Notes):
+        self.notes = notes
+        self._prescriptions: dict[str, list] = {}  # of the trainings that were watched here
+
+    def admit(self, patient: dict, seed: int) -> dict:
+        """Trains one patient as it is."""
+        return self._treated(patient, seed, "as it is")
+
+    def treat(self, patient: dict, seed: int) -> None:
+        """Trains one patient, if it failed as it is, under every treatment."""
+        row = self.admit(patient, seed)
+        if not row["failed"]:
+            return
+        missing = [n for n in row["prescribed"] if self._found(patient, seed, f"prescription {n}") is None]
+        key = json.dumps((patient, seed))
+        if missing and key not in self._prescriptions:
+            self._prescriptions[key] = train(start(patient, seed), patient, seed, True, CHECKS[-1] + 1)[1]
+        for prescription in self._prescriptions.get(key, ()):
+            self._treated(patient, seed, f"prescription {prescription.name}", prescription.apply)
+        name, _ = random_remedy(start(patient, seed), patient, seed)
+        self._treated(patient, seed, "random", lambda model: random_remedy(model, patient, seed)[1], name)
+        self._treated(patient, seed, "LSTM, chrono", lambda model: lstm_chrono(model, patient))
+
+    def _found(self, patient: dict, seed: int, treatment: str) -> dict | None:
+        return self.notes.find(patient=patient, seed=seed, treatment=treatment)
+
+    def _treated(self, patient: dict, seed: int, treatment: str, build=None, detail: str = "") -> dict:
+        row = self._found(patient, seed, treatment)
         if row is None:
             began, model = time.perf_counter(), start(patient, seed)
             model = build(model) if build else model
-            result, prescriptions = train(model, patient, seed, watch)
+            result, prescriptions = train(model, patient, seed, watch=build is None)
             row = {"patient": patient, "seed": seed, "treatment": treatment, "detail": detail, **result}
             row |= {"prescribed": [p.name for p in prescriptions], "seconds": round(time.perf_counter() - began, 1)}
-            notes.add(row)
-            row = row | {"_prescriptions": prescriptions}
+            self.notes.add(row)
+            if build is None:
+                self._prescriptions[json.dumps((patient, seed))] = prescriptions
         return row
-
-    row = treated("as it is", None, watch=True)
-    if not row["failed"]:
-        return
-    prescriptions = row.get("_prescriptions")
-    if prescriptions is None and any(
-        notes.find(patient=patient, seed=seed, treatment=f"prescription {name}") is None for name in row["prescribed"]
-    ):
-        prescriptions = train(start(patient, seed), patient, seed, watch=True)[1]  # the same training once more
-    for prescription in prescriptions or ():
-        treated(f"prescription {prescription.name}", prescription.apply)
-    name, _ = random_remedy(start(patient, seed), patient, seed)
-    treated("random", lambda model: random_remedy(model, patient, seed)[1], name)
-    treated("LSTM, chrono", lambda model: lstm_chrono(model, patient))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -324,11 +366,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="JSON", help="the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    notes = Notes(options.out)
+    clinic = Clinic(Notes(options.out))
     for seed in range(options.seeds):
-        for number, sick in enumerate(PATIENTS):
-            visit(notes, sick, seed)
-            print(f"seed {seed}, patient {number + 1} of {len(PATIENTS)}: {json.dumps(sick)}", flush=True)
+        for what, visit in (("trained as it is", clinic.admit), ("treated", clinic.treat)):
+            for number, sick in enumerate(PATIENTS):
+                visit(sick, seed)
+                print(f"seed {seed}, patient {number + 1} of {len(PATIENTS)}: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
         "doctor", formatter_class=formatter, help="train a copy of your model, diagnose it, and try every prescription"
     )
     add = checkup.add_argument
-    add("script", metavar="SCRIPT:FACTORY", help="a Python file and a function in it: () -> (model, batch, loss_fn)")
+    add(
+        "script",
+        metavar="SCRIPT:FACTORY",
+        help="a Python file and a function in it: () -> (model, batch, loss_fn[, held_out])",
+    )
     add("--steps", type=_count, default=50, metavar="N", help="training steps per trial")
     add("--lr", type=_positive, default=1e-3, help="learning rate of Adam")
     add("--clip-norm", type=_positive, metavar="N", help="bound on the norm of all parameters' gradient")
@@ -395,9 +399,10 @@ def _doctor(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     try:
         _check_writable(options.out)
-        model, batch, loss_fn = load(options.script)
+        model, batch, loss_fn, held_out = load(options.script)
         found = doctor(
             model, batch, loss_fn, steps=options.steps, clip_grad_norm=options.clip_norm, seed=options.seed,
+            held_out=held_out,
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.lr),
         )  # fmt: skip
     except (ValueError, OSError) as error:

@@ -60,9 +60,9 @@ CASES = {
     "saturated": (lambda: fastrnn.RNN(I, H), (steep,), "vanishing", ["layer_norm=True", "LSTM or GRU"]),
     "relu": (lambda: fastrnn.RNN(I, H, nonlinearity="relu"), (), "vanishing", ["identity_", "LSTM or GRU"]),
     "elu": (lambda: fastrnn.RNN(I, H, nonlinearity="elu"), (), "vanishing", ["identity_", "LSTM or GRU"]),
-    "lstm": (lambda: fastrnn.LSTM(I, H), (), "vanishing", ["chrono_"]),
+    "lstm": (lambda: fastrnn.LSTM(I, H), (), "vanishing", ["layer_norm=True", "chrono_"]),
     "no bias": (lambda: fastrnn.LSTM(I, H, bias=False), (), "vanishing", ["bias=True"]),
-    "gru": (lambda: fastrnn.GRU(I, H), (), "vanishing", ["chrono_"]),
+    "gru": (lambda: fastrnn.GRU(I, H), (), "vanishing", ["layer_norm=True", "chrono_"]),
     "chrono": (lambda: fastrnn.LSTM(I, H), (patient,), "healthy", []),
     "large": (lambda: fastrnn.RNN(I, H), (large,), "exploding", ["clip_state_grad_norm=", "orthogonal_"]),
 }

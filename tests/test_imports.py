@@ -101,15 +101,22 @@ BELOW = {
     "tuning": {"tuning.search"},
     # on top of everything: they may see all below, and nothing below sees them
     "penalties": {"modules", "functional", "dispatch", "cell_table"},
-    "monitoring.diagnosis": {"cell_table", "modules"},
+    "monitoring.listing": set(),
+    "monitoring.diagnosis": {"cell_table", "modules", "monitoring.listing"},
     "monitoring.advice": {"cell_table", "modules", "monitoring.diagnosis"},
     "monitoring.history": {"monitoring.diagnosis"},
     "monitoring.prescription": {"monitoring.advice", "init", "modules", "monitoring.diagnosis"},
-    "monitoring.doctor": {"monitoring.monitor", "monitoring.prescription", "monitoring.diagnosis", "monitoring.plots"},
+    "monitoring.checkup": {
+        *(f"monitoring.{name}" for name in ("diagnosis", "listing", "plots", "prescription")),
+    },
+    "monitoring.doctor": {
+        *(f"monitoring.{name}" for name in ("checkup", "diagnosis", "monitor", "prescription")),
+    },
     "monitoring.calls": {"checks", "functional", "packing"},
     "monitoring.watch": {"recomputation", "checks", "functional", "linear", "monitoring.calls", "monitoring.stitching"},
     "monitoring.stitching": {"monitoring.calls", "monitoring.diagnosis"},
-    "monitoring.plots": {"monitoring.history"},
+    "monitoring.steps": set(),
+    "monitoring.plots": {"monitoring.history", "monitoring.steps"},
     "monitoring.monitor": {
         "modules",
         "equations",
@@ -118,7 +125,10 @@ BELOW = {
         *(f"monitoring.{name}" for name in ("plots", "diagnosis", "advice", "history", "calls", "watch", "stitching")),
         "monitoring.prescription",
     },
-    "monitoring.flow": {"recurrent", "user_cells", "modules", "init", "monitoring.monitor", "monitoring.diagnosis"},
+    "monitoring.flow": {
+        *("recurrent", "user_cells", "modules", "init"),
+        *(f"monitoring.{name}" for name in ("monitor", "diagnosis", "listing")),
+    },
     "monitoring": {
         "monitoring.monitor",
         "monitoring.diagnosis",

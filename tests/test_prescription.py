@@ -124,6 +124,35 @@ def test_layer_norm_keeps_the_weights():
     assert torch.equal(new.weight_hh_l0, rnn.weight_hh_l0) and hasattr(new, "ln_hh_l0")
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_gated_cell_gets_layer_norm_and_chrono_first(cell):
+    rnn = seeded(lambda: getattr(fastrnn, cell)(I, H))
+    before = snapshot(rnn)
+    first, second = fastrnn.prescribe(report_of(rnn))
+    assert (first.name, second.name) == ("normed", "chrono") and not first.in_place and second.in_place
+    assert first.quantity == "memory" and f"{first.number:.1f} of 60" in first.advice
+    new = first.apply(rnn)
+    assert new.layer_norm is True and not rnn.layer_norm and not changed(rnn, before)
+    assert torch.equal(new.weight_hh_l0, rnn.weight_hh_l0) and torch.equal(new.weight_ih_l0, rnn.weight_ih_l0)
+    assert first.number < 30 <= prescribed_memory(new) <= 60
+    assert "normed" not in prescribed(seeded(lambda: getattr(fastrnn, cell)(I, H, layer_norm=True)))
+
+
+def test_in_place_keeps_what_an_optimiser_refers_to_and_a_copy_does_not():
+    rnn = seeded(lambda: fastrnn.GRU(I, H))
+    optimizer = torch.optim.Adam(rnn.parameters(), lr=0.1)
+    rnn(torch.randn(5, 1, I))[0].sum().backward()
+    optimizer.step()
+    state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for found in fastrnn.prescribe(report_of(rnn)):
+        new = found.apply(rnn)
+        same = [a is b for a, b in zip(new.parameters(), held, strict=False)]
+        assert all(same) if found.in_place else not any(same)
+        assert all(a is b for a, b in zip(rnn.parameters(), held, strict=True))
+    assert all(torch.equal(v, state[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
+
+
 def test_an_explosion_is_clipped_at_the_norm_where_it_starts():
     rnn = seeded(lambda: fastrnn.RNN(I, H), large)
     first, *_ = fastrnn.prescribe(report_of(rnn))
@@ -160,9 +189,9 @@ def test_layers_share_a_prescription_and_explosions_come_first():
     with fastrnn.GradientMonitor(model) as monitor:
         (model["a"](x)[0][-1].sum() + model["b"](x)[0][-1].sum()).backward()
     found = fastrnn.prescribe(monitor.report())
-    assert [p.name for p in found] == ["clip", "orthogonal", "chrono"]
-    assert found[2].layers == ("a.l0", "a.l1")
-    found[2].apply(copy.deepcopy(model))
+    assert [p.name for p in found] == ["clip", "orthogonal", "normed", "chrono"]
+    assert found[2].layers == found[3].layers == ("a.l0", "a.l1")
+    found[3].apply(copy.deepcopy(model))
 
 
 def test_what_does_not_fit():

@@ -223,7 +223,7 @@ def test_the_weighted_median_of_equal_weights_is_the_median():
 
 def test_advice_that_layers_share_is_printed_once():
     torch.manual_seed(0)
-    module = fastrnn.LSTM(I, 16, 8, bidirectional=True)
+    module = fastrnn.LSTM(I, 16, 3, bidirectional=True)
     report = in_one_call(module, torch.randn(100, B, I), lambda y: y[-1].sum() + y[0].sum())
     vanishing = [f for f in report.findings if f.verdict == "vanishing"]
     assert len(vanishing) > 4 and all(f.advice for f in vanishing)

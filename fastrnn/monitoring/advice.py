@@ -136,6 +136,12 @@ RULES = (
         "gated", "T",
     ),
     Rule(
+        VANISHING, GATED, lambda f: f.bias and f.memory < f.T / 2 and not f.layer_norm,
+        "by their biases the gates remember at most {f.memory:.1f} of {f.T} steps, and small inputs hardly move them: "
+        "layer_norm=True with fastrnn.init.chrono_ and t_max = {f.T}, which cured the most in docs/clinic.md",
+        "normed", "memory",
+    ),
+    Rule(
         VANISHING, "lstm", lambda f: f.bias and f.memory < f.T / 2,
         "by their biases the forget gates remember at most {f.memory:.1f} of {f.T} steps: fastrnn.init.chrono_ with "
         "t_max = {f.T}, or the milder fastrnn.init.forget_bias_",

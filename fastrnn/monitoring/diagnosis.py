@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..cell_table import spec_of
 from ..modules import _Recurrent
+from .listing import text
 
 HORIZON_FRACTION = 0.01
 """The share of its norm that a gradient must keep to count as arriving. With 1 % of it, a step that matters as much as
@@ -29,8 +30,6 @@ EXPLODING_GROWTH = 1 / HORIZON_FRACTION
 steps then have as little effect beside the early ones as early steps have beyond the horizon."""
 LOG_NOTHING = -1e4
 """In place of the logarithm of a gain of 0, which is infinite; the logarithm of no positive float64 is this low."""
-NAMED = 3
-"""The number of further layers that are named beside advice which they share."""
 GAIN_RESOLUTION = 1e-6
 """A mean log gain this close to 0 does not count as shrinking: float32 norms round at about 1e-7 a step."""
 
@@ -97,27 +96,9 @@ class Finding:
         return "\n".join((f"{self.name}: {self.verdict}: {self.summary}", *(f"  - {text}" for text in self.advice)))
 
 
-def grouped(findings: list[Finding]) -> list[str]:
-    """The findings as text: advice that several layers share is given once, with the numbers of the first."""
-    names: dict[tuple[str, str], list[str]] = {}
-    for finding in findings:
-        for rule in finding.rules or finding.advice:
-            names.setdefault((finding.verdict, rule), []).append(finding.name)
-    texts = []
-    for finding in findings:
-        lines = [f"{finding.name}: {finding.verdict}: {finding.summary}"]
-        for text, rule in zip(finding.advice, finding.rules or finding.advice, strict=True):
-            first, *others = names[finding.verdict, rule]
-            if finding.name != first:
-                continue
-            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-            lines.append(f"  - {text}" + (f" (so also {', '.join(others[:NAMED])}{more})" if others else ""))
-        texts.append("\n".join(lines))
-    return texts
-
-
 class Report(list):
-    """A list of `Record`s, and `findings` per layer and direction; prints as a table with the findings under it.
+    """A list of `Record`s, and `findings` per layer and direction; prints as a table with the findings under it, in
+    which the layers of a deep network that are alike share a line.
 
     `note`: a sentence on which batch it is about, if that one is unlike the others.
     """
@@ -135,21 +116,7 @@ class Report(list):
     def __str__(self) -> str:
         if not self:
             return "no gradient recorded: run the model and loss.backward() inside the monitor"
-        head = ("layer", "state", "norm, first step", "last step", "gain", "half-life", "horizon", "clipped", "verdict")
-        rows = [head]
-        for r in self:
-            verdict = r.verdict
-            if r.forward_nonfinite is not None:
-                verdict += f" (the forward is not finite from step {r.forward_nonfinite})"
-            elif r.first_nonfinite is not None:
-                verdict += f" (not finite from step {r.first_nonfinite})"
-            rows.append((
-                r.name, r.state, f"{r.total[0]:.2e}", f"{r.total[-1]:.2e}", f"{r.gain_median:.3f}",
-                "-" if r.half_life is None else f"{r.half_life:.1f}",
-                "-" if r.horizon is None else f"{r.horizon} of {r.longest}",
-                "-" if r.clip_rate is None else f"{100 * r.clip_rate:.0f} %", verdict,
-            ))  # fmt: skip
-        return "\n\n".join((table(rows), *([self.note] if self.note else ()), *grouped(self.findings)))
+        return text(self)
 
     def as_dict(self) -> dict:
         """`{"records": [..], "findings": [..]}` of plain numbers, lists and strings, as `json.dumps` takes them.
@@ -188,12 +155,6 @@ class Report(list):
                 f"fastrnn/{r.name}/{r.state}/{k}": float(v) for k, v in entries.items() if v is not None and v == v
             }
         return values
-
-
-def table(rows) -> str:
-    """Rows of strings (the first one is the head) as text with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _plain(value):

@@ -4,11 +4,9 @@ import copy
 import importlib.util
 import math
 import random
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,113 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .diagnosis import Record, Report, table
+from .checkup import AS_IT_IS, Checkup, Trial
+from .diagnosis import Report
 from .monitor import GradientMonitor
-from .prescription import SEVERITY, Prescription, prescribe
+from .prescription import Prescription, prescribe, watched
 
-AS_IT_IS = "as it is"
-LAST = 0.1
-"""The loss that is compared is the mean over this share of the steps, the last ones."""
-LOWER = 0.98
-"""A loss is lower if it is under this share of the other: less is within the noise of a few steps."""
+CONSTANT_BATCHES, CONSTANT_STEPS = 4, 50
+"""The number of batches, and the most steps of L-BFGS over them, with which the constant answer is found."""
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """Some steps of training under one prescription.
-
-    Attributes:
-        name: of the prescription, or "as it is".
-        prescription: None where nothing was changed.
-        before, after: the reports at the first and at the last step.
-        losses: one per step; a training ends at the first that is not finite.
-        error: why the prescription could not be applied; then there are no losses and the reports are empty.
-    """
-
-    name: str
-    prescription: Prescription | None
-    before: Report
-    after: Report
-    losses: list[float]
-    error: str = ""
-
-    @property
-    def loss(self) -> float:
-        """The mean loss over the last tenth of the steps; infinite where it is not finite."""
-        last = self.losses[-max(1, round(LAST * len(self.losses))) :]
-        return statistics.fmean(last) if last and math.isfinite(last[-1]) else math.inf
-
-    @property
-    def worst(self) -> Record | None:
-        """The record with the gravest verdict after the training, and of these the one with the shortest horizon."""
-        return min(self.after, key=_gravity, default=None)
-
-
-def _gravity(record: Record) -> tuple[int, float]:
-    reach = 0.0 if record.horizon is None else record.horizon / max(record.longest, 1)
-    return SEVERITY.index(record.verdict), reach
-
-
-class Checkup(list):
-    """A list of `Trial`, the one without a change first; prints as a table."""
-
-    @property
-    def base(self) -> Trial:
-        """The training of the model as it is."""
-        return self[0]
-
-    @property
-    def prescriptions(self) -> list[Prescription]:
-        """What was tried, in the order of `prescribe`."""
-        return [trial.prescription for trial in self if trial.prescription is not None]
-
-    def helps(self, trial: Trial) -> dict[str, bool]:
-        """Whether `horizon`, `verdict` and `loss` are better than those of the model as it is."""
-        old, new = self.base.worst, trial.worst
-        if old is None or new is None:
-            return {"horizon": False, "verdict": False, "loss": trial.loss < LOWER * self.base.loss}
-        (old_rank, old_reach), (new_rank, new_reach) = _gravity(old), _gravity(new)
-        return {
-            "horizon": new_reach > old_reach,
-            "verdict": new_rank > old_rank,
-            "loss": trial.loss < self.base.loss - (1 - LOWER) * abs(self.base.loss),
-        }
-
-    def best(self) -> Trial:
-        """The trial with the lowest loss."""
-        return min(self, key=lambda trial: trial.loss)
-
-    def __str__(self) -> str:
-        rows = [("treatment", "loss, first", "last", "verdict", "gain", "horizon", "better than as it is")]
-        for trial in self:
-            record = trial.worst
-            if trial.error:
-                rows.append((trial.name, "-", "-", "-", "-", "-", f"not tried: {trial.error}"))
-                continue
-            better = [name for name, yes in self.helps(trial).items() if yes]
-            rows.append((
-                trial.name, f"{trial.losses[0]:.4g}", f"{trial.loss:.4g}", record.verdict if record else "-",
-                f"{record.gain_median:.3f}" if record else "-",
-                "-" if record is None or record.horizon is None else f"{record.horizon} of {record.longest}",
-                "" if trial is self.base else ", ".join(better) or "nothing",
-            ))  # fmt: skip
-        advice = [f"{trial.name}: {trial.prescription.advice}" for trial in self if trial.prescription]
-        return "\n".join((table(rows), "", *advice)).rstrip()
-
-    def plot(self, path) -> None:
-        """Writes the losses, and the norm of the gradient at every time step after the training, as a picture.
-
-        Args:
-            path: of the picture; folders are created.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from . import plots
-
-        plots.checkup(path, self)
 
 
 def doctor(
@@ -133,6 +33,8 @@ def doctor(
     steps: int = 50,
     optimizer: Optimizer | None = None,
     clip_grad_norm: float | None = None,
+    held_out: Any = None,
+    constant: float | None = None,
     seed: int = 0,
 ) -> Checkup:
     """Trains a copy of the model for some steps, diagnoses it, and tries every prescription from the same start.
@@ -149,9 +51,13 @@ def doctor(
         model: with at least one fastrnn LSTM, GRU or RNN; compiled models have to be passed as they were before.
         batch: what `loss_fn` takes; or a callable that gets the step, from 0, and returns the batch for it.
         loss_fn: `(model, batch) -> loss`, a scalar.
-        steps: of training per trial.
+        steps: of training per trial. Whether a training is stuck shows after 200 rather than 50 (docs/clinic.md).
         optimizer: a function of the parameters; Adam with a learning rate of 1e-3 where it is None.
         clip_grad_norm: for `torch.nn.utils.clip_grad_norm_`, if the training uses it.
+        held_out: a batch that the training does not see, to tell overfitting.
+        constant: the loss of the best answer that does not look at the sequence: log C for C classes that are equally
+            frequent, the variance of the target for a squared error. Without it, the loss that the model reaches with
+            zeros in place of the outputs of its recurrent modules.
         seed: of dropout, of batches that are drawn from torch's global generator, and of the prescriptions.
 
     Returns:
@@ -165,22 +71,61 @@ def doctor(
     make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
     draw = batch if callable(batch) else lambda step: batch
 
-    def trained(patient: nn.Module) -> tuple[Report, Report, list[float]]:
+    def trial_of(patient: nn.Module, name: str, prescription: Prescription | None = None) -> Trial:
         _seed(seed)
-        return _train(patient.train(), draw, loss_fn, make(patient.parameters()), steps, clip_grad_norm)
+        results = _train(patient.train(), draw, loss_fn, make(patient.parameters()), steps, clip_grad_norm)
+        return Trial(name, prescription, *results, _evaluated(patient, loss_fn, held_out))
 
     with _random_state_kept():
-        checkup = Checkup([Trial(AS_IT_IS, None, *trained(_copied(model)))])
+        checkup = Checkup([trial_of(_copied(model), AS_IT_IS)])
         for prescription in prescribe(checkup.base.after) or prescribe(checkup.base.before):
             _seed(seed)
             try:
                 patient = prescription.apply(_copied(model))
             except ValueError as error:
-                trial = Trial(prescription.name, prescription, Report(), Report(), [], str(error))
+                trial = Trial(prescription.name, prescription, Report(), Report(), [], error=str(error))
             else:
-                trial = Trial(prescription.name, prescription, *trained(patient))
+                trial = trial_of(patient, prescription.name, prescription)
             checkup.append(trial)
+        if constant is None:
+            _seed(seed)
+            batches = [draw(n % steps) for n in range(CONSTANT_BATCHES if callable(batch) else 1)]
+            constant = constant_loss(_copied(model), batches, loss_fn)
+        checkup.constant = constant
     return checkup
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, loss_fn, batch) -> float | None:
+    return None if batch is None else float(loss_fn(model.eval(), batch))
+
+
+def constant_loss(model: nn.Module, batches: list, loss_fn) -> float:
+    """The lowest mean loss of a model, fitted in place, whose recurrent modules give only zeros; or NaN."""
+
+    def zeroed(module, inputs, outputs):
+        return tree_map(_zeros, outputs)
+
+    for module in watched(model).values():
+        module.register_forward_hook(zeroed)
+    model.train()
+    optimizer, losses = torch.optim.LBFGS(model.parameters(), max_iter=CONSTANT_STEPS), []
+
+    def mean_loss() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([loss_fn(model, _detached(batch)) for batch in batches]).mean()
+        losses.append(loss.item())
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    optimizer.step(mean_loss)
+    return min(filter(math.isfinite, losses), default=math.nan)
+
+
+def _zeros(leaf):
+    """In place of a floating tensor; the sizes of a packed batch stay."""
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _train(model, draw, loss_fn, optimizer, steps: int, clip: float | None) -> tuple[Report, Report, list[float]]:
@@ -188,7 +133,7 @@ def _train(model, draw, loss_fn, optimizer, steps: int, clip: float | None) -> t
     before = after = Report()
     monitor, losses = GradientMonitor(model), []
     for step in range(steps):
-        batch = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, draw(step))
+        batch = _detached(draw(step))
         optimizer.zero_grad()
         observed = step in (0, steps - 1)
         if observed:
@@ -214,6 +159,10 @@ def _train(model, draw, loss_fn, optimizer, steps: int, clip: float | None) -> t
     return before, after, losses
 
 
+def _detached(batch):
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch)
+
+
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy without gradients; `model` is not touched."""
     patient = copy.deepcopy(model)
@@ -236,8 +185,10 @@ def _random_state_kept():
         random.setstate(state)
 
 
-def load(place: str) -> tuple[nn.Module, Any, Callable]:
-    """`(model, batch, loss_fn)`, from calling the factory that `path/to/script.py:factory` names.
+def load(place: str) -> tuple[nn.Module, Any, Callable, Any]:
+    """`(model, batch, loss_fn, held_out)`, from calling the factory that `path/to/script.py:factory` names.
+
+    The factory may leave out `held_out`, which is then None.
 
     The script is imported, not run: what is under `if __name__ == "__main__"` is left out.
 
@@ -259,6 +210,11 @@ def load(place: str) -> tuple[nn.Module, Any, Callable]:
     if not callable(factory):
         raise ValueError(f"{path} has no function {name!r}")
     made = factory()
-    if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], nn.Module) or not callable(made[2]):
-        raise ValueError(f"{name}() should return (model, batch, loss_fn), got {type(made).__name__}")
-    return made
+    if (
+        not isinstance(made, tuple)
+        or len(made) not in (3, 4)
+        or not isinstance(made[0], nn.Module)
+        or not callable(made[2])
+    ):
+        raise ValueError(f"{name}() should return (model, batch, loss_fn[, held_out]), got {type(made).__name__}")
+    return made if len(made) == 4 else (*made, None)

@@ -16,7 +16,8 @@ from .. import init
 from ..modules import GRU, LSTM, RNN
 from ..recurrent import Recurrent
 from ..user_cells import Cell
-from .diagnosis import Record, Report, table
+from .diagnosis import Record, Report
+from .listing import table
 from .monitor import GradientMonitor
 
 INPUTS = 8

@@ -7,7 +7,10 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import torch.nn.functional as F
+
 from .history import History
+from .steps import MAX_COLUMNS, MAX_DECADES, StepsShown, limit_steps, steps_label, steps_shown, thinned
 
 # Two hues of Okabe & Ito's palette, which people with any colour vision can tell apart; solid and dashed say it again.
 COLORS = {"h": "#0072B2", "c": "#D55E00"}
@@ -21,8 +24,8 @@ CHECKUP_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F0
 STROKES = ("-", "--", "-.", ":")
 FLOW_RANGE, FLOW_LEGEND = (1e-12, 1e12), "upper left"
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
-MAX_DECADES = 30
-"""Norms that are more powers of ten below the largest in the picture are left out. float32 reaches down to 1e-38."""
+MANY_LAYERS = 4
+"""More layers and directions than this share two columns, where the picture is of one report."""
 
 
 def figure_class():
@@ -53,38 +56,48 @@ def gradient_norms(path, reports) -> None:
     Args:
         path: of the picture: PNG, unless its ending names another format of matplotlib's; folders are created.
         reports: `{title: report}`, the reports of a `GradientMonitor` on one model; one column of panels each, one row
-            per layer and direction.
+            per layer and direction. The many layers of a single report are in two columns. Where the gradient vanishes
+            within a small part of a long sequence, only that part is drawn.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: a report is empty.
     """
     figure_type = figure_class()
-    rows = list(dict.fromkeys(r.name for report in reports.values() for r in report))
-    if not rows or not all(reports.values()):
+    names = list(dict.fromkeys(r.name for report in reports.values() for r in report))
+    if not names or not all(reports.values()):
         raise ValueError("no gradient to plot: run the model and loss.backward() inside the monitor first")
-    width, height = 1.2 + 5.2 * len(reports), 0.9 + 2.9 * len(rows)
-    figure = figure_type(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(rows), len(reports), sharex=True, sharey=True, squeeze=False)
-    for column, (title, report) in enumerate(reports.items()):
-        for row, name in enumerate(rows):
-            axes = panels[row][column]
-            _clean(axes)
-            records = [r for r in report if r.name == name]
-            for r in records:
-                _norm_lines(axes, r)
-            if records:
-                axes.set_title("\n".join(filter(None, (title, _summary(records[0])))), fontsize=10, loc="left")
-            if row == len(rows) - 1:
-                axes.set_xlabel("time step t")
-            if column == 0:
-                axes.set_ylabel("norm of dL / d state")
-    axes = panels[0][0]
+    wrapped = len(reports) == 1 and len(names) > MANY_LAYERS
+    columns = 2 if wrapped else len(reports)
+    lines = math.ceil(len(names) / columns) if wrapped else len(names)
+    figure = figure_type(figsize=(1.2 + 5.2 * columns, 0.9 + 2.9 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = panels.T.flatten() if wrapped else panels.flatten()
+    places = [(name, title, report) for name in names for title, report in reports.items()]
+    shown = steps_shown([r for report in reports.values() for r in report])
+    for axes, (name, title, report) in zip(panels, places, strict=False):
+        _clean(axes)
+        records = [r for r in report if r.name == name]
+        for r in records:
+            _norm_lines(axes, r, shown)
+        if records:
+            axes.set_title("\n".join(filter(None, (title, _summary(records[0])))), fontsize=10, loc="left")
+    for axes in panels[len(places) :]:
+        axes.set_visible(False)
+    axes = panels[0]
     axes.xaxis.get_major_locator().set_params(integer=True)
     _log_scale(axes, reports)
-    handles, labels = axes.get_legend_handles_labels()
+    limit_steps(axes, shown)
+    for n, axes in enumerate(panels[: len(places)]):
+        row, column = (n % lines, n // lines) if wrapped else divmod(n, columns)
+        if row == lines - 1 or n == len(places) - 1:
+            axes.set_xlabel(steps_label(shown))
+            axes.tick_params(labelbottom=True)
+        if column == 0:
+            axes.set_ylabel("norm of dL / d state")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(reports)), frameon=False, fontsize=9
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False, fontsize=9
     )
     _save(figure, path)
 
@@ -113,17 +126,20 @@ def layers(folder, report, history: History) -> list[Path]:
     paths = []
     for name in dict.fromkeys(r.name for r in report):
         records = [r for r in report if r.name == name]
+        shown = steps_shown(records)
         figure = figure_type(figsize=(10.4, 0.9 + 2.6 * (len(records) + 1)), layout="constrained")
         panels = figure.subplots(len(records) + 1, 2, squeeze=False)
         for (profile, heat), record in zip(panels, records, strict=False):
             _clean(profile)
-            _norm_lines(profile, record)
+            _norm_lines(profile, record, shown)
             _log_scale(profile, {"": [record]})
+            limit_steps(profile, shown)
             profile.set_ylabel(f"norm of dL / d{record.state}")
             profile.legend(frameon=False, fontsize=8)
             _heat_map(figure, heat, history, record)
-        _gains(*panels[-1], history, records[0])
-        for axes in panels[-1][:1].tolist() + panels[:-1, 1].tolist():
+        _gains(*panels[-1], history, records[0], shown)
+        panels[-1, 0].set_xlabel(steps_label(shown))
+        for axes in panels[:-1, 1]:
             axes.set_xlabel("time step t")
         figure.suptitle(_summary(records[0]), fontsize=11, x=0.01, ha="left")
         paths.append(Path(folder) / f"{name}.png")
@@ -139,14 +155,20 @@ def _edges(steps: list[int]) -> list[float]:
 
 
 def _heat_map(figure, axes, history: History, record) -> None:
-    """log10 of the total norm, training step against time step; grey where it is zero, infinite or NaN."""
+    """log10 of the total norm, training step against time step; grey where it is zero, infinite or NaN.
+
+    Of a long sequence, a column is the largest norm of a block of steps.
+    """
     norms = history.map(record.name, record.state)
+    T, width = norms.shape[1], math.ceil(norms.shape[1] / MAX_COLUMNS)
+    if width > 1:
+        norms = F.pad(norms, (0, -T % width), value=math.nan).unflatten(1, (-1, width)).nan_to_num(0).amax(-1)
     shown = norms.masked_fill(~(norms > 0) | norms.isinf(), math.nan).log10()
     known = shown[~shown.isnan()]
     axes.set_facecolor(NOTHING)
     if len(known):
         low = max(float(known.min()), float(known.max()) - MAX_DECADES)
-        columns = [t - 0.5 for t in range(norms.shape[1] + 1)]
+        columns = [min(width * block, T) - 0.5 for block in range(norms.shape[1] + 1)]
         mesh = axes.pcolormesh(columns, _edges(history.steps), shown.numpy(), cmap=HEAT, vmin=low)
         figure.colorbar(mesh, ax=axes, label=f"log10 of dL / d{record.state}, total")
     axes.set_ylabel("training step")
@@ -156,10 +178,11 @@ def _heat_map(figure, axes, history: History, record) -> None:
         axes.set_title(f"first not finite in training step {history.first_nonfinite()}", fontsize=9, loc="left")
 
 
-def _gains(now, through_training, history: History, record) -> None:
+def _gains(now, through_training, history: History, record, shown: StepsShown) -> None:
     curve = history.curve(record.name, record.state)
     few = {"marker": "o", "markersize": 4} if len(curve) < 3 else {}
-    now.plot(record.gain.tolist(), color=TRAIN, linewidth=1.5)
+    now.plot(*thinned(record.gain, shown), color=TRAIN, linewidth=1.5)
+    limit_steps(now, shown)
     through_training.plot(history.steps, curve, color=TRAIN, linewidth=1.5, **few)
     for axes, label in ((now, "gain, last step seen"), (through_training, "gain, mean over t")):
         _clean(axes)
@@ -169,15 +192,17 @@ def _gains(now, through_training, history: History, record) -> None:
     through_training.set_xlabel("training step")
 
 
-def _norm_lines(axes, record) -> None:
+def _norm_lines(axes, record, shown: StepsShown) -> None:
     color = COLORS.get(record.state) or OTHER_COLORS[sum(map(ord, record.state)) % len(OTHER_COLORS)]
     total, carried = (v.masked_fill(~(v > 0) | ~v.isfinite(), float("nan")) for v in (record.total, record.carried))
     # A line needs two points: single norms are shown as dots.
     dots = {"marker": "o", "markersize": 3} if (total > 0).sum() < 3 else {}
     state = record.state if len(record.state) == 1 else rf"\mathrm{{{record.state}}}".replace("_", r"\_")
     label = rf"$\partial L/\partial {state}_t$"
-    axes.plot(total.tolist(), color=color, linewidth=3.2, alpha=0.4, label=f"{label}, total", **dots)
-    axes.plot(carried.tolist(), color=color, linewidth=1.3, linestyle="--", label=f"{label}, carried back", **dots)
+    axes.plot(*thinned(total, shown), color=color, linewidth=3.2, alpha=0.4, label=f"{label}, total", **dots)
+    axes.plot(
+        *thinned(carried, shown), color=color, linewidth=1.3, linestyle="--", label=f"{label}, carried back", **dots
+    )
     if record.first_nonfinite is not None:
         axes.axvline(record.first_nonfinite, color="black", linewidth=1, linestyle=":")
 
@@ -244,13 +269,17 @@ def checkup(path, trials) -> None:
     Args:
         path: of the picture; folders are created.
         trials: a `Checkup`. The right panel shows the layer with the gravest verdict of each trial, relative to the
-            largest norm of its states.
+            largest norm of its states; against the steps to the end, on a log axis, where one gradient vanishes within
+            a small part of a long sequence and another does not.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure = figure_class()(figsize=(11, 4.4), layout="constrained")
     loss, norms = figure.subplots(1, 2)
+    worst = [trial.worst for trial in trials if trial.worst is not None]
+    shown = steps_shown(worst)
+    from_end = not shown.is_zoomed and any(steps_shown([record]).is_zoomed for record in worst)
     for n, trial in enumerate(trial for trial in trials if trial.losses):
         color, style = CHECKUP_COLORS[n % len(CHECKUP_COLORS)], STROKES[n % len(STROKES)]
         few = {"marker": "o", "markersize": 4} if len(trial.losses) < 3 else {}
@@ -258,12 +287,21 @@ def checkup(path, trials) -> None:
         loss.plot(trial.losses, label=trial.name, **look, **few)
         if record is not None:
             largest = float(record.total.nan_to_num(0, 0, 0).max())
-            shown = [v / largest if largest > 0 and 0 < v < math.inf else math.nan for v in record.total.tolist()]
-            norms.plot(shown, label=f"{trial.name}: {record.verdict}", **look)
-    for axes, label in ((loss, "training step"), (norms, "time step t")):
+            relative = record.total / largest if largest > 0 else record.total
+            relative = relative.masked_fill(~(relative > 0) | ~relative.isfinite(), math.nan)
+            steps, values = thinned(relative, shown)
+            if from_end:
+                steps, values = range(len(relative), 0, -1), relative.tolist()
+            norms.plot(steps, values, label=f"{trial.name}: {record.verdict}", **look)
+    limit_steps(norms, shown)
+    for axes, label in ((loss, "training step"), (norms, steps_label(shown))):
         _clean(axes)
         axes.set_xlabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if from_end:
+        norms.set_xscale("log")
+        norms.set_xlim(1.15 * shown.T, 0.87)
+        norms.set_xlabel("steps to the end of the sequence")
     loss.set_ylabel("loss")
     norms.set_ylabel("norm of dL / d state, 1 at its largest")
     if any(0 < value < math.inf for line in norms.lines for value in line.get_ydata()):

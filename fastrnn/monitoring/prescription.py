@@ -211,6 +211,10 @@ def _biased(module, facts):
     return init.chrono_(new, max(2, facts.T))
 
 
+def _normed(module, facts):
+    return init.chrono_(_layer_norm(module, facts), max(2, facts.T))
+
+
 def _layer_norm(module, facts):
     new = rebuilt(module, type(module), layer_norm=True)
     new.load_state_dict(module.state_dict(), strict=False)
@@ -238,6 +242,7 @@ def _larger_bound(module, facts):
 REMEDIES = {
     "clip": Remedy(True, _clip),  # clip_state_grad_norm at the norm where the backward starts
     "biased": Remedy(False, _biased),  # the same weights, with biases by chrono
+    "normed": Remedy(False, _normed),  # the same weights, with layer_norm=True and biases by chrono
     "chrono": Remedy(True, _chrono),  # the biases of the gates, with t_max the longest way back
     "layer_norm": Remedy(False, _layer_norm),  # the same weights, with layer_norm=True
     "gated": Remedy(False, _gated),  # a GRU of the same sizes, with chrono
@@ -246,5 +251,5 @@ REMEDIES = {
     "smaller_norm": Remedy(True, _smaller_norm),  # ln_hh divided by the gain
     "larger_bound": Remedy(True, _larger_bound),  # clip_state_grad_norm
 }
-"""By name, in the order in which `prescribe` gives them. A GRU comes before another W_hh: in docs/clinic.md it
-cures more trainings of plain RNNs."""
+"""By name, in the order in which `prescribe` gives them, by what cured the trainings of docs/clinic.md: there a GRU
+cures more plain RNNs than another W_hh does, and layer norm with chrono more gated cells than chrono alone."""
