@@ -10,7 +10,9 @@ from setups import H, I, every_backend, initial, needs_cpu_library, random
 from torch import nn
 
 import fastrnn
-from fastrnn.dispatch import BACKENDS, Request
+from fastrnn.backend_table import FEATURES
+from fastrnn.backends import triton
+from fastrnn.dispatch import BACKENDS, MODES, Request
 
 T, B = 4, 3
 KINDS = {"LSTM": {}, "GRU": {}, "RNN": {}}
@@ -204,10 +206,18 @@ def test_a_mask_for_each_gate(kind, layer_norm):
         torch.testing.assert_close(run(*leaves)[0], want)
 
 
-def test_what_backends_refuse():
-    for feature in ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate"):
-        request = Request("lstm", "cuda", torch.float32, 8, features=frozenset(["layer_norm", feature]))
-        assert feature in BACKENDS["triton"].reason(request) or "not installed" in BACKENDS["triton"].reason(request)
+@pytest.mark.skipif(not triton.INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("features", [
+    ("layer_norm", "layer_norm_sum"), ("layer_norm", "layer_norm_gates", "layer_norm_carried"),
+    ("recurrent_dropout", "recurrent_dropout_per_gate"), ("decay",),
+], ids=lambda features: features[-1])  # fmt: skip
+def test_which_backends_take_them(features):
+    request = Request("lstm", "cuda", torch.float32, 8, features=frozenset(features), batch=2)
+    assert {*features} <= {*FEATURES}
+    assert BACKENDS["triton"].reason(request) is None and MODES["triton:gemm"].reason(request) is None
+    for mode in ("local", "stepwise"):
+        assert MODES[f"triton:{mode}"].reason(request).startswith("it has no ")
+    assert features[0] in BACKENDS["cuda"].reason(request) or "built" in BACKENDS["cuda"].reason(request)
 
 
 @pytest.mark.parametrize(
