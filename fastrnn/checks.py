@@ -184,10 +184,8 @@ def check_layer_norm(cell: str, kind: bool | str) -> str:
         if not isinstance(kind, str):
             check_flags(layer_norm=kind)
         raise ValueError(f'layer_norm should be a bool, "separate", "sum" or "gates", got {kind!r}')
-    if spec_of(cell).program is not None:
-        raise ValueError(
-            f"layer_norm={kind!r} is for the LSTM, GRU and RNN of torch.nn, and not for the user's cell here"
-        )
+    if not spec_of(cell).recurrent:
+        raise ValueError(f"layer_norm={kind!r} is of W_ih x + W_hh h, and {spec_of(cell).name} has no W_hh")
     return kind
 
 
@@ -336,7 +334,7 @@ def check(
     weight_ih = params["weight_ih_l0"]
     shape = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
     rows, size = shape if len(shape) == 2 else (shape[0] * shape[1], shape[0] * shape[2])
-    num_heads = int(shape[0]) if len(shape) == 3 else 1
+    num_heads = int(shape[0]) if len(shape) == 3 else 1  # under torch.jit.trace a size is a tensor
     hidden_size = rows // len(spec.gates)
     if not spec.recurrent:
         size = hidden_size

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from setups import H, I, every_backend, initial, needs_cpu_library, random
+from setups import H, I, every_backend, initial, loss_of, needs_cpu_library, random
 from torch import nn
 
 import fastrnn
@@ -265,9 +265,26 @@ def test_refusals(kind, settings, reason):
         getattr(fastrnn, kind)(I, H, **{"layer_norm": True, **settings})
 
 
-def test_the_sum_is_for_built_in_cells():
-    with pytest.raises(ValueError, match="layer_norm='sum' is for"):
-        fastrnn.Recurrent(fastrnn.cells.peephole_lstm, I, H, layer_norm="sum")
+@pytest.mark.parametrize("build", [
+    lambda **settings: fastrnn.Recurrent(fastrnn.cells.peephole_lstm, I, H, **settings),
+    lambda **settings: fastrnn.RNN(I, H, leak=0.3, learn_leak=True, **settings),
+    lambda **settings: fastrnn.GRU(I, H, activation="softsign", **settings),
+], ids=["peephole", "leak", "activation"])  # fmt: skip
+@needs_cpu_library
+def test_a_sum_in_other_cells(build):
+    x, found = random(T, B, I), []
+    lengths = torch.tensor([4, 2, 0])
+    for backend in ("reference", "cpu"):
+        torch.manual_seed(0)
+        module = build(layer_norm="gates", bidirectional=True, dtype=torch.float64, backend=backend)
+        y = module(x, lengths=lengths)[0]
+        found.append([y, *torch.autograd.grad(loss_of([y]), [x, *module.parameters()])])
+    torch.testing.assert_close(*found)
+
+
+def test_the_sum_needs_both_products():
+    with pytest.raises(ValueError, match="layer_norm='sum' is of W_ih x \\+ W_hh h, and min_gru has no W_hh"):
+        fastrnn.Recurrent(fastrnn.cells.min_gru, I, H, layer_norm="sum")
     with pytest.raises(TypeError, match="layer_norm should be of type bool"):
         fastrnn.LSTM(I, H, layer_norm=1)
 
