@@ -392,7 +392,8 @@ def check(
         traced and not forward_mode and not recorded() and "tracing",
     )
     # A compiled graph must not be tied to its sizes.
-    known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
+    symbolic = isinstance(T, torch.SymInt) or isinstance(batch, torch.SymInt)
+    known_T, known_batch = (0, 0) if traced or forward_mode or symbolic else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
     tensors = (x, *states, *parameters, *inputs)
     if decay is not None:

@@ -229,7 +229,7 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     """
     if has_directions(dy):
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
-    rows, terms = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows, terms = dy.flatten(0, -2), x.flatten(0, -2)  # a reshape would not know the rows of a tensor without columns
     look = type(flags) is Tensor and flags.device.type == "cpu" and not tracing()  # a fake one has no values
     if look and rows.numel() * terms.shape[1] >= LEAST_PADDED_WORK:
         real = (flags.flatten() & PAD == 0).nonzero().squeeze(1)

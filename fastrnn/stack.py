@@ -310,7 +310,9 @@ def run(
     others = ()
     if len(states) > 1:
         c_n = torch.stack([out.c_n for out in final])
-        others = (c_n,) if len(states) == 2 else c_n.chunk(len(states) - 1, -1)
+        others = (c_n,)
+        if len(states) > 2:  # no views, which could neither be changed in place nor detached
+            others = tuple(part.clone() for part in c_n.chunk(len(states) - 1, -1))
     c = None
     if keep_c and len(states) == 2:
         c = torch.cat([out.c for out in outputs], -1)
