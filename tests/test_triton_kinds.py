@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_texts import FOUR_STATES
+from cell_texts import TEXTS
 
 import fastrnn
 from fastrnn.arguments import ScanInputs
@@ -31,7 +31,7 @@ def test_kinds_of_layer_norm(cell, extras, kinds, device):
     ("lstm", (), {}),
     ("lstm", WHOLE, CARRIED),
     ("gru", (*Problem.ALL, "layer_norm", "decay"), dict(ln_of="gates")),
-    (FOUR_STATES, ("flags", "norms", "layer_norm"), dict(ln_of="sum")),
+    (TEXTS["four"], ("flags", "norms", "layer_norm"), dict(ln_of="sum")),
 ], ids=["lstm", "lstm-all", "gru-all", "own"])  # fmt: skip
 def test_a_mask_for_each_gate(cell, extras, kinds, device):
     extras = ("gate_masks", *(extra for extra in extras if extra != "recurrent_mask"))
