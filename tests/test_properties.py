@@ -100,7 +100,7 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         "batch_first": draw(flag),
         "dropout": draw(PROBABILITY),
         "bidirectional": draw(flag),
-        "layer_norm": draw(flag if user else LAYER_NORM),
+        "layer_norm": draw(LAYER_NORM if not user or user.recurrent else flag),
         "residual": draw(flag),
         "locked_dropout": draw(flag),
         "recurrent_dropout": draw(PROBABILITY),
@@ -117,11 +117,10 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         network["layer_norm_cell"] = draw(st.sampled_from(("inside", "carried", None)))
     if user and not user.recurrent:
         network |= {"recurrent_dropout": 0.0, "weight_dropout": 0.0}  # of W_hh
-    plain = network["layer_norm"] in (False, True)  # the norms of a sum are of the built-in cells
     if kind.startswith("rnn"):
-        network |= {"nonlinearity": kind.removeprefix("rnn_"), **(draw(LEAKS) if plain else {})}
-    elif (kind == "gru" and plain) or (lstm and not network["layer_norm"] and not network["proj_size"]):
-        network["activation"] = draw(ACTIVATION)
+        network |= {"nonlinearity": kind.removeprefix("rnn_"), **draw(LEAKS)}
+    elif kind == "gru" or (lstm and not network["layer_norm"] and not network["proj_size"]):
+        network |= {"activation": draw(ACTIVATION), **({"layer_norm_cell": "inside"} if lstm else {})}
     refuses_heads = network.get("proj_size") or network.get("recurrent_dropout_per_gate")
     if not refuses_heads and (not user or user.recurrent):
         network["num_heads"] = draw(st.sampled_from([n for n in range(1, H + 1) if H % n == 0]))
