@@ -35,7 +35,8 @@ class Request(NamedTuple):
 FEATURES = (
     "tap", "clip", "lengths", "resets", "decay", "return_cells", "return_layers", "layer_norm", "projection",
     "heads",
-    "layer_norm_sum",  # of W_ih x + W_hh h, over all gates or each
+    "layer_norm_sum",  # of W_ih x + W_hh h
+    "layer_norm_gates",  # the same, of each gate by itself
     "layer_norm_carried",  # of the c that is carried on
     "recurrent_dropout_per_gate",
     "zoneout", "recurrent_dropout", "locked_dropout", "residual",

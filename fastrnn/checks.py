@@ -184,10 +184,8 @@ def check_layer_norm(cell: str, kind: bool | str) -> str:
         if not isinstance(kind, str):
             check_flags(layer_norm=kind)
         raise ValueError(f'layer_norm should be a bool, "separate", "sum" or "gates", got {kind!r}')
-    if spec_of(cell).program is not None:
-        raise ValueError(
-            f"layer_norm={kind!r} is for the LSTM, GRU and RNN of torch.nn, and not for the user's cell here"
-        )
+    if not spec_of(cell).recurrent:
+        raise ValueError(f"layer_norm={kind!r} is of W_ih x + W_hh h, and {spec_of(cell).name} has no W_hh")
     return kind
 
 
@@ -336,7 +334,7 @@ def check(
     weight_ih = params["weight_ih_l0"]
     shape = params["weight_hh_l0" if spec.recurrent else "weight_ih_l0"].shape
     rows, size = shape if len(shape) == 2 else (shape[0] * shape[1], shape[0] * shape[2])
-    num_heads = int(shape[0]) if len(shape) == 3 else 1
+    num_heads = int(shape[0]) if len(shape) == 3 else 1  # under torch.jit.trace a size is a tensor
     hidden_size = rows // len(spec.gates)
     if not spec.recurrent:
         size = hidden_size
@@ -383,7 +381,8 @@ def check(
         return_cells and "return_cells",
         return_layers and "return_layers",
         layer_norm and "layer_norm",
-        layer_norm and options.layer_norm != "separate" and "layer_norm_sum",
+        layer_norm and options.layer_norm == "sum" and "layer_norm_sum",
+        layer_norm and options.layer_norm == "gates" and "layer_norm_gates",
         layer_norm and options.layer_norm_cell == "carried" and "layer_norm_carried",
         projection > 0 and "projection",
         num_heads > 1 and "heads",
@@ -393,7 +392,8 @@ def check(
         traced and not forward_mode and not recorded() and "tracing",
     )
     # A compiled graph must not be tied to its sizes.
-    known_T, known_batch = (0, 0) if traced or forward_mode else (T, batch)
+    symbolic = isinstance(T, torch.SymInt) or isinstance(batch, torch.SymInt)
+    known_T, known_batch = (0, 0) if traced or forward_mode or symbolic else (T, batch)
     filled = len(x) / (T * batch) if packed is not None and known_T and known_batch else None
     tensors = (x, *states, *parameters, *inputs)
     if decay is not None:

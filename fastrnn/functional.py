@@ -171,7 +171,8 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
     call = check_step(cell, x, states, params, **norms)
     name = export.choose(call.request, backend)
     _, states, _, _ = _scanned(call, params, name, step=True)
-    return tuple(s[0] for s in states)
+    # No views: the user may change the states in place, and detach them.
+    return tuple(s[0].clone() if torch.is_grad_enabled() else s[0] for s in states)
 
 
 def explain(cell, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:

@@ -349,7 +349,7 @@ _ARGUMENTS = """
         locked_dropout: the mask of `dropout` is the same at every step (Gal & Ghahramani 2016).
         recurrent_dropout: probability that a unit of the h that W_hh multiplies is dropped, by one mask per sequence
             (Gal & Ghahramani 2016).
-        recurrent_dropout_per_gate: a mask for each gate's rows of W_hh, as Keras has it; not on Triton.
+        recurrent_dropout_per_gate: a mask for each gate's rows of W_hh, as Keras has it.
         zoneout: probability that a unit keeps its state; for the LSTM one for both states or (p_c, p_h)
             (Krueger et al. 2017).
         weight_dropout: probability that an entry of W_hh is dropped, by one mask per call (Merity et al. 2018).

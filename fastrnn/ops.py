@@ -34,7 +34,7 @@ from .arguments import (
 from .directions import each_direction
 from .linear import tracing
 
-_library = torch.library.Library("fastrnn", "DEF")
+LIBRARY = torch.library.Library("fastrnn", "DEF")
 
 
 class _Undifferentiated(Function):
@@ -49,7 +49,7 @@ class _Undifferentiated(Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{ctx.op} has no gradient by itself: what torch.export or torch.jit.trace wrote, and vmap inside of "
+            f"{ctx.op} has no gradient by itself: what torch.export wrote, and vmap inside of "
             "torch.compile, can be run and not trained; train the module"
         )
 
@@ -73,15 +73,15 @@ def _op(name: str, op_schema: str, kernel, fake):
     disable it in the kernel. Here it is disabled only once it has been imported.
     """
     hidden = torch._disable_dynamo(kernel)
-    _library.define(name + op_schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.define(name + op_schema, tags=torch.Tag.pt2_compliant_tag)
     op = getattr(torch.ops.fastrnn, name).default
 
     def run(*args):
         return (hidden if "torch._dynamo" in sys.modules else kernel)(*args)
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    refuse_gradient(_library, name, op)
-    torch.library.register_fake(f"fastrnn::{name}", fake, lib=_library)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    refuse_gradient(LIBRARY, name, op)
+    torch.library.register_fake(f"fastrnn::{name}", fake, lib=LIBRARY)
 
     def call(*args):
         return run(*args) if _is_unobserved(args) else op(*args)

@@ -35,13 +35,14 @@ from .arguments import (
     Walk,
     as_tensors,
     has_directions,
+    schema,
     split,
 )
 from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_carried, lstm_cell_state, lstm_output
 from .heads import of_each_head
-from .linear import linear, tracing, transformed
+from .linear import linear, recorded, tracing, transformed
 from .reference import previous_state
 from .vmapping import vmap
 
@@ -59,15 +60,20 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
         raise NotImplementedError("a second derivative cannot be compiled; call it without torch.compile")
     if export.exporting():
         return export.scan(inputs, walk, keep_c)
+    if recorded() and tap is None:  # what is written down asks for gradients when it runs, not now
+        return ScanOutputs(*torch.ops.fastrnn.scan_recorded(*inputs, *walk, keep_c)[:4])
+    return ScanOutputs(*_run(inputs, walk, tap, keep_c)[:4])
+
+
+def _run(inputs: ScanInputs, walk: Walk, tap: Tensor | None, keep_c: bool) -> tuple[Tensor, ...]:
+    """The function, where a derivative may be taken, or the raw op."""
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, tap))
     # Under vmap a tensor does not show that a tensor around it requires grad, and vmap's rule belongs to the function.
     # The op would drop the tangent of a dual number; the function refuses it.
     in_eager = not torch.compiler.is_compiling()
     if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
-        outputs = _apply(Scan, *inputs, *walk, tap, keep_c)
-    else:
-        outputs = ops.call_forward(*inputs, *walk, keep_c)
-    return ScanOutputs(*outputs[:4])
+        return _apply(Scan, *inputs, *walk, tap, keep_c)
+    return ops.call_forward(*inputs, *walk, keep_c)
 
 
 def _apply(function: type[Function], *flat):
@@ -223,7 +229,7 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     """
     if has_directions(dy):
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
-    rows, terms = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows, terms = dy.flatten(0, -2), x.flatten(0, -2)  # a reshape would not know the rows of a tensor without columns
     look = type(flags) is Tensor and flags.device.type == "cpu" and not tracing()  # a fake one has no values
     if look and rows.numel() * terms.shape[1] >= LEAST_PADDED_WORK:
         real = (flags.flatten() & PAD == 0).nonzero().squeeze(1)
@@ -303,3 +309,13 @@ class ScanBackward(Function):
     def vmap(info, in_dims, *args):
         batch_dims = (*BATCH_OF_INCOMING, *BATCH_OF_KEPT, *BATCH_OF_INPUTS, *BATCH_OF_WALK, None)
         return vmap(ScanBackward, batch_dims, BATCH_OF_GRADIENTS, info, in_dims, args)
+
+
+def _run_recorded(*flat):
+    inputs, walk, keep_c = split(flat, ScanInputs, Walk)
+    return tuple(_run(inputs, walk, None, keep_c))
+
+
+# torch.jit.trace writes this op down, as it is, with gradients and without. A composite op leaves them to its kernel.
+ops.LIBRARY.define("scan_recorded" + schema(ScanInputs, Walk, results=ScanOutputs, keep_c=bool))
+ops.LIBRARY.impl("scan_recorded", _run_recorded, "CompositeImplicitAutograd")

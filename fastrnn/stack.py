@@ -17,7 +17,7 @@ from .arguments import ScanInputs, ScanOutputs, Walk
 from .cell_table import PAD, RESET, START, spec_of, suffixes
 from .dispatch import row
 from .equations import LN_EPS, accumulate_dtype
-from .linear import linear
+from .linear import linear, recorded
 from .packing import pack, packed_positions, pad
 from .reference import as_planes
 from .scan import scan
@@ -283,7 +283,7 @@ def run(
     norms = (options.layer_norm_eps, options.layer_norm, options.layer_norm_cell == "carried")
     walks = [Walk(options.cell, bool(d), backend, options.clip_value, *norms) for d in directions]
     final, outputs, before, below = [], [], None, []
-    apart = states[0].device.type == "cpu" and torch.is_grad_enabled()
+    apart = states[0].device.type == "cpu" and (torch.is_grad_enabled() or recorded())
     for layer, names in enumerate(suffixes(options.num_layers, options.bidirectional)):
         each = []
         for d, name in enumerate(names):
@@ -310,7 +310,9 @@ def run(
     others = ()
     if len(states) > 1:
         c_n = torch.stack([out.c_n for out in final])
-        others = (c_n,) if len(states) == 2 else c_n.chunk(len(states) - 1, -1)
+        others = (c_n,)
+        if len(states) > 2:  # no views, which could neither be changed in place nor detached
+            others = tuple(part.clone() for part in c_n.chunk(len(states) - 1, -1))
     c = None
     if keep_c and len(states) == 2:
         c = torch.cat([out.c for out in outputs], -1)

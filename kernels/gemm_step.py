@@ -9,7 +9,12 @@ is a second GEMM in the middle of a step; it splits the kernel in two.
 
 Steps are counted in scan order: t is T - 1 - i where the scan walks back. BLOCK_H is H rounded up to a power of two.
 
-A cell without W_hh needs no GEMM; `gh_ptr`, or `product_ptr`, is None.
+A cell without W_hh needs no GEMM; `gh_ptr`, or `product_ptr`, is None. With a recurrent mask for each gate (MASKS is G,
+else 1), the operand of W_hh has a part for each gate, and so has what comes back from it.
+
+LN_OF names the layer norm of the gates: "separate", of W_hh h; "sum", of W_ih x + W_hh h over all gates; "gates", of
+the same, each gate by itself. The sum takes the place of gh, and gx is zero. With LN_CARRIED the layer norm of c is of
+the state that is carried on, not inside the tanh.
 
 Shapes: T steps, B batch, H hidden, P projection (else H), G gates, S states, K saved planes, Q parameters and N inputs
 of the cell. `[B, ...]` tensors hold one step. Row indices are 64 bits wide.
@@ -34,7 +39,7 @@ from .gradients import (
     through_zoneout,
     tile_norm,
 )  # fmt: skip
-from .layer_norm import normalize, normalize_backward
+from .layer_norm import normalize, normalize_backward, normalize_gates, normalize_gates_backward
 from .memory import (
     PAD,
     RESET,
@@ -44,6 +49,7 @@ from .memory import (
     hidden_tile,
     load_beside,
     load_flags,
+    load_plane,
     load_planes,
     load_state,
     load_tile,
@@ -55,7 +61,7 @@ from .memory import (
     zero_tile,
 )  # fmt: skip
 from .norms import into_column
-from .products import recurrent_operand, scaled
+from .products import scaled
 from .scan import next_state
 
 
@@ -69,36 +75,44 @@ def program_tile(B, t, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.const
 
 @triton.jit
 def layer_norm_c(c, weight_ptr, bias_ptr, tile, H: tl.constexpr, EPS: tl.constexpr):
-    """The layer norm on c of an LSTM: its weight, the normalised c, 1 / std, and u = tanh of its output."""
+    """The layer norm on c of an LSTM: its weight, the normalised c, 1 / std, and its output."""
     weight, bias = load_vectors(weight_ptr, tile, 1, H)[0], load_vectors(bias_ptr, tile, 1, H)[0]
     c_hat, rstd = normalize((c,), tile.inside, 1, H, EPS)
-    return weight, c_hat[0], rstd, tanh(c_hat[0] * weight + bias)
+    return weight, c_hat[0], rstd, c_hat[0] * weight + bias
 
 
 # -------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr):
-    """LN(W_hh h) + b_hh. After a reset W_hh h is zero."""
+def gates_of_products(
+    gx, gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, LN_OF: tl.constexpr
+):
+    """gx, and LN(W_hh h) + b_hh. After a reset W_hh h is zero."""
     raw, gh = load_planes(gh_ptr, tile.origin, tile, G, H), ()
     for g in tl.static_range(G):
         gh = gh + (choose(flags, RESET, 0.0, raw[g]),)
+    if LN_OF != "separate":
+        products, zeros, gh = gh, (), ()
+        for g in tl.static_range(G):
+            zeros, gh = zeros + (tl.zeros_like(gx[g]),), gh + (gx[g] + products[g],)
+        gx = zeros
     if ln_hh_ptr is not None:
-        weight, xhat, gh = load_vectors(ln_hh_ptr, tile, G, H), normalize(gh, tile.inside, G, H, EPS)[0], ()
+        weight = load_vectors(ln_hh_ptr, tile, G, H)
+        xhat, gh = normalize_gates(gh, tile.inside, G, H, EPS, LN_OF == "gates")[0], ()
         for g in tl.static_range(G):
             gh = gh + (xhat[g] * weight[g],)
     if b_ptr is not None:
         bias, product, gh = load_vectors(b_ptr, tile, G, H), gh, ()
         for g in tl.static_range(G):
             gh = gh + (product[g] + bias[g],)
-    return gh
+    return gx, gh
 
 
 @triton.jit
 def store_h(
     h, flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr,
-    tile, P: tl.constexpr,
+    tile, P: tl.constexpr, MASKS: tl.constexpr,
 ):  # fmt: skip
     """Zoneout and padding turn the cell's h into the state after the step. Stores it, the output, and the operand of
     the next product."""
@@ -110,7 +124,13 @@ def store_h(
     store_tile(y_ptr, tile.row, tile, choose(flags, PAD, 0.0, state), P)
     if operand_ptr is not None:
         next_h = decayed((state,), (decay_next_ptr,), tile.row, tile, 1, P)[0]
-        store_tile(operand_ptr, tile.origin, tile, recurrent_operand(next_h, None, recurrent_mask_ptr, tile, P), P)
+        operands = ()
+        for k in tl.static_range(MASKS):
+            operand = next_h
+            if recurrent_mask_ptr is not None:
+                operand = next_h.to(tl.float32) * load_plane(recurrent_mask_ptr, tile.origin, tile, k, MASKS, P)
+            operands = operands + (operand,)
+        store_planes(operand_ptr, tile.origin, tile, operands, MASKS, P)
 
 
 @triton.jit(do_not_specialize=["B", "t"])
@@ -124,7 +144,7 @@ def forward_kernel(
     parameters_ptr,  # [Q*H] or None
     step_inputs_ptr,  # [T, B, N*H] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_mask_ptr,  # [B, H] or None
+    recurrent_mask_ptr,  # [B, MASKS*H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, (S-1)*H] or None
     decay_h_ptr,  # [T, B, H] or None: multiplies h before the step; with projection [T, B, P], for the other kernel
@@ -134,7 +154,7 @@ def forward_kernel(
     c_in_ptr,  # [B, (S-1)*H] float32, or None for a cell whose only state is h
     h_out_ptr,  # [B, H]: the h after the step, other memory
     c_out_ptr,  # [B, (S-1)*H] float32 or None
-    operand_ptr,  # [B, H]: h_out times the next decay and the mask of recurrent dropout; None without either
+    operand_ptr,  # [B, MASKS*H]: h_out times the next decay and the mask of recurrent dropout; None without either
     out_ptr,  # [B, H]: with projection, the h to project; else None
     y_ptr,  # [T, B, H]
     c_ptr,  # [T, B, (S-1)*H] float32 or None
@@ -148,7 +168,10 @@ def forward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    MASKS: tl.constexpr,
     LN_EPS: tl.constexpr,
+    LN_OF: tl.constexpr,
+    LN_CARRIED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -158,7 +181,7 @@ def forward_kernel(
     gx = load_planes(gx_ptr, tile.row, tile, G, H)
     gh = ()
     if gh_ptr is not None:
-        gh = gh_of_product(gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H, LN_EPS)
+        gx, gh = gates_of_products(gx, gh_ptr, b_ptr, ln_hh_ptr, flags, tile, G, H, LN_EPS, LN_OF)
     beside = load_beside(parameters_ptr, step_inputs_ptr, tile.row, tile, Q, N, H) + partly_inside(tile, H)
     # With projection h has fewer columns. The LSTM does not read it, so c is loaded in its place.
     in_ptrs = (h_in_ptr if out_ptr is None else c_in_ptr, c_in_ptr)
@@ -172,8 +195,8 @@ def forward_kernel(
     else:
         saved = lstm_pre_activations(gx, gh)
         c = lstm_cell_state(saved, before[1])
-        u = layer_norm_c(c, ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS)[3]
-        cell_states = (lstm_output(saved, u), c)
+        normal = layer_norm_c(c, ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS)[3]
+        cell_states = (lstm_output(saved, tanh(normal)), normal if LN_CARRIED else c)
     if saved_ptr is not None:
         store_planes(saved_ptr, tile.row, tile, drop_padded(saved, flags, K), K, H)
     if S > 1:
@@ -189,7 +212,7 @@ def forward_kernel(
     if out_ptr is None:
         store_h(
             cell_states[0], flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr,
-            operand_ptr, y_ptr, tile, H,
+            operand_ptr, y_ptr, tile, H, MASKS,
         )  # fmt: skip
     else:
         store_tile(out_ptr, tile.origin, tile, cell_states[0], H)
@@ -199,17 +222,18 @@ def forward_kernel(
 def forward_projected_kernel(
     projected_ptr,  # [B, P] float32: W_hr times the cell's h
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_mask_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, MASKS*P] or None
     zone_h_ptr,  # [T, B, P] or None
     decay_h_ptr,  # [T, B, P] or None
     decay_next_ptr,  # [T, B, P] or None
     h_in_ptr,  # [B, P]
     h_out_ptr,  # [B, P], other memory
-    operand_ptr,  # [B, P] or None
+    operand_ptr,  # [B, MASKS*P] or None
     y_ptr,  # [T, B, P]
     B,
     t,
     P: tl.constexpr,
+    MASKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -219,7 +243,7 @@ def forward_projected_kernel(
     h = load_tile(projected_ptr, tile.origin, tile, P)
     store_h(
         h, flags, recurrent_mask_ptr, zone_h_ptr, decay_h_ptr, decay_next_ptr, h_in_ptr, h_out_ptr, operand_ptr, y_ptr,
-        tile, P,
+        tile, P, MASKS,
     )  # fmt: skip
 
 
@@ -229,7 +253,7 @@ def forward_projected_kernel(
 @triton.jit
 def carried_dh(
     past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
-    next_step, P: tl.constexpr,
+    next_step, P: tl.constexpr, MASKS: tl.constexpr,
 ):  # fmt: skip
     """dL/dh after the step of `tile`, carried back from the next step, `next_step` rows further on.
 
@@ -243,8 +267,13 @@ def carried_dh(
         scale = None
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + row + tile.rows, mask=tile.row_inside, other=1.0)
-        product = load_tile(product_ptr, tile.origin, tile, P)
-        carry = carried_gradient(product, carry, scale, flags, recurrent_mask_ptr, tile, 1, P)
+        product = zero_tile(tile)
+        for k in tl.static_range(MASKS):
+            part = load_plane(product_ptr, tile.origin, tile, k, MASKS, P)
+            if recurrent_mask_ptr is not None:
+                part = part * load_plane(recurrent_mask_ptr, tile.origin, tile, k, MASKS, P)
+            product += part
+        carry = carried_gradient(product, carry, scale, flags, None, tile, 1, P)
     if decayed_h_grad_ptr is not None:
         next_flags = load_flags(offset(flags_ptr, next_step), tile)
         carry = through_decay(carry, decay_h_ptr, decayed_h_grad_ptr, row, next_flags, tile, 1, P)
@@ -252,14 +281,19 @@ def carried_dh(
 
 
 @triton.jit
-def through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, tile, G: tl.constexpr, H: tl.constexpr):
-    """The gradient of W_hh h before its layer norm, given that of gh."""
+def through_layer_norm(
+    dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, flags, tile, G: tl.constexpr, H: tl.constexpr, EACH: tl.constexpr
+):
+    """The gradient of W_hh h, or of the sum, before its layer norm, given that of gh."""
+    PARTS: tl.constexpr = G if EACH else 1
     weight, gh_hat = load_vectors(ln_hh_ptr, tile, G, H), load_planes(gh_hat_ptr, tile.row, tile, G, H)
-    rstd = tl.load(gh_rstd_ptr + tile.row + tile.rows, mask=tile.row_inside, other=0.0)[:, None]
-    dxhat = ()
+    dxhat, rstd = (), ()
+    for k in tl.static_range(PARTS):
+        places = gh_rstd_ptr + (tile.row + tile.rows) * PARTS + k
+        rstd = rstd + (tl.load(places, mask=tile.row_inside, other=0.0)[:, None],)
     for g in tl.static_range(G):
         dxhat = dxhat + (dgh[g] * weight[g],)
-    return normalize_backward(dxhat, gh_hat, rstd, tile.inside, G, H)
+    return drop_padded(normalize_gates_backward(dxhat, gh_hat, rstd, tile.inside, G, H, EACH), flags, G)
 
 
 @triton.jit(do_not_specialize=["T", "B", "i"])
@@ -272,14 +306,14 @@ def backward_kernel(
     h0_ptr,  # [B, H]
     c0_ptr,  # [B, (S-1)*H] float32 or None
     ln_hh_ptr,  # [G*H] or None
-    gh_hat_ptr,  # [T, B, G*H] float32, with ln_hh
-    gh_rstd_ptr,  # [T, B] float32, with ln_hh
+    gh_hat_ptr,  # [T, B, G*H] float32, with ln_hh: the normalised W_hh h, or sum
+    gh_rstd_ptr,  # [T, B, parts] float32, with ln_hh
     ln_c_weight_ptr,  # [H] or None
     ln_c_bias_ptr,  # [H] or None
     parameters_ptr,  # [Q*H] or None
     step_inputs_ptr,  # [T, B, N*H] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_mask_ptr,  # [B, H] or None
+    recurrent_mask_ptr,  # [B, MASKS*H] or None
     zone_h_ptr,  # [T, B, H] or None
     zone_c_ptr,  # [T, B, (S-1)*H] or None
     decay_h_ptr,  # [T, B, H] or None
@@ -288,7 +322,7 @@ def backward_kernel(
     decayed_c_grad_ptr,  # [T, B, (S-1)*H] float32: of the other decayed states of this step; None without decay
     clip_norm_ptr,  # [] or None
     clip_value,  # float or None
-    product_ptr,  # [B, H] float32: the gradient that passed through W_hh of the next step; None at the last step
+    product_ptr,  # [B, MASKS*H] float32: what passed through W_hh of the next step; None at the last step
     dh_in_ptr,  # [B, H] or None: the rest of the gradients of the states after the step
     dc_in_ptr,  # [B, (S-1)*H] float32 or None
     dh_out_ptr,  # [B, H] float32: the same of the states before the step, other memory
@@ -298,10 +332,11 @@ def backward_kernel(
     norm_h_ptr,  # [B] float32: with projection and clipping by norm, the norm of dL/dh; else None
     scales_ptr,  # [T, B] float32: the factors of clipping, written where norm_h is given; else None
     dgx_ptr,  # [T, B, G*H]
-    dgh_ptr,  # [T, B, G*H], or None where it equals dgx
+    dgh_ptr,  # [T, B, G*H]: the gradient of gh, or None where it equals dgx
     dcell_ptr,  # [T, B, (Q+N)*H]: of the parameters, at each step, and of the inputs; None where there are neither
     dgh_raw_ptr,  # [T, B, G*H]: with ln_hh, the gradient of W_hh h before its layer norm; else None
     dh_new_ptr,  # [T, B, H] or None
+    dc_new_ptr,  # [T, B, H] float32: with LN_CARRIED the whole gradient of c; else None
     norms_ptr,  # [2, S, T, B] float32 or None: total and carried
     T,
     B,
@@ -314,7 +349,10 @@ def backward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    MASKS: tl.constexpr,
     LN_EPS: tl.constexpr,
+    LN_OF: tl.constexpr,
+    LN_CARRIED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -333,7 +371,7 @@ def backward_kernel(
         decay_ptrs = (decay_h_ptr, decay_c_ptr)
         carry_h = carried_dh(
             dh_in_ptr, product_ptr, None, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
-            next_step, H,
+            next_step, H, MASKS,
         )  # fmt: skip
         dh = carry_h + planes_or_zeros(dy_ptr, tile.row, tile, 1, H)[0]
     else:  # an LSTM, which does not read h: c is loaded in its place
@@ -350,11 +388,14 @@ def backward_kernel(
         dstate = dstate + (carry[s] + dc[s - 1],)
     ln_c = None
     if ln_c_weight_ptr is not None:
-        ln_c = layer_norm_c(lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS)
+        weight, c_hat, rstd, normal = layer_norm_c(
+            lstm_cell_state(saved, before[1]), ln_c_weight_ptr, ln_c_bias_ptr, tile, H, LN_EPS
+        )
+        ln_c = (weight, c_hat, rstd, tanh(normal))
 
     to_cell, past_cell, total, dtotal = state_gradient(
         dstate, carry, dh_cell_ptr, saved, before, beside, ln_c, zone_ptrs, clip_value, norms_ptr, tile.row, T * batch,
-        flags, tile, CELL_TOTAL, S, H,
+        flags, tile, CELL_TOTAL, S, H, LN_CARRIED,
     )  # fmt: skip
     if clip_norm_ptr is not None:
         if norm_h_ptr is None:
@@ -375,10 +416,15 @@ def backward_kernel(
         dgx, dgh, through_cell, dcell = CELL_BACKWARD(saved, before, total, beside)
         store_planes(dcell_ptr, tile.row, tile, drop_padded(dcell, flags, Q + N), Q + N, H)
     else:
-        dgx, dgh, through_cell, _ = lstm_gates_backward(saved, before[1], ln_c[3], total)
+        dc_cell = total[1]
+        if LN_CARRIED:
+            store_tile(dc_new_ptr, tile.row, tile, choose(flags, PAD, 0.0, total[1]), H)
+            dc_cell = normalize_backward((total[1] * ln_c[0],), (ln_c[1],), ln_c[2], tile.inside, 1, H)[0]
+        dgx, dgh, through_cell, _ = lstm_gates_backward(saved, before[1], ln_c[3], (total[0], dc_cell))
     dgx, dgh = drop_padded(dgx, flags, G), drop_padded(dgh, flags, G)
     past_weights = gradient_past_weights(past_cell, through_cell, carry, flags, S)
-    store_planes(dgx_ptr, tile.row, tile, dgx, G, H)
+    if LN_OF == "separate":
+        store_planes(dgx_ptr, tile.row, tile, dgx, G, H)
     if dgh_ptr is not None:
         store_planes(dgh_ptr, tile.row, tile, dgh, G, H)
     if dh_cell_ptr is None:
@@ -388,20 +434,22 @@ def backward_kernel(
         others = through_decay(others, decay_c_ptr, decayed_c_grad_ptr, tile.row, flags, tile, S - 1, H)
     store_planes(dc_out_ptr, tile.origin, tile, others, S - 1, H)
     if ln_hh_ptr is not None:
-        dgh_raw = through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, tile, G, H)
+        dgh_raw = through_layer_norm(dgh, ln_hh_ptr, gh_hat_ptr, gh_rstd_ptr, flags, tile, G, H, LN_OF == "gates")
         store_planes(dgh_raw_ptr, tile.row, tile, dgh_raw, G, H)
+        if LN_OF != "separate":
+            store_planes(dgx_ptr, tile.row, tile, dgh_raw, G, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "i"])
 def backward_projected_kernel(
     dy_ptr,  # [T, B, P] or None
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_mask_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, MASKS*P] or None
     zone_h_ptr,  # [T, B, P] or None
     decay_h_ptr,  # [T, B, P] or None
     decayed_h_grad_ptr,  # [T, B, P] float32: the gradient of the decayed h of the next step; None at the last step
     clip_value,  # float or None
-    product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the next step; None at the last step
+    product_ptr,  # [B, MASKS*P] float32: what passed through W_hh of the next step; None at the last step
     scales_ptr,  # [T, B] float32 or None: the factors of clipping of the steps that follow
     dh_in_ptr,  # [B, P] or None: the rest of dL/dh after the step
     dh_out_ptr,  # [B, P] float32: the same before it, other memory, not scaled yet
@@ -414,6 +462,7 @@ def backward_projected_kernel(
     i,
     S: tl.constexpr,
     P: tl.constexpr,
+    MASKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -426,7 +475,7 @@ def backward_projected_kernel(
 
     carry = carried_dh(
         dh_in_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
-        next_step, P,
+        next_step, P, MASKS,
     )  # fmt: skip
     dh = carry + planes_or_zeros(dy_ptr, tile.row, tile, 1, P)[0]
     if norms_ptr is not None:
@@ -448,16 +497,17 @@ def backward_projected_kernel(
 @triton.jit(do_not_specialize=["T", "B"])
 def initial_kernel(
     flags_ptr,  # [T, B] uint8 or None
-    recurrent_mask_ptr,  # [B, P] or None
+    recurrent_mask_ptr,  # [B, MASKS*P] or None
     decay_h_ptr,  # [T, B, P] or None
     decayed_h_grad_ptr,  # [T, B, P] float32 or None: the gradient of the decayed h of the first step
-    product_ptr,  # [B, P] float32: the gradient that passed through W_hh of the first step
+    product_ptr,  # [B, MASKS*P] float32: what passed through W_hh of the first step
     scales_ptr,  # [T, B] float32 or None
     past_weights_ptr,  # [B, P] float32: the rest of dL/dh before it
     dh0_ptr,  # [B, P]
     T,
     B,
     P: tl.constexpr,
+    MASKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -468,6 +518,6 @@ def initial_kernel(
     next_step = -batch if REVERSE else batch
     dh0 = carried_dh(
         past_weights_ptr, product_ptr, scales_ptr, flags_ptr, recurrent_mask_ptr, decay_h_ptr, decayed_h_grad_ptr, tile,
-        next_step, P,
+        next_step, P, MASKS,
     )  # fmt: skip
     store_tile(dh0_ptr, tile.origin, tile, dh0, P)

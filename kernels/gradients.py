@@ -97,19 +97,22 @@ def through_zoneout(dstate, zone_ptrs, tile, S: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def cell_total(
-    saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr
-):
+    saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    LN_CARRIED: tl.constexpr = False,
+):  # fmt: skip
     """`through_zoneout`, and after it the cell's `total`.
 
-    ln_c: None, or of the layer norm on c its weight, the normalised c, 1 / std, and u = tanh of its output.
+    ln_c: None, or of the layer norm on c its weight, the normalised c, 1 / std, and u = tanh of its output. With
+    LN_CARRIED its output is the state itself.
     """
     to_cell, past_cell = through_zoneout(dstate, zone_ptrs, tile, S, H)
     if ln_c is None:
         total = CELL_TOTAL(saved, before, to_cell, beside)
     else:
         weight, c_hat, rstd, u = ln_c
-        du = lstm_output_backward(saved, u, to_cell[0])
-        dc = normalize_backward((du * weight,), (c_hat,), rstd, tile.inside, 1, H)[0]
+        dc = lstm_output_backward(saved, u, to_cell[0])
+        if not LN_CARRIED:
+            dc = normalize_backward((dc * weight,), (c_hat,), rstd, tile.inside, 1, H)[0]
         total = (to_cell[0], to_cell[1] + dc)
     return to_cell, past_cell, total
 
@@ -118,7 +121,7 @@ def cell_total(
 def state_gradient(
     dstate, carry, dh_clamped_ptr, saved, before, beside, ln_c, zone_ptrs, clip_value, norms_ptr, norms_row,
     state_stride, flags, tile,
-    CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    CELL_TOTAL: tl.constexpr, S: tl.constexpr, H: tl.constexpr, LN_CARRIED: tl.constexpr = False,
 ):  # fmt: skip
     """From the gradients of the states after a step to those that the cell's `backward` takes.
 
@@ -129,7 +132,9 @@ def state_gradient(
     Returns dL/d(cell's outputs), the part that goes past the cell, the cell's `total`, and dL/d(state) of each state.
     """
     FIRST: tl.constexpr = 0 if dh_clamped_ptr is None else 1  # the first state whose norms are taken here
-    to_cell, past_cell, total = cell_total(saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+    to_cell, past_cell, total = cell_total(
+        saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H, LN_CARRIED
+    )
     if norms_ptr is not None:
         for s in tl.static_range(FIRST, S):
             store_norm(norms_ptr + norms_row + s * state_stride, dstate[0] if s == 0 else total[s], flags, tile)
@@ -140,7 +145,9 @@ def state_gradient(
         dstate = clamp(dstate, clip_value, S)
         if dh_clamped_ptr is not None:
             dstate = (load_tile(dh_clamped_ptr, tile.origin, tile, H),) + dstate[1:]
-        to_cell, past_cell, total = cell_total(saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H)
+        to_cell, past_cell, total = cell_total(
+            saved, before, dstate, beside, ln_c, zone_ptrs, tile, CELL_TOTAL, S, H, LN_CARRIED
+        )
     return to_cell, past_cell, total, (dstate[0],) + total[1:]
 
 

@@ -43,3 +43,29 @@ def normalize_backward(dxhat, xhat, rstd, inside, COUNT: tl.constexpr, H: tl.con
     for k in tl.static_range(COUNT):
         dx = dx + (tl.where(inside, rstd * (dxhat[k] - mean - xhat[k] * mean_product), 0.0),)
     return dx
+
+
+@triton.jit
+def normalize_gates(gates, inside, G: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, EACH: tl.constexpr):
+    """`normalize` over all gates, or with EACH of each gate by itself. The second result is a tuple of its parts."""
+    xhat, rstd = (), ()
+    if EACH:
+        for g in tl.static_range(G):
+            part, part_rstd = normalize((gates[g],), inside, 1, H, EPS)
+            xhat, rstd = xhat + part, rstd + (part_rstd,)
+    else:
+        xhat, whole_rstd = normalize(gates, inside, G, H, EPS)
+        rstd = (whole_rstd,)
+    return xhat, rstd
+
+
+@triton.jit
+def normalize_gates_backward(dxhat, xhat, rstd, inside, G: tl.constexpr, H: tl.constexpr, EACH: tl.constexpr):
+    """The gradient of `normalize_gates`' input, given that of its output."""
+    dx = ()
+    if EACH:
+        for g in tl.static_range(G):
+            dx = dx + normalize_backward((dxhat[g],), (xhat[g],), rstd[g], inside, 1, H)
+    else:
+        dx = normalize_backward(dxhat, xhat, rstd[0], inside, G, H)
+    return dx

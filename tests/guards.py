@@ -40,6 +40,7 @@ SOURCES = {
         *(f"fastrnn/{name}" for name in ("backend_table.py", "evidence/verification.py", "modules.py", "stack.py")),
         *("tests/cell_texts.py", "tests/test_heads.py"),
     ),
+    "test_triton_kinds": (*_BOTH, *_TRITON, "tests/cell_texts.py"),
     "test_triton_programs": (
         *_BOTH,
         *_TRITON,

@@ -8,6 +8,7 @@ from setups import MASKS, random_incoming, random_inputs
 from fastrnn.arguments import IncomingGradients, Kept, ScanGradients, ScanInputs, ScanOutputs, Walk, has_directions
 from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
+from fastrnn.cell_table import spec_of
 from fastrnn.directions import each_direction
 from fastrnn.tiles import GemmTile, Tile
 
@@ -23,17 +24,24 @@ FLOAT32 = 2e-5
 
 
 class Problem:
-    """Random arguments of one forward and one backward call. extras: FEATURES of setups.py, "clip_value", "norms"."""
+    """Random arguments of one forward and one backward call. extras: FEATURES of setups.py, "clip_value", "norms".
+
+    kinds: fields of `Walk` for other layer norms. With "gate_masks" among the extras each gate has a recurrent mask.
+    """
 
     ALL = (*MASKS, "clip_norm", "clip_value", "norms")
 
-    def __init__(self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0):
+    def __init__(
+        self, cell, device, dtype=torch.float32, sizes=(T, B, H), reverse=False, extras=(), scale=1.0, seed=0, **kinds
+    ):  # fmt: skip
         inputs = random_inputs(cell, extras, sizes=sizes, reverse=reverse, dtype=dtype, device=device, seed=seed)
+        if "gate_masks" in extras:
+            inputs = inputs._replace(recurrent_mask=gate_masks(cell, inputs, seed))
         if inputs.clip_norm is not None:
             inputs = inputs._replace(clip_norm=inputs.clip_norm * scale)
         vars(self).update(inputs._asdict())
         vars(self).update(random_incoming(inputs, scale=scale, seed=seed + 100)._asdict())
-        self.cell, self.reverse, self.norms = cell, reverse, "norms" in extras
+        self.cell, self.reverse, self.norms, self.kinds = cell, reverse, "norms" in extras, kinds
         self.clip_value = 1.1 * scale if "clip_value" in extras else None  # a bound that some of the gradients exceed
 
     def of(self, kind, dtype=None):
@@ -41,7 +49,7 @@ class Problem:
         return kind._make(converted(getattr(self, name), dtype) for name in kind._fields)
 
     def walk(self):
-        return Walk(self.cell, self.reverse, "triton", self.clip_value)
+        return Walk(self.cell, self.reverse, "triton", self.clip_value, **self.kinds)
 
     def forward(self, backend, dtype=None, save=True, **options) -> ScanOutputs:
         inputs, walk = self.of(ScanInputs, dtype), self.walk()
@@ -55,7 +63,9 @@ class Problem:
 
     def backward(self, backend, y, c, saved, dtype=None, **options) -> ScanGradients:
         incoming, inputs, walk = self.of(IncomingGradients, dtype), self.of(ScanInputs, dtype), self.walk()
-        kept, inputs = Kept(y, c, saved), inputs._replace(gx=None)
+        kept = Kept(y, c, saved)
+        if walk.ln_of == "separate":
+            inputs = inputs._replace(gx=None)
 
         def one(incoming, kept, inputs, reverse):
             return backend.backward(incoming, kept, inputs, walk._replace(reverse=reverse), self.norms, **options)
@@ -63,6 +73,13 @@ class Problem:
         if has_directions(y) and not backend.takes_directions(inputs, walk, **options):
             return each_direction(one, len(y), walk.reverse, incoming, kept, inputs)
         return one(incoming, kept, inputs, walk.reverse)
+
+
+def gate_masks(cell, inputs: ScanInputs, seed=0) -> torch.Tensor:
+    """A random mask of recurrent dropout for each gate, side by side `[B, G*P]`."""
+    generator, (B, P) = torch.Generator().manual_seed(seed), inputs.h0.shape
+    keep = torch.rand(B, len(spec_of(cell).gates) * P, generator=generator) < 0.6
+    return keep.to(inputs.h0.device, inputs.h0.dtype) / 0.6
 
 
 WHOLE = (*Problem.ALL, "layer_norm", "projection")

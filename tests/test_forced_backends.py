@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from setups import random_inputs
 from torch import nn
 
 import fastrnn
-from fastrnn.arguments import Walk
-from fastrnn.backends import triton
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -64,20 +61,3 @@ def test_explain_takes_cells():
         cell = getattr(fastrnn, name)(I, H, backend="reference")
         assert fastrnn.explain(cell, x(B, I), hx).chosen == "reference"
         assert fastrnn.explain(getattr(fastrnn, name)(I, H), x(I)).request.cell == cell._cell
-
-
-WALK = Walk("lstm", False, "triton")
-
-
-@pytest.mark.parametrize(("lacking", "features", "changes", "walk"), [
-    ("layer_norm_sum", ("layer_norm",), {}, WALK._replace(ln_of="sum")),
-    ("layer_norm_carried", ("layer_norm",), {}, WALK._replace(ln_c_carried=True)),
-    ("recurrent_dropout_per_gate", (), {"recurrent_mask": torch.ones(B, 4 * H)}, WALK),
-])  # fmt: skip
-@pytest.mark.skipif(not triton.INSTALLED, reason="triton is not installed")
-def test_the_triton_scan_itself_refuses_what_its_kernels_would_ignore(lacking, features, changes, walk):
-    """A raw op reaches it without `why_not`."""
-    assert lacking in triton.UNSUPPORTED
-    inputs = random_inputs("lstm", features, sizes=(T, B, H), dtype=torch.float32)._replace(**changes)
-    with pytest.raises(RuntimeError, match=f"its kernels have no {lacking}$"):
-        torch.ops.fastrnn.scan_forward(*inputs, *walk, True)

@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from setups import H, I, every_backend, initial, needs_cpu_library, random
+from setups import H, I, every_backend, initial, loss_of, needs_cpu_library, random
 from torch import nn
 
 import fastrnn
-from fastrnn.dispatch import BACKENDS, Request
+from fastrnn.backend_table import FEATURES
+from fastrnn.backends import triton
+from fastrnn.dispatch import BACKENDS, MODES, Request
 
 T, B = 4, 3
 KINDS = {"LSTM": {}, "GRU": {}, "RNN": {}}
@@ -204,10 +206,18 @@ def test_a_mask_for_each_gate(kind, layer_norm):
         torch.testing.assert_close(run(*leaves)[0], want)
 
 
-def test_what_backends_refuse():
-    for feature in ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate"):
-        request = Request("lstm", "cuda", torch.float32, 8, features=frozenset(["layer_norm", feature]))
-        assert feature in BACKENDS["triton"].reason(request) or "not installed" in BACKENDS["triton"].reason(request)
+@pytest.mark.skipif(not triton.INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("features", [
+    ("layer_norm", "layer_norm_sum"), ("layer_norm", "layer_norm_gates", "layer_norm_carried"),
+    ("recurrent_dropout", "recurrent_dropout_per_gate"), ("decay",),
+], ids=lambda features: features[-1])  # fmt: skip
+def test_which_backends_take_them(features):
+    request = Request("lstm", "cuda", torch.float32, 8, features=frozenset(features), batch=2)
+    assert {*features} <= {*FEATURES}
+    assert BACKENDS["triton"].reason(request) is None and MODES["triton:gemm"].reason(request) is None
+    for mode in ("local", "stepwise"):
+        assert MODES[f"triton:{mode}"].reason(request).startswith("it has no ")
+    assert features[0] in BACKENDS["cuda"].reason(request) or "built" in BACKENDS["cuda"].reason(request)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +265,26 @@ def test_refusals(kind, settings, reason):
         getattr(fastrnn, kind)(I, H, **{"layer_norm": True, **settings})
 
 
-def test_the_sum_is_for_built_in_cells():
-    with pytest.raises(ValueError, match="layer_norm='sum' is for"):
-        fastrnn.Recurrent(fastrnn.cells.peephole_lstm, I, H, layer_norm="sum")
+@pytest.mark.parametrize("build", [
+    lambda **settings: fastrnn.Recurrent(fastrnn.cells.peephole_lstm, I, H, **settings),
+    lambda **settings: fastrnn.RNN(I, H, leak=0.3, learn_leak=True, **settings),
+    lambda **settings: fastrnn.GRU(I, H, activation="softsign", **settings),
+], ids=["peephole", "leak", "activation"])  # fmt: skip
+@needs_cpu_library
+def test_a_sum_in_other_cells(build):
+    x, found = random(T, B, I), []
+    lengths = torch.tensor([4, 2, 0])
+    for backend in ("reference", "cpu"):
+        torch.manual_seed(0)
+        module = build(layer_norm="gates", bidirectional=True, dtype=torch.float64, backend=backend)
+        y = module(x, lengths=lengths)[0]
+        found.append([y, *torch.autograd.grad(loss_of([y]), [x, *module.parameters()])])
+    torch.testing.assert_close(*found)
+
+
+def test_the_sum_needs_both_products():
+    with pytest.raises(ValueError, match="layer_norm='sum' is of W_ih x \\+ W_hh h, and min_gru has no W_hh"):
+        fastrnn.Recurrent(fastrnn.cells.min_gru, I, H, layer_norm="sum")
     with pytest.raises(TypeError, match="layer_norm should be of type bool"):
         fastrnn.LSTM(I, H, layer_norm=1)
 

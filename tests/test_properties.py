@@ -52,6 +52,7 @@ class Problem:
     hx: bool
     tap: bool
     cells: bool
+    decay: bool | None  # one factor for all units, or one for each
     seed: int
 
     @property
@@ -81,6 +82,7 @@ PROBABILITY = st.sampled_from((0.0, 0.0, 0.3, 1.0))
 SIZE = st.sampled_from((1, 2, 3, 5, 6, 7))
 ACTIVATION = st.sampled_from(("tanh", "tanh", "hardsigmoid", "silu"))
 LEAKS = st.sampled_from(({}, {"leak": 0.5}, {"leak": 0.25, "learn_leak": True}))
+LAYER_NORM = st.sampled_from((False, True, "sum", "gates"))
 BOUND = st.sampled_from((None, 0.01, 0.3))  # loss gradients are of order one: 0.01 clips everywhere, 0.3 here and there
 
 
@@ -98,10 +100,11 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         "batch_first": draw(flag),
         "dropout": draw(PROBABILITY),
         "bidirectional": draw(flag),
-        "layer_norm": draw(flag),
+        "layer_norm": draw(LAYER_NORM if not user or user.recurrent else flag),
         "residual": draw(flag),
         "locked_dropout": draw(flag),
         "recurrent_dropout": draw(PROBABILITY),
+        "recurrent_dropout_per_gate": draw(flag),
         "zoneout": draw(zoneout),
         "weight_dropout": draw(PROBABILITY),
         "clip_state_grad_norm": draw(BOUND),
@@ -111,13 +114,13 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         network |= {"dropout": 0.0, "residual": False, "locked_dropout": False}  # they warn
     if lstm:
         network["proj_size"] = draw(st.integers(0, H - 1))
+        network["layer_norm_cell"] = draw(st.sampled_from(("inside", "carried", None)))
     if user and not user.recurrent:
         network |= {"recurrent_dropout": 0.0, "weight_dropout": 0.0}  # of W_hh
-    plain = network["layer_norm"] in (False, True)  # the norms of a sum are of the built-in cells
     if kind.startswith("rnn"):
-        network |= {"nonlinearity": kind.removeprefix("rnn_"), **(draw(LEAKS) if plain else {})}
-    elif (kind == "gru" and plain) or (lstm and not network["layer_norm"] and not network["proj_size"]):
-        network["activation"] = draw(ACTIVATION)
+        network |= {"nonlinearity": kind.removeprefix("rnn_"), **draw(LEAKS)}
+    elif kind == "gru" or (lstm and not network["layer_norm"] and not network["proj_size"]):
+        network |= {"activation": draw(ACTIVATION), **({"layer_norm_cell": "inside"} if lstm else {})}
     refuses_heads = network.get("proj_size") or network.get("recurrent_dropout_per_gate")
     if not refuses_heads and (not user or user.recurrent):
         network["num_heads"] = draw(st.sampled_from([n for n in range(1, H + 1) if H % n == 0]))
@@ -126,6 +129,7 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
         training=draw(flag),
         lengths=draw(st.none() | st.tuples(*(st.integers(0, T) for _ in range(B)))),
         resets=draw(flag), hx=draw(flag), tap=draw(flag), cells=draw(flag) and (lstm or bool(user and user.states[1:])),
+        decay=draw(st.sampled_from((None, None, False, not network.get("proj_size")))),
         seed=draw(st.integers(0, 10**6)),
     )  # fmt: skip
 
@@ -161,6 +165,8 @@ def arguments_of(problem):
     found |= {name: draw(*in_time(p.H)) for name in p.cell.inputs}
     if p.lengths is not None:
         found["lengths"] = torch.tensor(p.lengths)
+    if p.decay is not None:
+        found["decay"] = draw(*in_time(*([p.H] if p.decay else [])))
     if p.resets:
         found["reset_mask"] = torch.rand(in_time(), generator=rng) < 0.3
     found["dy"] = draw(*in_time(directions * P))
@@ -177,10 +183,10 @@ def results(problem, backend, change=lambda name, x: x, module=None, device="cpu
         parameter.data = change(name, parameter.data)
     arguments = {name: change(name, x.to(device)) for name, x in arguments_of(problem).items()}
     initial = [f"{state}0" for state in problem.cell.states]
-    given = [name for name in ("input", *initial, *problem.cell.inputs) if name in arguments]
+    given = [name for name in ("input", *initial, *problem.cell.inputs, "decay") if name in arguments]
     leaves = {name: arguments[name].detach().requires_grad_() for name in given}
     call = {name: arguments[name] for name in ("lengths", "reset_mask") if name in arguments}
-    call |= {name: leaves[name] for name in problem.cell.inputs}
+    call |= {name: leaves[name] for name in (*problem.cell.inputs, "decay") if name in leaves}
     acc = torch.float64 if problem.dtype == torch.float64 else torch.float32
     if problem.tap:
         shape = (problem.rows, 2, problem.states, problem.T, problem.B)
@@ -261,7 +267,7 @@ def test_results_are_complete_and_where_the_sequence_has_ended_zero(problem):
         ours = padding.t() if problem.network["batch_first"] else padding
         kept = problem.network["residual"] and problem.network["num_layers"] > 1
         ends = ("y", "cells0", "cells1", "cells2", "gradient of input")
-        for name in {*ends, *(f"gradient of {n}" for n in problem.cell.inputs)} & found.keys():
+        for name in {*ends, *(f"gradient of {n}" for n in (*problem.cell.inputs, "decay"))} & found.keys():
             assert (found[name][ours] == 0).all(), name
         assert kept or (found["y"][ours] == 0).all()
         assert not problem.tap or (found["gradient of tap"][..., padding] == 0).all()
@@ -327,7 +333,7 @@ def test_the_layout_of_the_memory_does_not_matter_to_a_chosen_backend(problem, l
 def samples(name, problem):
     """The batch dimension of a result; None for parameters."""
     plain = name.removeprefix("gradient of ")
-    if plain in ("y", "input", *problem.cell.inputs) or plain.startswith("cells"):
+    if plain in ("y", "input", "decay", *problem.cell.inputs) or plain.startswith("cells"):
         return 0 if problem.network["batch_first"] else 1
     if plain == "tap":
         return -1

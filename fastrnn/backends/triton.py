@@ -1,7 +1,8 @@
 """The Triton backend: chooses a tile, and with it the way to run the scan.
 
-Modes local, grouped and stepwise run the kernels of `kernels/scan.py` (`sequence.py` launches them). Mode gemm, which
-has layer norm, projection and decay too, runs those of `kernels/gemm_step.py` (launched by `gemm_step.py`).
+Modes local, grouped and stepwise run the kernels of `kernels/scan.py` (`sequence.py` launches them). Mode gemm runs
+those of `kernels/gemm_step.py` (launched by `gemm_step.py`); only they have layer norm, projection, decay, and
+recurrent masks for each gate.
 """
 
 import os
@@ -24,9 +25,6 @@ GPUS = ("cuda", "xpu")  # the device types that Triton drives; AMD's are "cuda",
 INSTALLED = find_spec("triton") is not None
 KERNELS = find_spec("fastrnn.kernels") is not None  # false in a checkout that is imported without being installed
 
-UNSUPPORTED = ("layer_norm_sum", "layer_norm_carried", "recurrent_dropout_per_gate")
-"""Features of a call that change a step in a way that the kernels do not know."""
-
 
 def why_not(request) -> str | None:
     if not INSTALLED:
@@ -39,9 +37,6 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
-    unknown = [name for name in UNSUPPORTED if name in request.features]
-    if unknown:
-        return f"its kernels have no {', '.join(unknown)}"
     return tiles.why_not_mode(request.cell, _asked_mode(), request.heads)
 
 
@@ -67,26 +62,39 @@ def choose_tile(
     return tiles.choose(cell, like.dtype, hidden_size, batch_size, sequence.precision(), mode, heads=heads, **device)
 
 
+def only_gemm(inputs: ScanInputs) -> str | None:
+    """What only mode gemm has of what the call asks for. Layer norm and projection reduce over H within a step."""
+    present = {
+        "projection": inputs.w_hr is not None,
+        "layer norm": inputs.ln_hh is not None or inputs.ln_c_weight is not None,
+        "decay": inputs.decay_h is not None,
+        "recurrent masks for each gate": gemm_step.count_masks(inputs) > 1,
+    }
+    return ", ".join(name for name, there in present.items() if there) or None
+
+
+def _refuse_mode(inputs: ScanInputs, tile: tiles.Tile | tiles.GemmTile):
+    lacking = None if tile.mode == "gemm" else only_gemm(inputs)
+    if lacking:
+        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no {lacking}; mode 'gemm' has it")
+
+
 def tile_of(inputs: ScanInputs, walk: Walk, mode: str | None = None) -> tiles.Tile | tiles.GemmTile:
     """The tile of a call, in this mode, or in the one that suits it."""
-    # Layer norm and projection reduce over all of H in the middle of a step, and only mode gemm can. Clipping by norm
-    # does so too; the other modes have the norms from the programs that exchange gradients: of a W_hh without heads.
+    # Clipping by norm reduces over H, too: the other modes have the norms from the programs that exchange gradients, of
+    # a W_hh without heads.
     heads = number(inputs.w_hh, inputs.h0)
     alone = heads > 1 or not spec_of(walk.cell).recurrent
-    # Decay has kernels in mode gemm only.
-    reduces = any(x is not None for x in (inputs.w_hr, inputs.ln_hh, inputs.ln_c_weight, inputs.decay_h)) or (
-        alone and inputs.clip_norm is not None
-    )
     hidden_size = (inputs.h0 if inputs.w_hr is None else inputs.w_hr).shape[-1]
-    mode = mode or ("gemm" if reduces else None)
+    if mode is None and (only_gemm(inputs) or (alone and inputs.clip_norm is not None)):
+        mode = "gemm"
     return choose_tile(walk.cell, inputs.h0, hidden_size, inputs.h0.shape[-2], mode, heads)
 
 
 def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile | None = None) -> bool:
     """Whether one grid takes both directions."""
     tile = tile or tile_of(inputs, walk)
-    if inputs.decay_h is not None and tile.mode != "gemm":
-        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
+    _refuse_mode(inputs, tile)
     if tile.mode != "grouped":
         return tile.mode != "gemm"
     # The programs of a grouped launch must all run at once.
@@ -97,26 +105,11 @@ def _device(x: Tensor):
     return torch.get_device_module(x.device).device(x.device) if x.device.type in GPUS else nullcontext()
 
 
-def _refuse(inputs: ScanInputs, walk: Walk):
-    """What the kernels would ignore or misread, where a raw op is called without `why_not`."""
-    mask, h0 = inputs.recurrent_mask, inputs.h0
-    present = {
-        "layer_norm_sum": walk.ln_of != "separate",
-        "layer_norm_carried": walk.ln_c_carried,
-        "recurrent_dropout_per_gate": mask is not None and mask.shape[-1] != h0.shape[-1],
-    }
-    unknown = [name for name in UNSUPPORTED if present[name]]
-    if unknown:
-        raise RuntimeError(f"backend 'triton' cannot run this call: its kernels have no {', '.join(unknown)}")
-
-
 def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles.GemmTile | None = None) -> ScanOutputs:
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
-    _refuse(inputs, walk)
     tile = tile or tile_of(inputs, walk)
-    if inputs.decay_h is not None and tile.mode != "gemm":
-        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
+    _refuse_mode(inputs, tile)
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
         return run(contiguous(inputs), walk, save, tile)
@@ -134,12 +127,10 @@ def backward(
     if incoming.dsaved is not None:
         raise NotImplementedError("the triton backend has no gradient of dsaved; the reference runs double backward")
     sequence.raise_after_timeout(kept.y)
-    _refuse(inputs, walk)
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or tile_of(inputs, walk)
-    if inputs.decay_h is not None and tile.mode != "gemm":
-        raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no decay; mode 'gemm' has it")
+    _refuse_mode(inputs, tile)
     run = gemm_step.backward if tile.mode == "gemm" else sequence.backward
     with _device(kept.y):
         return run(contiguous(incoming), contiguous(kept), contiguous(inputs), walk, norms, tile)

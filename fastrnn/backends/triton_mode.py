@@ -12,9 +12,10 @@ BATCHES = (8, 40, 100)
 
 
 def _only_gemm(request) -> str | None:
-    """The features of a call for which a step needs all of H at once, so that it takes mode gemm."""
+    """The features of a call that only mode gemm has: most need all of H at once in a step."""
     alone = request.heads > 1 or not spec_of(request.cell).recurrent
-    found = [name for name in ("layer_norm", "projection", "decay") if name in request.features]
+    features = ("layer_norm", "projection", "decay", "recurrent_dropout_per_gate")
+    found = [name for name in features if name in request.features]
     found += ["clip"] if alone and "clip" in request.features else []
     return ", ".join(found) or None
 

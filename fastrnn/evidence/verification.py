@@ -40,6 +40,7 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
     w_hh_shape = (G, P) if request.heads == 1 else (request.heads, G // request.heads, H // request.heads)
     norm, zoneout = "layer_norm" in features, "zoneout" in features
     norm_c = norm and "c" in spec.states and spec.program is None
+    masks = len(spec.gates) if "recurrent_dropout_per_gate" in features else 1
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -60,7 +61,7 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
         flags=_flags(generator, steps, batch, reverse).to(device)
         if features & {"lengths", "resets"} or request.packed is not None
         else None,
-        recurrent_mask=2 * (share(batch, P) < 0.5).to(dtype) if "recurrent_dropout" in features else None,
+        recurrent_mask=2 * (share(batch, masks * P) < 0.5).to(dtype) if "recurrent_dropout" in features else None,
         zone_h=share(steps, batch, P) if zoneout else None,
         zone_c=share(steps, batch, others) if zoneout and others else None,
         decay_h=share(steps, batch, P) if "decay" in features else None,
@@ -69,7 +70,9 @@ def problem(request, batch: int, reverse: bool, device: torch.device, steps: int
         step_inputs=normal(steps, batch, len(spec.inputs) * H) if spec.inputs else None,
         clip_norm=torch.tensor(0.9 * H**0.5, dtype=acc, device=device) if "clip" in features else None,
     )
-    return inputs, Walk(request.cell, reverse, "reference", 1.5 if "clip" in features else None)
+    walk = Walk(request.cell, reverse, "reference", 1.5 if "clip" in features else None)
+    ln_of = next((kind for kind in ("sum", "gates") if f"layer_norm_{kind}" in features), walk.ln_of)
+    return inputs, walk._replace(ln_of=ln_of, ln_c_carried="layer_norm_carried" in features)
 
 
 def _flags(generator: torch.Generator, steps: int, batch: int, reverse: bool) -> Tensor:
@@ -109,9 +112,8 @@ def results(
     gradients = IncomingGradients(
         incoming(outputs.y), incoming(c), incoming(outputs.h_n), None if c is None else incoming(outputs.c_n)
     )
-    found = launcher.backward(
-        gradients, Kept(outputs.y, c, outputs.saved), inputs._replace(gx=None, b_hh=None), walk, norms
-    )
+    inputs = inputs._replace(b_hh=None, gx=None if walk.ln_of == "separate" else inputs.gx)
+    found = launcher.backward(gradients, Kept(outputs.y, c, outputs.saved), inputs, walk, norms)
     named = outputs._asdict() | found._asdict()
     return {name: x for name, x in named.items() if isinstance(x, Tensor) and x.numel()}
 

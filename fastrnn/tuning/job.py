@@ -67,13 +67,17 @@ def _options(job: Job) -> dict[str, Any]:
     by_feature = {
         "clip": {"clip_state_grad_norm": 1.0},
         "layer_norm": {"layer_norm": True},
+        "layer_norm_sum": {"layer_norm": "sum"},
+        "layer_norm_gates": {"layer_norm": "gates"},
+        "layer_norm_carried": {"layer_norm_cell": "carried"},
         "zoneout": {"zoneout": 0.1},
         "recurrent_dropout": {"recurrent_dropout": 0.1},
+        "recurrent_dropout_per_gate": {"recurrent_dropout_per_gate": True},
         "locked_dropout": {"dropout": 0.1, "locked_dropout": True},
         "residual": {"residual": True},
     }
-    for feature in job.features:
-        found |= by_feature.get(feature, {})
+    for feature, options in by_feature.items():
+        found |= options if feature in job.features else {}
     return found
 
 
