@@ -1,6 +1,7 @@
 """A plain call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
 
-It is for short calls, whose products are small: with larger ones, the general path multiplies by oneDNN or MKL.
+It is for short calls, whose products are small, and for all calls where the C++ library's product is the fastest at
+hand; for others, the general path multiplies by oneDNN or MKL.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from torch.nn import Parameter
 from .aten import KNOWN_CELLS
 from .backends import cpu
 from .cell_table import spec_of
-from .linear import transformed
+from .linear import has_own, transformed
 from .scan import without_autocast
 
 LARGEST_PRODUCT = 1 << 23
-"""The most multiplications in one product over all steps that the operation's own panels take."""
+"""The most multiplications in one product over all steps that the operation takes where oneDNN and MKL multiply faster
+than the C++ library."""
 
 
 STEP_DTYPES = (torch.float32, torch.float64)
@@ -34,11 +36,13 @@ class Shape(NamedTuple):
     batch_first: bool
 
 
-def takes(cell: str, steps: int, batch: int, input_size: int, hidden_size: int, directions: int) -> bool:
+def takes(
+    cell: str, dtype: torch.dtype, steps: int, batch: int, input_size: int, hidden_size: int, directions: int
+) -> bool:
     """Whether the operation is there and has no product that the general path would do faster."""
     widest = max(input_size, directions * hidden_size)
     work = steps * batch * len(spec_of(cell).gates) * hidden_size * widest
-    return cpu.MISSING is None and work <= LARGEST_PRODUCT
+    return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype == torch.float32 and has_own()))
 
 
 def run(shape: Shape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], differentiated: bool):
@@ -77,7 +81,7 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     shapes = module._shapes()
     if not steps or not batch or sizes[-1] != module.input_size:
         return None
-    if not takes(cell, steps, batch, module.input_size, hidden_size, len(shapes) // module.num_layers):
+    if not takes(cell, dtype, steps, batch, module.input_size, hidden_size, len(shapes) // module.num_layers):
         return None
     weights, stored, differentiated = [], module._parameters, input.requires_grad
     for layer in shapes:

@@ -166,3 +166,39 @@ def test_what_the_operation_leaves_to_the_general_path(monkeypatch):
         ours(torch.autograd.forward_ad.make_dual(x, x))
     with pytest.raises(RuntimeError, match=r"input\.size"):
         ours(torch.randn(4, 2, 7))
+
+
+LONG = [
+    ("LSTM", {"num_layers": 2, "bidirectional": True}, 70, 16, 48, 96),
+    ("LSTM", {"bias": False, "batch_first": True}, 90, 13, 33, 130),
+    ("GRU", {"bidirectional": True}, 300, 7, 40, 72),
+    ("GRU", {}, 1, 700, 64, 72),
+    ("RNN", {"num_layers": 2}, 2000, 1, 64, 72),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "steps", "batch", "input_size", "hidden_size"), LONG, ids=str)
+@pytest.mark.usefixtures("only_the_operation")
+def test_a_long_call_goes_in_chunks_of_steps(monkeypatch, kind, options, steps, batch, input_size, hidden_size):
+    """With the products that only some processors take, on any. Not a multiple of the panels' width, nor of a chunk."""
+    monkeypatch.setattr(network, "has_own", lambda: True)
+    torch.manual_seed(2)
+    ours = getattr(fastrnn, kind)(input_size, hidden_size, backend="cpu", **options)
+    exact = getattr(torch.nn, kind)(input_size, hidden_size, dtype=torch.float64, **options)
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn((batch, steps, input_size) if ours.batch_first else (steps, batch, input_size))
+    shape = (ours.num_layers * (1 + ours.bidirectional), batch, hidden_size)
+    states = [torch.randn(shape) for _ in range(1 + (kind == "LSTM"))]
+    found = []
+    for module, dtype in ((ours, torch.float32), (exact, torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, *states)]
+        outputs = tree_leaves(module(inputs[0], tuple(inputs[1:]) if kind == "LSTM" else inputs[1]))
+        generator = torch.Generator().manual_seed(3)
+        loss = sum((out * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum() for out in outputs)
+        found.append([*outputs, *torch.autograd.grad(loss, [*inputs, *module.parameters()])])
+        if module is ours:
+            with torch.no_grad():
+                again = tree_leaves(module(inputs[0], tuple(inputs[1:]) if kind == "LSTM" else inputs[1]))
+            assert all(torch.equal(one, other) for one, other in zip(again, outputs, strict=True))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()

@@ -30,7 +30,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   }
   Tensor out = frame.empty<float>({M, N});
   long_product(rows, matrix, bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-               static_cast<float*>(out.mutable_data_ptr()));
+               {static_cast<float*>(out.mutable_data_ptr()), N});
   return out;
 }
 

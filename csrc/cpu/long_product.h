@@ -12,9 +12,9 @@ struct RowsOfProduct {
   static constexpr int64_t block = 48, depth = Multiply<A>::depth;  // rows whose results stay in the cache
 
   const Packed<A>& packed;
-  Matrix<A> x;  // [rows, K]: x.K rows, x.N terms
-  A* out;       // [rows, N], contiguous
-  bool adds;    // to what `out` holds
+  Matrix<A> x;     // [rows, K]: x.K rows, x.N terms
+  RowView<A> out;  // [rows, N]
+  bool adds;       // to what `out` holds
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
@@ -22,7 +22,7 @@ struct RowsOfProduct {
     alignas(64) A copied[block * depth];    // [depth, block]
     for (int64_t b = begin; b < end; b += block) {
       const int64_t rows = std::min(block, end - b), N = packed.matrix.N;
-      Multiply<A> multiply{packed, {}, in_place ? 1 : block, {out + b * N, N}, adds};
+      Multiply<A> multiply{packed, {}, in_place ? 1 : block, {out[b], out.stride}, adds};
       for (int64_t k = 0; k < x.N || k == 0; k += depth) {
         const bool last = k + depth >= x.N;
         auto fetch_next = [&](int64_t n) { fetch(last ? b + block : b, end, last ? 0 : k + depth, n); };
@@ -60,28 +60,35 @@ struct RowsOfProduct {
     const bool in_place = x.n_stride == 1;
     const int64_t outer = in_place ? rows : terms, inner = in_place ? terms : rows;
     if (rows <= 0 || (!in_place && x.k_stride != 1)) return;
-    for (int64_t i = n * outer / N; i < (n + panel_width<A>)*outer / N; ++i)
+    for (int64_t i = n * outer / N; i < std::min((n + panel_width<A>)*outer / N, outer); ++i)
       for (int64_t j = 0; j < inner; j += line)
         __builtin_prefetch(in_place ? at(b + i, k + j) : at(b + j, k + i));
   }
 };
 
-// out [M, N] = x [M, K] times the matrix [K, N], plus the bias [N] or null; N is a multiple of panel_width.
-// Threads share the rows; which thread computes a row does not change its bits.
+// out [M, N] = x [M, K] times the packed matrix [K, N], plus what `out` holds if `adds`; N is a multiple of
+// panel_width, or the rows of `out` have room for whole panels. Threads share the rows; which thread computes
+// a row does not change its bits.
 template <class A>
-void long_product(const Matrix<A>& x, const Matrix<A>& matrix, const A* bias, A* out) {
-  constexpr int64_t grain = 1 << 21;    // multiplications that are worth waking a thread
+void multiply_rows(const Matrix<A>& x, const Packed<A>& packed, RowView<A> out, bool adds) {
+  constexpr int64_t grain = 1 << 21;  // multiplications that are worth waking a thread
+  constexpr int64_t unit = 12;        // rows
+  RowsOfProduct<A> product{packed, x, out, adds};
+  torch::stable::parallel_for(
+      0, (x.K + unit - 1) / unit, grain / (unit * std::max<int64_t>(packed.matrix.N * x.N, 1)) + 1,
+      [&](int64_t begin, int64_t end) { walk_widest(product, begin * unit, std::min(end * unit, x.K)); });
+}
+
+// The same with a matrix that is packed here, plus the bias [N] or null unless it `adds`.
+template <class A>
+void long_product(const Matrix<A>& x, const Matrix<A>& matrix, const A* bias, RowView<A> out,
+                  bool adds = false) {
   constexpr int64_t most_terms = 1024;  // packed at a time, which bounds the memory
-  constexpr int64_t unit = 12;          // rows
   for (int64_t k = 0; k < matrix.K || k == 0; k += most_terms) {
     int64_t terms = std::min(most_terms, matrix.K - k);
-    Matrix<A> part{matrix.data + k * matrix.k_stride, terms, matrix.N, matrix.k_stride, matrix.n_stride};
-    Packed<A> packed(part, false, bias);
-    RowsOfProduct<A> product{
-        packed, {x.data + k * x.n_stride, x.K, terms, x.k_stride, x.n_stride}, out, k > 0};
-    torch::stable::parallel_for(
-        0, (x.K + unit - 1) / unit, grain / (unit * matrix.N * std::max<int64_t>(terms, 1)) + 1,
-        [&](int64_t begin, int64_t end) { walk_widest(product, begin * unit, std::min(end * unit, x.K)); });
+    Packed<A> packed({matrix.data + k * matrix.k_stride, terms, matrix.N, matrix.k_stride, matrix.n_stride},
+                     false, bias);
+    multiply_rows({x.data + k * x.n_stride, x.K, terms, x.k_stride, x.n_stride}, packed, out, adds || k > 0);
   }
 }
 

@@ -35,38 +35,11 @@ class Network {
     Aligned<char> scratch(save ? 0 : bytes);
     memory.data = save ? static_cast<char*>(kept.mutable_data_ptr()) : scratch.data();
     Tensor y = like_input(sizes_.outputs()), h_n = state<Storage>(), c_n = has_c ? state<A>() : none();
-    Buffer<A> product_of_inputs(sizes_.rows(), width_);
-    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : sizes_.rows() * width_);
     for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
       const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
       Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
-      for (int64_t d = 0; d < sizes_.directions; ++d) {
-        const int64_t k = layer * sizes_.directions + d;
-        NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
-        std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih),
-                       b_hh = widened_vector<Storage>(weights.b_hh);
-        if (!Cell::distinct_dgh)  // only the sum is used
-          for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
-        product<Storage>(rows.rows(), 1, sizes_.rows(), transposed(matrix_of<Storage>(weights.w_ih)),
-                         b_ih.empty() ? nullptr : b_ih.data(), product_of_inputs);
-        ForwardScan<Cell> scan(cell_);
-        fill(scan, d, h0, c0, k);
-        const A* bias = Cell::distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
-        scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
-        if constexpr (std::is_same_v<Storage, A>) {
-          scan.gx = sizes_.template steps<const Storage>(product_of_inputs[0], padded<A>(width_));
-        } else {
-          walk_rows(Write<Storage, A>{width_, product_of_inputs, {narrowed.data(), width_}}, 0,
-                    sizes_.rows());
-          scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_);
-        }
-        scan.y = sizes_.steps(memory.y(layer) + d * sizes_.H, sizes_.outputs());
-        scan.h_n = {state_rows<Storage>(h_n, k), 0, sizes_.H, 1};
-        if (has_c) scan.c_n = {state_rows<A>(c_n, k), 0, sizes_.H, 1};
-        if (save) scan.saved = sizes_.steps(memory.saved(layer, d), Cell::saved * sizes_.H);
-        if (save && has_c) scan.c = sizes_.steps(memory.c(layer, d), sizes_.H);
-        call_.run(scan, gates);
-      }
+      for (int64_t d = 0; d < sizes_.directions; ++d)
+        walk_forward(layer, d, rows.rows(), h0, c0, memory, save, h_n, c_n);
     }
     // The user may change the output in place.
     std::copy_n(memory.y(sizes_.layers - 1), sizes_.rows() * sizes_.outputs(),
@@ -84,51 +57,157 @@ class Network {
     Tensor dh0 = state<Storage>(), dc0 = has_c ? state<A>() : none();
     std::vector<Tensor> found = {dx, dh0, dc0};
     for (const Tensor& weight : weights_) found.push_back(like(weight));
-    const int64_t rows = sizes_.rows();
-    Aligned<Storage> dgx(rows * width_), dgh(Cell::distinct_dgh ? rows * width_ : 0);
-    Aligned<Storage> dinput(sizes_.layers > 1 ? rows * sizes_.outputs() : 0),
-        doutput(sizes_.layers > 1 ? rows * sizes_.outputs() : 0);
-    Buffer<A> h_prev(rows, sizes_.H);
+    const int64_t of_layer = sizes_.layers > 1 ? sizes_.rows() * sizes_.outputs() : 0;
+    Aligned<Storage> dinput(of_layer), doutput(of_layer);
     Storage *above = doutput.data(), *below = dinput.data();
     for (int64_t layer = sizes_.layers - 1; layer >= 0; --layer, std::swap(above, below)) {
-      const int64_t inputs = sizes_.inputs(layer);
-      const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
       Storage* to = layer > 0 ? below : needs_dx ? static_cast<Storage*>(dx.mutable_data_ptr()) : nullptr;
       for (int64_t d = 0; d < sizes_.directions; ++d) {
         const int64_t k = layer * sizes_.directions + d;
         BackwardScan<Cell> scan(cell_);
-        fill(scan, d, h0, c0, k);
-        scan.weights.w_hh =
-            recurrence(matrix_of<Storage>(weights_of(weights_, k, sizes_.bias).w_hh), nullptr);
-        if (layer < sizes_.layers - 1)
-          scan.dy = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs());
-        else if (dy.has_value())
-          scan.dy = incoming(*dy, d);
+        fill(scan, d);
+        scan.norms = nullptr;
         if (dh_n.has_value()) scan.dh_n = state_of<Storage>(dh_n, k, no_h_);
         if (dc_n.has_value()) scan.dc_n = state_of<A>(dc_n, k, no_c_);
-        scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d), Cell::saved * sizes_.H);
-        scan.y = sizes_.template steps<const Storage>(memory.y(layer) + d * sizes_.H, sizes_.outputs());
-        if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d), sizes_.H);
-        scan.dgx = sizes_.steps(dgx.data(), width_);
-        if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_);
         scan.dh0 = {state_rows<Storage>(dh0, k), 0, sizes_.H, 1};
         if (has_c) scan.dc0 = {state_rows<A>(dc0, k), 0, sizes_.H, 1};
-        scan.norms = nullptr;
-        call_.run(scan, gates);
-        previous_states(scan, h_prev);
-        of_weights(dgx.data(), Cell::distinct_dgh ? dgh.data() : dgx.data(), input, inputs, h_prev,
-                   &found[3 + k * (sizes_.bias ? 4 : 2)]);
-        if (to != nullptr) {
-          Widened<Storage> from(dgx.data(), rows, width_);
-          product_into(from.rows(), 1, rows, matrix_of<Storage>(weights_of(weights_, k, sizes_.bias).w_ih),
-                       to, d > 0);
-        }
+        Steps<const Storage> dy_of_layer;
+        if (layer < sizes_.layers - 1)
+          dy_of_layer = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs());
+        else if (dy.has_value())
+          dy_of_layer = incoming(*dy, d);
+        walk_backward(layer, d, scan, dy_of_layer, h0, c0, memory, to, &found[3 + k * (sizes_.bias ? 4 : 2)]);
       }
     }
     return found;
   }
 
  private:
+  // Steps begin to end of a walk, which lie in memory from `time` on; `first` is the row of the first one.
+  struct Chunk {
+    int64_t begin, end, time, first, rows;
+  };
+
+  Chunk chunk(int64_t begin, int64_t end, int64_t d) const {
+    const int64_t time = d == 0 ? begin : sizes_.T - end;
+    return {begin, end, time, sizes_.row(time, 0), (end - begin) * sizes_.B};
+  }
+  // A half type's states would be rounded between two chunks.
+  int64_t steps_of_chunk() const {
+    return std::is_same_v<Storage, A> ? sizes_.steps_of_chunk(width_) : sizes_.T;
+  }
+
+  // One layer in one direction. `input`: all rows of the layer's input.
+  void walk_forward(int64_t layer, int64_t d, RowView<const A> input, const Optional& h0, const Optional& c0,
+                    const NetworkMemory<Cell>& memory, bool save, const Tensor& h_n,
+                    const Tensor& c_n) const {
+    const int64_t k = layer * sizes_.directions + d, steps = steps_of_chunk(), H = sizes_.H;
+    NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
+    std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih), b_hh = widened_vector<Storage>(weights.b_hh);
+    if (!Cell::distinct_dgh)  // only the sum is used
+      for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
+    MatrixProduct<Storage> product(transposed(matrix_of<Storage>(weights.w_ih)),
+                                   b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows());
+    ForwardScan<Cell> scan(cell_);
+    fill(scan, d);
+    scan.h0 = state_of<Storage>(h0, k, no_h_);
+    if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
+    scan.h_n = {state_rows<Storage>(h_n, k), 0, H, 1};
+    if (has_c) scan.c_n = {state_rows<A>(c_n, k), 0, H, 1};
+    const A* bias = Cell::distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
+    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
+    // W_ih x, where there is room for it, in the memory of what the cell saves instead.
+    const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= Cell::saved * H;
+    const int64_t most_rows = std::min(steps, sizes_.T) * sizes_.B;
+    Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows, width_);
+    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows * width_);
+    for (int64_t begin = 0; begin < sizes_.T; begin += steps) {
+      const Chunk now = chunk(begin, std::min(begin + steps, sizes_.T), d);
+      scan.T = now.end - now.begin;
+      if (save) {
+        scan.saved = sizes_.steps(memory.saved(layer, d) + now.first * Cell::saved * H, Cell::saved * H);
+        if (has_c) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H);
+      }
+      scan.y = sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * H, sizes_.outputs());
+      RowView<A> gx = gx_of_chunk;
+      if constexpr (std::is_same_v<Storage, A>)
+        if (in_saved) gx = {scan.saved.data, Cell::saved * H};
+      product({input[now.first], input.stride}, 1, now.rows, gx);
+      if constexpr (std::is_same_v<Storage, A>) {
+        scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride);
+      } else {
+        walk_rows(Write<Storage, A>{width_, {gx.data, gx.stride}, {narrowed.data(), width_}}, 0, now.rows);
+        scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_);
+      }
+      call_.run(scan, gates);
+      scan.h0 = {scan.h_n.data, 0, H, 1}, scan.c0 = {scan.c_n.data, 0, H, 1};
+    }
+  }
+
+  // One layer in one direction, with its scan ready but for the steps. `dy`: of all its steps. `to`: the
+  // gradient of the layer's input, or null; `found`: the weights' gradients.
+  void walk_backward(int64_t layer, int64_t d, BackwardScan<Cell>& scan, const Steps<const Storage>& dy,
+                     const Optional& h0, const Optional& c0, const NetworkMemory<Cell>& memory, Storage* to,
+                     const Tensor* found) const {
+    const int64_t k = layer * sizes_.directions + d, steps = steps_of_chunk(), H = sizes_.H;
+    const int64_t inputs = sizes_.inputs(layer), most_rows = std::min(steps, sizes_.T) * sizes_.B;
+    const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
+    NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
+    scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr);
+    MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0);
+    Aligned<Storage> dgx(most_rows * width_), dgh(Cell::distinct_dgh ? most_rows * width_ : 0);
+    Buffer<A> h_prev(most_rows, H);
+    std::vector<double> db_ih(width_), db_hh(Cell::distinct_dgh ? width_ : 0);
+    scan.dgx = sizes_.steps(dgx.data(), width_);
+    if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_);
+    const Storage* y = memory.y(layer) + d * H;
+    for (int64_t end = sizes_.T; end > 0; end -= steps) {
+      const Chunk now = chunk(std::max<int64_t>(end - steps, 0), end, d);
+      const bool adds = end < sizes_.T;
+      scan.T = now.end - now.begin;
+      if (dy) scan.dy = {dy.at(now.time, 0).data, dy.t_stride, dy.b_stride, dy.j_stride};
+      scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d) + now.first * Cell::saved * H,
+                                                        Cell::saved * H);
+      scan.y = sizes_.template steps<const Storage>(y + now.first * sizes_.outputs(), sizes_.outputs());
+      if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d) + now.first * H, H);
+      if (now.begin == 0) {
+        scan.h0 = state_of<Storage>(h0, k, no_h_);
+        if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
+      } else {
+        const int64_t before = sizes_.row(d == 0 ? now.time - 1 : now.time + scan.T, 0);
+        scan.h0 = {y + before * sizes_.outputs(), 0, sizes_.b_step() * sizes_.outputs(), 1};
+        if (has_c) scan.c0 = {memory.c(layer, d) + before * H, 0, sizes_.b_step() * H, 1};
+      }
+      call_.run(scan, gates);
+      scan.dh_n = {scan.dh0.data, 0, H, 1}, scan.dc_n = {scan.dc0.data, 0, H, 1};
+      previous_states(scan, h_prev);
+      Widened<Storage> of_x(dgx.data(), now.rows, width_), of_h(dgh.data(), dgh_rows(now), width_);
+      const RowView<const A> dgh_of_chunk = Cell::distinct_dgh ? of_h.rows() : of_x.rows();
+      of_matrix(of_x.rows(), now.rows, matrix_of<Storage>(input + now.first * inputs, now.rows, inputs),
+                found[0], adds);
+      of_matrix(dgh_of_chunk, now.rows, Matrix<A>{h_prev[0], now.rows, H, padded<A>(H), 1}, found[1], adds);
+      if (sizes_.bias) add_rows(of_x.rows(), now.rows, db_ih);
+      if (sizes_.bias && Cell::distinct_dgh) add_rows(of_h.rows(), now.rows, db_hh);
+      if (to != nullptr)
+        product_into(to_input, of_x.rows(), 1, now.rows, inputs, to + now.first * inputs, d > 0);
+    }
+    if (!sizes_.bias) return;
+    store_sums<Storage>(db_ih, found[2]);
+    store_sums<Storage>(Cell::distinct_dgh ? db_hh : db_ih, found[3]);
+  }
+
+  static int64_t dgh_rows(const Chunk& now) { return Cell::distinct_dgh ? now.rows : 0; }
+
+  // The gradient of a matrix [width, N], `found` = the transpose of dg [rows, width] times the rows that the
+  // matrix was multiplied with; or its part of these rows, added, if `adds`.
+  template <class In>
+  void of_matrix(RowView<const A> dg, int64_t rows, const Matrix<In>& multiplied, const Tensor& found,
+                 bool adds) const {
+    MatrixProduct<In> product(multiplied, nullptr, width_);
+    product_into(product, {dg.data, 1}, dg.stride, width_, multiplied.N,
+                 static_cast<Storage*>(found.mutable_data_ptr()), adds);
+  }
+
   Tensor none() const { return call_.frame.template empty<Storage>({0}); }
   Tensor like(const Tensor& t) const {
     return t.dim() == 2 ? call_.frame.template empty<Storage>({t.size(0), t.size(1)})
@@ -158,11 +237,9 @@ class Network {
   }
 
   template <class ScanOfCell>
-  void fill(ScanOfCell& scan, int64_t d, const Optional& h0, const Optional& c0, int64_t k) const {
-    scan.T = sizes_.T, scan.B = sizes_.B, scan.H = sizes_.H, scan.P = sizes_.H, scan.C = call_.C;
+  void fill(ScanOfCell& scan, int64_t d) const {
+    scan.B = sizes_.B, scan.H = sizes_.H, scan.P = sizes_.H, scan.C = call_.C;
     scan.reverse = d == 1;
-    scan.h0 = state_of<Storage>(h0, k, no_h_);
-    if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
   }
 
   // The gradient of the output, in any layout, of one direction.
@@ -172,37 +249,15 @@ class Network {
     return {data, dy.stride(t), unbatched_ ? 0 : dy.stride(1 - t), dy.stride(last)};
   }
 
-  // The state that each step starts from, [rows, H].
+  // The state that each step of the chunk starts from, [rows, H].
   void previous_states(const BackwardScan<Cell>& scan, const Buffer<A>& to) const {
-    for (int64_t i = 0; i < sizes_.T; ++i) {
+    for (int64_t i = 0; i < scan.T; ++i) {
       const int64_t t = scan.step(i);
       const Steps<const Storage>& from = i == 0 ? scan.h0 : scan.y;
       const int64_t at = i == 0 ? 0 : scan.step(i - 1);
       RowView<A> rows{to[sizes_.row(t, 0)], sizes_.b_step() * padded<A>(sizes_.H)};
       walk_rows(Read<Storage, A>{sizes_.H, from.at(at, 0), from.j_stride, rows}, 0, sizes_.B);
     }
-  }
-
-  // The gradients of w_ih, w_hh, b_ih and b_hh.
-  void of_weights(const Storage* dgx, const Storage* dgh, const Storage* input, int64_t inputs,
-                  const Buffer<A>& h_prev, const Tensor* to) const {
-    const int64_t rows = sizes_.rows();
-    auto data = [&](int64_t k) { return static_cast<Storage*>(to[k].mutable_data_ptr()); };
-    Widened<Storage> of_x(dgx, rows, width_);
-    product_into({of_x.data(), 1}, width_, width_, matrix_of<Storage>(input, rows, inputs), data(0));
-    const Matrix<A> states{h_prev[0], rows, sizes_.H, padded<A>(sizes_.H), 1};
-    if (!Cell::distinct_dgh) {
-      product_into({of_x.data(), 1}, width_, width_, states, data(1));
-      if (!sizes_.bias) return;
-      sum_rows(of_x.rows(), rows, width_, data(2));
-      std::copy_n(data(2), width_, data(3));
-      return;
-    }
-    Widened<Storage> of_h(dgh, rows, width_);
-    product_into({of_h.data(), 1}, width_, width_, states, data(1));
-    if (!sizes_.bias) return;
-    sum_rows(of_x.rows(), rows, width_, data(2));
-    sum_rows(of_h.rows(), rows, width_, data(3));
   }
 
   const Tensor& x_;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "long_product.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
 
@@ -25,6 +26,13 @@ struct NetworkSizes {
   int64_t row(int64_t t, int64_t b) const { return t * t_step() + b * b_step(); }
   int64_t outputs() const { return directions * H; }
   int64_t inputs(int64_t layer) const { return layer == 0 ? I : outputs(); }
+  // Consecutive steps of the walk that are computed together, products and scan, while their rows are in the
+  // cache; all of them where the rows of a step are not side by side.
+  int64_t steps_of_chunk(int64_t width) const {
+    constexpr int64_t numbers = 1 << 18, least_rows = 512;
+    if (batch_first || B == 0) return T;
+    return std::min(T, std::max(numbers / std::max<int64_t>(width, 1), least_rows) / B + 1);
+  }
   // All steps of rows `stride` apart.
   template <class X>
   Steps<X> steps(X* data, int64_t stride) const {
@@ -74,18 +82,37 @@ auto with_cell_of_torch(const std::string& name, const F& f) {
   throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
 }
 
-// out [rows, padded(N)] = in [rows, K] times the matrix, plus `bias` [N] or null, shared among the threads.
+// Products with one matrix [K, N], whose threads share the rows: the short ones pack it as they read it, the
+// long ones beforehand.
 template <class Storage>
-void product(RowView<const typename Matrix<Storage>::A> in, int64_t in_stride, int64_t rows,
-             const Matrix<Storage>& matrix, const typename Matrix<Storage>::A* bias,
-             RowView<typename Matrix<Storage>::A> out) {
-  constexpr int64_t grain = 1 << 20;  // multiplications that are worth waking a thread
-  Packed<Storage> packed(matrix, true, bias);
-  torch::stable::parallel_for(0, rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                walk_widest(Multiply<Storage>{packed, in, in_stride, out}, begin, end);
-                              });
-}
+class MatrixProduct {
+ public:
+  using A = typename Matrix<Storage>::A;
+
+  // `rows`: of all products with this matrix. `bias` [N] or null.
+  MatrixProduct(const Matrix<Storage>& matrix, const A* bias, int64_t rows)
+      : long_(std::is_same_v<Storage, A> && rows * matrix.K * matrix.N > longest_short),
+        packed_(matrix, !long_, bias) {}
+
+  // out [rows, padded(N)] = in [rows, K] times the matrix, plus the bias, or plus what `out` holds if `adds`.
+  // The elements of a row of `in` are in_stride apart.
+  void operator()(RowView<const A> in, int64_t in_stride, int64_t rows, RowView<A> out,
+                  bool adds = false) const {
+    const Matrix<Storage>& matrix = packed_.matrix;
+    if constexpr (std::is_same_v<Storage, A>)
+      if (long_) return multiply_rows({in.data, rows, matrix.K, in.stride, in_stride}, packed_, out, adds);
+    constexpr int64_t grain = 1 << 20;  // multiplications that are worth waking a thread
+    torch::stable::parallel_for(
+        0, rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1, [&](int64_t begin, int64_t end) {
+          walk_widest(Multiply<Storage>{packed_, in, in_stride, out, adds}, begin, end);
+        });
+  }
+
+ private:
+  static constexpr int64_t longest_short = 1 << 23;  // multiplications
+  bool long_;
+  Packed<Storage> packed_;
+};
 
 // Contiguous rows in the type of the arithmetic: the memory itself, or a copy of a half type.
 template <class Storage>
@@ -110,31 +137,51 @@ class Widened {
   const A* data_;
 };
 
-// out [rows, N] contiguous = `product`, plus what `out` holds if `adds`.
+// out [rows, N] contiguous = in [rows, K] times the matrix of the product, plus what `out` holds if `adds`.
 template <class Storage, class Out>
-void product_into(RowView<const typename Matrix<Storage>::A> in, int64_t in_stride, int64_t rows,
-                  const Matrix<Storage>& matrix, Out* out, bool adds = false) {
+void product_into(const MatrixProduct<Storage>& product, RowView<const typename Matrix<Storage>::A> in,
+                  int64_t in_stride, int64_t rows, int64_t N, Out* out, bool adds) {
   using A = typename Matrix<Storage>::A;
-  const int64_t N = matrix.N;
   if constexpr (std::is_same_v<Out, A>)
-    if (!adds && N % panel_width<A> == 0)
-      return product<Storage>(in, in_stride, rows, matrix, nullptr, {out, N});
+    if (N % panel_width<A> == 0) return product(in, in_stride, rows, {out, N}, adds);
   Buffer<A> found(rows, N);
-  product<Storage>(in, in_stride, rows, matrix, nullptr, found);
+  product(in, in_stride, rows, found);
   for (int64_t r = 0; adds && r < rows; ++r)
     for (int64_t j = 0; j < N; ++j) found[r][j] += widen(out[r * N + j]);
   walk_rows(Write<Out, A>{N, found, {out, N}}, 0, rows);
 }
 
-// Column sums of `rows` [rows, width], each in one chain of doubles.
-template <class A, class Storage>
-void sum_rows(RowView<const A> in, int64_t rows, int64_t width, Storage* out) {
-  std::vector<double> sums(width);
-  for (int64_t r = 0; r < rows; ++r) {
-    const A* row = in[r];
-    for (int64_t j = 0; j < width; ++j) sums[j] += row[j];
+// Adds rows of a matrix to `sums`, each column in one chain of doubles.
+template <class A>
+struct AddRows {
+  RowView<const A> in;
+  int64_t rows;
+  double* sums;
+
+  // Columns from begin to end.
+  template <int bytes>
+  FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = in[r];
+      FASTRNN_SIMD
+      for (int64_t j = begin; j < end; ++j) sums[j] += double(row[j]);
+    }
   }
-  for (int64_t j = 0; j < width; ++j) narrow(static_cast<A>(sums[j]), out[j]);
+};
+
+template <class A>
+void add_rows(RowView<const A> in, int64_t rows, std::vector<double>& sums) {
+  constexpr int64_t grain = 1 << 17;  // additions that are worth waking a thread
+  torch::stable::parallel_for(
+      0, sums.size(), grain / std::max<int64_t>(rows, 1) + 1,
+      [&](int64_t begin, int64_t end) { walk_widest(AddRows<A>{in, rows, sums.data()}, begin, end); });
+}
+
+template <class Storage>
+void store_sums(const std::vector<double>& sums, const Tensor& to) {
+  Storage* out = static_cast<Storage*>(to.mutable_data_ptr());
+  for (size_t j = 0; j < sums.size(); ++j)
+    narrow(static_cast<typename Arithmetic<Storage>::type>(sums[j]), out[j]);
 }
 
 // What the backward needs, in one piece of memory: of each layer y [rows, D * H] in the storage type, and of
