@@ -53,7 +53,6 @@ CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 
 _WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
 _extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BACKEND.values(), 1)
 _FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
-_settings = attrgetter(*_FORWARDED)
 
 _OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
 """Arguments of `forward` that `step` refuses."""
@@ -216,7 +215,7 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def _arguments(self) -> dict:
         """The module's settings as keyword arguments of the functional form."""
-        return dict(zip(_FORWARDED, _settings(self), strict=True))
+        return {name: getattr(self, name) for name in _FORWARDED}  # torch.compile cannot follow an attrgetter
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         stored = self._parameters  # parametrized weights are not in it: they are attributes
