@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from . import functional, init
 from .convert import convert, explain
 from .dispatch import backend
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell
+from .modules import GRU, LSTM, RNN, RNNBase
 from .recurrent import Recurrent
+from .single_step import GRUCell, LSTMCell, RNNCell
 from .user_cells import cell
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ default, because `torch.compile` breaks the graph at every instance of torch.nn'
 
 from torch import nn
 
-from . import modules, torch_nn
+from . import modules, single_step, torch_nn
 
 
 class _PlainModule(nn.Module):
@@ -42,13 +42,13 @@ class RNN(modules.RNN, _PlainModule, torch_nn.RNN):
     """`fastrnn.RNN` that is an instance of torch.nn.RNN, too."""
 
 
-class LSTMCell(modules.LSTMCell, _PlainModule, torch_nn.LSTMCell):
+class LSTMCell(single_step.LSTMCell, _PlainModule, torch_nn.LSTMCell):
     """`fastrnn.LSTMCell` that is an instance of torch.nn.LSTMCell, too."""
 
 
-class GRUCell(modules.GRUCell, _PlainModule, torch_nn.GRUCell):
+class GRUCell(single_step.GRUCell, _PlainModule, torch_nn.GRUCell):
     """`fastrnn.GRUCell` that is an instance of torch.nn.GRUCell, too."""
 
 
-class RNNCell(modules.RNNCell, _PlainModule, torch_nn.RNNCell):
+class RNNCell(single_step.RNNCell, _PlainModule, torch_nn.RNNCell):
     """`fastrnn.RNNCell` that is an instance of torch.nn.RNNCell, too."""

@@ -3,13 +3,16 @@
 import sys
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-from . import checks, dispatch, functional, modules, torch_nn
+from . import checks, dispatch, functional, modules, single_step, torch_nn
 from .dispatch import Explanation
 from .torch_nn import KINDS
+
+OURS = SimpleNamespace(**{kind: getattr(single_step if kind.endswith("Cell") else modules, kind) for kind in KINDS})
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -38,7 +41,7 @@ def _is_on(setting) -> bool:
 
 def _rebuilt(module: nn.Module, kind: str, library) -> nn.Module:
     """The same module in the other library, with the same parameter objects and everything its user added to it."""
-    ours = isinstance(module, (modules._Recurrent, modules._Cell))
+    ours = isinstance(module, (modules._Recurrent, single_step._Cell))
     if library is torch_nn:
         on = [
             name for name in modules.EXTRAS if name not in ("backend", *NORMS) and _is_on(getattr(module, name, None))
@@ -149,8 +152,8 @@ def convert(
         raise ValueError("lengths is for to='torch': fastrnn's networks take lengths= as they are")
     if copy:
         model = deepcopy(model)
-    target = torch_nn if to == "torch" else compat if keep_type else modules
-    sources = [library for library in (torch_nn, modules, compat) if library is not target]
+    target = torch_nn if to == "torch" else compat if keep_type else OURS
+    sources = [library for library in (torch_nn, OURS, compat) if library is not target]
     kinds = {getattr(source, kind): kind for source in sources for kind in KINDS}
     done = () if to == "torch" else tuple(getattr(target, kind) for kind in KINDS)
     replaced: dict[nn.Module, nn.Module] = {}
@@ -193,7 +196,7 @@ def explain(module: nn.Module, input, hx=None, **call) -> Explanation:
         TypeError: the module is of another class.
         ValueError, RuntimeError: as in the module's forward.
     """
-    if isinstance(module, modules._Cell):
+    if isinstance(module, single_step._Cell):
         call = checks.check_step(*module._call(input, hx), **module._norms())
         return dispatch.explanation(call.request, module.backend)
     if not isinstance(module, modules._Recurrent):

@@ -33,7 +33,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import torch_nn
 from .cell_table import CELLS, spec_of
-from .modules import GRU, LSTM, GRUCell, LSTMCell, _Cell, _Recurrent, has_computed_weights
+from .modules import GRU, LSTM, _Recurrent, has_computed_weights
+from .single_step import GRUCell, LSTMCell, _Cell
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU, RNN and their single-step cells: torch.nn's modules, with further options.
+"""LSTM, GRU and RNN: torch.nn's modules, with further options. `single_step.py` has their cells.
 
 Parameter names, order, shapes and default initialisation are torch.nn's, so state dicts go both ways with
 `strict=True` as long as the extras that own parameters (layer norm) are off.
@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import aten, checks, dispatch, functional, network
 from .activations import cell_of, leaky_cell_of
-from .cell_table import CELLS, layer_shapes, network_shapes, spec_of
+from .cell_table import CELLS, network_shapes, spec_of
 from .equations import LN_EPS
 from .linear import tracing
 from .subclassing import ForSubclasses
@@ -53,18 +53,17 @@ CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 
 _WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
 _extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BACKEND.values(), 1)
 _FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
-_settings = attrgetter(*_FORWARDED)
 
 _OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
 """Arguments of `forward` that `step` refuses."""
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """A setting as it is shown: a function by its name."""
     return getattr(value, "__name__", str(value))
 
 
-def _uniform(module: nn.Module) -> None:
+def uniform(module: nn.Module) -> None:
     """torch.nn's default, U(-1/sqrt(H), 1/sqrt(H)), for W_hh with the units of a head; layer norms start as the
     identity."""
 
@@ -197,7 +196,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         In heads, W_hh is drawn with the units of a head, H/N in place of H: each block is what torch.nn draws for a
         network of that size, and W_hh h is as large as without heads.
         """
-        _uniform(self)
+        uniform(self)
 
     def flatten_parameters(self) -> None:
         """Lays the weights out in the one chunk that cuDNN wants. It matters only to the `aten` backend on a GPU."""
@@ -216,7 +215,7 @@ class _Recurrent(ForSubclasses, nn.Module):
 
     def _arguments(self) -> dict:
         """The module's settings as keyword arguments of the functional form."""
-        return dict(zip(_FORWARDED, _settings(self), strict=True))
+        return {name: getattr(self, name) for name in _FORWARDED}  # torch.compile cannot follow an attrgetter
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         stored = self._parameters  # parametrized weights are not in it: they are attributes
@@ -332,7 +331,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         for name, default in {**PLAIN, **EXTRAS, **CELL_SETTINGS, "nonlinearity": "tanh"}.items():
             value = getattr(self, name, default)
             if isinstance(value, Tensor) or value != default:
-                parts.append(f"{name}={_shown(value)}")
+                parts.append(f"{name}={shown(value)}")
         return ", ".join(parts)
 
 
@@ -392,7 +391,7 @@ class RNNBase(_Recurrent):
         return self._mode.lower()
 
 
-def _set_activations(module: nn.Module, **activations) -> None:
+def set_activations(module: nn.Module, **activations) -> None:
     """Before its constructor. A module among them is not to become a submodule."""
     for name, activation in activations.items():
         object.__setattr__(module, name, activation)
@@ -400,20 +399,20 @@ def _set_activations(module: nn.Module, **activations) -> None:
         module._cell = cell_of(type(module)._cell, **activations).text
 
 
-def _set_nonlinearity(module: nn.Module, nonlinearity: str | Callable, leak: float | None, learn_leak: bool) -> None:
+def set_nonlinearity(module: nn.Module, nonlinearity: str | Callable, leak: float | None, learn_leak: bool) -> None:
     """Before the constructor of an RNN or its cell."""
     checks.check_leak(leak, learn_leak)
     object.__setattr__(module, "nonlinearity", nonlinearity)  # which is no submodule, even if it is a module
     module.leak, module.learn_leak = leak, learn_leak
 
 
-def _cell_of_rnn(module: nn.Module) -> str:
+def cell_of_rnn(module: nn.Module) -> str:
     if module.leak is not None:
         return leaky_cell_of(module.nonlinearity, module.leak, module.learn_leak).text
     return checks.rnn_cell(module.nonlinearity)
 
 
-def _set_leaks(module: nn.Module) -> None:
+def set_leaks(module: nn.Module) -> None:
     """Gives the parameters of a learnt leak their first value."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("leak"):
@@ -436,7 +435,7 @@ class LSTM(RNNBase):
     _cell = "lstm"
 
     def __init__(self, *args: Any, activation="tanh", gate_activation="sigmoid", **kwargs: Any) -> None:
-        _set_activations(self, activation=activation, gate_activation=gate_activation)
+        set_activations(self, activation=activation, gate_activation=gate_activation)
         _Recurrent.__init__(self, *args, **kwargs)
         if self._cell != "lstm" and (self.layer_norm or self.proj_size):
             raise ValueError("layer_norm and proj_size are for the LSTM with torch.nn's activations")
@@ -456,7 +455,7 @@ class GRU(RNNBase):
     _cell = "gru"
 
     def __init__(self, *args: Any, activation="tanh", gate_activation="sigmoid", **kwargs: Any) -> None:
-        _set_activations(self, activation=activation, gate_activation=gate_activation)
+        set_activations(self, activation=activation, gate_activation=gate_activation)
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
 
@@ -479,15 +478,15 @@ class RNN(RNNBase):
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        _set_nonlinearity(self, nonlinearity, leak, learn_leak)
+        set_nonlinearity(self, nonlinearity, leak, learn_leak)
         _Recurrent.__init__(self, *checks.without_projection(args, kwargs), **kwargs)
 
-    _cell = property(_cell_of_rnn)
+    _cell = property(cell_of_rnn)
 
     def reset_parameters(self) -> None:
         """Draws weights and biases as the other networks do. A learnt leak starts as given."""
         super().reset_parameters()
-        _set_leaks(self)
+        set_leaks(self)
 
 
 def _show_arguments() -> None:
@@ -507,178 +506,3 @@ def _show_arguments() -> None:
 
 
 _show_arguments()
-
-
-_OF_CELLS = {name: EXTRAS[name] for name in ("layer_norm", "layer_norm_eps", "layer_norm_cell")}
-"""The extras that the single-step cells take."""
-_LEAKS = "leaks"  # the parameter of a cell's learnt leak; `leak` is its first value
-
-
-class _Cell(nn.Module):
-    """The base class of LSTMCell, GRUCell and RNNCell: a network of one layer and one step."""
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        layer_norm: bool | str = False,
-        layer_norm_eps: float = LN_EPS,
-        layer_norm_cell: str | None = "inside",
-        backend: str | None = None,
-        num_heads: int = 1,
-    ):
-        super().__init__()
-        input_size, hidden_size = checks.check_cell_sizes(input_size=input_size, hidden_size=hidden_size)
-        checks.check_heads(num_heads, hidden_size)
-        checks.check_layer_norm(self._cell, layer_norm)
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
-        self.layer_norm, self.backend, self.num_heads = layer_norm, backend, num_heads
-        self.layer_norm_eps = checks.check_eps(layer_norm_eps)
-        self.layer_norm_cell = checks.check_layer_norm_cell(self._cell, layer_norm_cell)
-        dispatch.forced(backend)
-        shapes = layer_shapes(
-            self._cell, input_size, hidden_size, 0, self.bias, layer_norm, layer_norm_cell is not None, num_heads
-        )
-        self._kinds = {_LEAKS if kind == "leak" else kind: kind for kind in shapes}
-        self.all_names = list(self._kinds)
-        for name, shape in zip(self.all_names, shapes.values(), strict=True):
-            self.register_parameter(name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        if not self.bias:
-            self.register_parameter("bias_ih", None)
-            self.register_parameter("bias_hh", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws all weights and biases from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does; in heads as the layer does."""
-        _uniform(self)
-
-    def forward(self, input: Tensor, hx=None):
-        """One step.
-
-        Args:
-            input: `[B, I]`, or `[I]` unbatched; of the parameters' dtype, unless autocast is on.
-            hx: h `[B, H]` (`[H]` unbatched); for the LSTM a pair (h, c); None for zeros.
-
-        Returns:
-            The new h; for the LSTM `(h, c)`.
-
-        Raises:
-            ValueError, RuntimeError: an argument does not fit, or a forced backend cannot run the call.
-        """
-        state = functional.step(*self._call(input, hx), self.backend, **self._norms())
-        if input.dim() == 1:
-            state = tuple(s[0] for s in state)
-        return state if len(state) > 1 else state[0]
-
-    def __prepare_scriptable__(self):
-        checks.refuse_script(self)
-
-    def _norms(self) -> dict:
-        """The settings of layer norm as keyword arguments of `checks.check`, where there is any."""
-        if not self.layer_norm:
-            return {}
-        return {name: getattr(self, name) for name in _OF_CELLS}
-
-    def _call(self, input: Tensor, hx):
-        """The arguments of `functional.step`: cell, input `[B, I]`, states `[B, H]`, parameters."""
-        stored = self._parameters
-        params = {f"{kind}_l0": stored[n] if n in stored else getattr(self, n) for n, kind in self._kinds.items()}
-        x, states = checks.check_cell_call(
-            type(self).__name__, self._cell, self.hidden_size, params["weight_ih_l0"].dtype, input, hx
-        )
-        return self._cell, x, states, params
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.input_size}, {self.hidden_size}"]
-        shown = {"bias": True, **_OF_CELLS, **CELL_SETTINGS, "nonlinearity": "tanh", "backend": None}
-        for name, default in shown.items():
-            if getattr(self, name, default) != default:
-                parts.append(f"{name}={_shown(getattr(self, name))}")
-        return ", ".join(parts)
-
-
-class LSTMCell(_Cell):
-    """One step of `LSTM`, in place of torch.nn.LSTMCell. Returns `(h [B, H], c [B, H])`.
-
-    Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `layer_norm_cell`, `activation`, `gate_activation`,
-    `num_heads` and `backend` as of `LSTM`.
-    """
-
-    _cell = "lstm"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        activation: str | Callable = "tanh",
-        gate_activation: str | Callable = "sigmoid",
-        **extras: Any,
-    ) -> None:
-        _set_activations(self, activation=activation, gate_activation=gate_activation)
-        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
-        if self._cell != "lstm" and self.layer_norm:
-            raise ValueError("layer_norm is for the LSTMCell with torch.nn's activations")
-
-
-class GRUCell(_Cell):
-    """One step of `GRU`, in place of torch.nn.GRUCell. Returns `h [B, H]`.
-
-    Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `activation`, `gate_activation`, `num_heads` and
-    `backend` as of `GRU`.
-    """
-
-    _cell = "gru"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        activation: str | Callable = "tanh",
-        gate_activation: str | Callable = "sigmoid",
-        **extras: Any,
-    ) -> None:
-        _set_activations(self, activation=activation, gate_activation=gate_activation)
-        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
-
-
-class RNNCell(_Cell):
-    """One step of `RNN`, in place of torch.nn.RNNCell. Returns `h [B, H]`.
-
-    Arguments as in torch.nn; `nonlinearity` (a name or a pointwise function), `leak`, `learn_leak`, `layer_norm`,
-    `layer_norm_eps`, `num_heads` and `backend` as of `RNN`. A learnt leak is the parameter `leaks [H]`.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str | Callable = "tanh",
-        device=None,
-        dtype=None,
-        *,
-        leak: float | None = None,
-        learn_leak: bool = False,
-        **extras: Any,
-    ) -> None:
-        _set_nonlinearity(self, nonlinearity, leak, learn_leak)
-        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
-
-    _cell = property(_cell_of_rnn)
-
-    def reset_parameters(self) -> None:
-        """Draws weights and biases as the other cells do. A learnt leak starts as given."""
-        super().reset_parameters()
-        _set_leaks(self)

@@ -85,10 +85,11 @@ BELOW = {
             "equations",
         ),
     },
+    "single_step": {"modules", "functional", "checks", "dispatch", "cell_table", "equations"},
     "recurrent": {"modules", "functional", "checks", "user_cells"},
-    "compat": {"modules", "torch_nn"},
-    "convert": {"modules", "compat", "torch_nn", "with_lengths", "functional", "checks", "dispatch"},
-    "init": {"modules", "torch_nn", "cell_table"},
+    "compat": {"modules", "single_step", "torch_nn"},
+    "convert": {"modules", "single_step", "compat", "torch_nn", "with_lengths", "functional", "checks", "dispatch"},
+    "init": {"modules", "single_step", "torch_nn", "cell_table"},
     "tuning.timing": set(),
     "tuning.job": {"cell_table", "recurrent", "modules", "torch_nn", "backend_table", "evidence.agreement"},
     "tuning.trial": {
@@ -119,6 +120,7 @@ BELOW = {
     "monitoring.plots": {"monitoring.history", "monitoring.steps"},
     "monitoring.monitor": {
         "modules",
+        "single_step",
         "equations",
         "cell_table",
         "convert",
@@ -154,6 +156,7 @@ BELOW = {
     "__init__": {
         "monitoring.doctor",
         "modules",
+        "single_step",
         "recurrent",
         "user_cells",
         "cells",

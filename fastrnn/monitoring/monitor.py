@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..cell_table import spec_of
 from ..convert import left_alone
 from ..equations import accumulate_dtype
-from ..modules import _Cell, _Recurrent
+from ..modules import _Recurrent
+from ..single_step import _Cell
 from .calls import Note
 from .diagnosis import Norms, Record, Report, records, unscaled
 from .history import History
