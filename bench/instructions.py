@@ -2,7 +2,7 @@
 
     python -m bench.instructions bench/results/instructions.json
 
-counts in a process under valgrind, one thread, with two results: `instructions` of each call, and the versions. The
+counts in a process under valgrind, with one thread. "With a graph": a forward that a backward may follow. The
 counting is switched on and off from Python by a small C library, which is compiled here against valgrind's headers.
 """
 
@@ -48,38 +48,44 @@ def _both(kind: str, H: int):
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """What is counted, by name, at B = 1."""
+    """What is counted, by name: one sequence, H = 64."""
     found = {}
     for kind in ("LSTM", "GRU", "RNN"):
-        for H in (64, 256):
-            theirs, ours = _both(kind, H)
-            for steps in (1, 20) if H == 64 else (1,):
-                found |= _calls_of(f"{kind} T={steps} H={H}", theirs, ours, torch.randn(steps, 1, H))
+        theirs, ours = _both(kind, 64)
+        found |= _calls_of(f"{kind} T=1", theirs, ours, torch.randn(1, 1, 64))
+    theirs, ours = _both("LSTM", 64)
+    x = torch.randn(20, 1, 64)
+    found |= {"LSTM T=20: torch.nn, training": _train(theirs, x), "LSTM T=20: fastrnn, training": _train(ours, x)}
     return found
 
 
+def _infer(module, x, hx, **arguments) -> Callable[[], object]:
+    def run():
+        with torch.no_grad():
+            module(x, hx, **arguments)
+
+    return run
+
+
+def _train(module, x, hx=None, **arguments) -> Callable[[], object]:
+    return lambda: module(x, hx, **arguments)[0].sum().backward()
+
+
 def _calls_of(name: str, theirs, ours, x) -> dict[str, Callable[[], object]]:
-    T, _, H = x.shape
-    h, mask = torch.zeros(1, 1, H), torch.zeros(T, 1, dtype=torch.bool)
-    hx = (h, h) if isinstance(theirs, torch.nn.LSTM) else h
-
-    def infer(module, **arguments):
-        def run():
-            with torch.no_grad():
-                module(x, hx, **arguments)
-
-        return run
-
-    def train(module, **arguments):
-        return lambda: module(x, hx, **arguments)[0].sum().backward()
-
-    found = {"torch.nn": infer(theirs), "fastrnn": infer(ours), "fastrnn, reset_mask": infer(ours, reset_mask=mask)}
-    found |= {"torch.nn, with graph": lambda: theirs(x, hx), "fastrnn, with graph": lambda: ours(x, hx)}
-    found["fastrnn, reset_mask, with graph"] = lambda: ours(x, hx, reset_mask=mask)
-    if T == 1:
-        found["fastrnn.step"] = lambda: ours.step(x[0], hx)
-    found |= {"torch.nn, training": train(theirs), "fastrnn, training": train(ours)}
-    found["fastrnn, reset_mask, training"] = train(ours, reset_mask=mask)
+    h, mask = torch.zeros(1, 1, x.shape[2]), torch.zeros(len(x), 1, dtype=torch.bool)
+    hx, frame = (h, h) if isinstance(theirs, torch.nn.LSTM) else h, x[0]
+    found = {
+        "torch.nn": _infer(theirs, x, hx),
+        "fastrnn": _infer(ours, x, hx),
+        "fastrnn, step": lambda: ours.step(frame, hx),
+        "torch.nn, with a graph": lambda: theirs(x, hx),
+        "fastrnn, with a graph": lambda: ours(x, hx),
+        "torch.nn, training": _train(theirs, x, hx),
+        "fastrnn, training": _train(ours, x, hx),
+    }
+    if not isinstance(theirs, torch.nn.RNN):
+        found["fastrnn, reset_mask, with a graph"] = lambda: ours(x, hx, reset_mask=mask)
+        found["fastrnn, reset_mask, training"] = _train(ours, x, hx, reset_mask=mask)
     return {f"{name}: {what}": run for what, run in found.items()}
 
 

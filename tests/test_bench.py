@@ -257,7 +257,40 @@ record = {"suite": "rivals", **Case("gru", 2, 3, 4, 4).describe(), "limit": {"se
 found = tables.by_suite([record])
 assert [title.split(" ")[0] for title in found] == ["Time", "Peak"]
 rows = [[cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]] for table in found.values()]
-assert rows == [["2", "0.50 (0.50–0.50)", "0.25"], ["2", "0.50"]]
+assert rows == [["2", "0.50 (0.50–0.50)", "0.25", "0.50"], ["2", "0.50"]]
+"""
+    run(code)
+
+
+def test_streams_and_packed_batches_agree_with_torch_nn(run):
+    """Every contestant's results, at small sizes; a wrong one is recorded as failed."""
+    code = """
+from bench import packed, streams
+from bench.cases import Case
+from bench.contestants import CannotRun
+from bench.direct import difference
+for suite, sizes in ((streams, (2, 1, 4, 5)), (packed, (3, 4, 5, 5))):
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        case = Case(cell, *sizes, mode="infer" if suite is streams else "train", suite="packed")
+        truth = next(iter(suite.makers(case, True).values()))()(0)
+        for name, make in suite.makers(case, False).items():
+            try:
+                found = difference(make()(0), truth)
+            except CannotRun:
+                continue
+            assert found < suite.SUITE.tolerance, (cell, name, found)
+            assert difference([one * 1.001 for one in truth], truth) > suite.SUITE.tolerance
+"""
+    run(code)
+
+
+def test_the_limit_of_a_cpu_counts_the_products(run):
+    code = """
+from bench import limit
+from bench.cases import Case
+assert limit.cpu_floor(Case("gru", 2, 3, 4, 5, mode="infer"), 1.0)["seconds"] == 2 * 2 * 3 * 15 * 9
+both = Case("lstm", 2, 3, 4, 5, 2, True)
+assert limit.cpu_floor(both, 1.0)["seconds"] == 3 * 2 * 2 * 3 * 20 * (9 + 15) * 2
 """
     run(code)
 
