@@ -1,65 +1,87 @@
-"""What the monitor costs a long training: `python -m bench.monitor_cost` counts the instructions of training steps.
+"""What the monitor costs a long training: `python -m bench.monitor_cost` writes bench/results/monitor-cost.json.
 
-Valgrind counts them, so the result does not depend on what else the machine does. A child process trains for 1 and for
-101 steps, without and with `GradientMonitor(model, every=50)`; the difference is 100 steps, of which the monitor
-observes 2. An observed step runs the scan in place of torch's own kernels, and makes a report.
+Three kinds of training steps take turns in one process: without a monitor, and inside one that leaves the step out or
+observes it. An observed step runs the scan in place of torch's own kernels, and makes a report. A step that is left out
+runs the same operations as without a monitor, and some Python that does not depend on the sizes; that is measured on a
+tiny network, where it is not lost in the noise. The time is that of the processor in this process; of each kind the
+lowest tenth counts, since other work on the machine only adds to it.
 """
 
 import argparse
-import re
-import subprocess
-import sys
+import statistics
+import time
 from contextlib import nullcontext
 from pathlib import Path
+
+import torch
+
+import fastrnn
 
 from . import files
 
 RESULTS = Path(__file__).parent / "results" / "monitor-cost.json"
-EVERY, STEPS = 50, 100
+EVERY, WARM_UP = 50, 5
+KINDS = ("plain", "left out", "observed")
+TINY, TINY_REPEATS = {"cell": "GRU", "T": 1, "B": 1, "H": 4, "layers": 1}, 2000
 CASES = {
-    "small": {"cell": "GRU", "T": 50, "B": 16, "H": 32, "layers": 1},
+    "small": {"cell": "GRU", "T": 100, "B": 32, "H": 64, "layers": 1},
     "middle": {"cell": "LSTM", "T": 100, "B": 32, "H": 128, "layers": 1},
 }
 
 
-def train(case: dict, steps: int, watched: bool) -> None:
-    """Adam on a squared output, in one thread."""
-    import torch
-
-    import fastrnn
-
+def times(case: dict, repeats: int, kinds: tuple[str, ...] = KINDS) -> dict[str, list[float]]:
+    """Seconds of every step, by kind: Adam on a squared output, in one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = getattr(fastrnn, case["cell"])(case["H"], case["H"], case["layers"])
     optimizer = torch.optim.Adam(model.parameters())
     x = torch.randn(case["T"], case["B"], case["H"])
-    with fastrnn.GradientMonitor(model, every=EVERY) if watched else nullcontext():
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(x)[0].square().mean().backward()
-            optimizer.step()
+
+    def step() -> float:
+        began = time.process_time()
+        optimizer.zero_grad()
+        model(x)[0].square().mean().backward()
+        optimizer.step()
+        return time.process_time() - began
+
+    left_out = fastrnn.GradientMonitor(model, every=10**9)
+    with left_out:
+        step()  # the only one that it observes
+    found = {kind: [] for kind in kinds}
+    for _ in range(WARM_UP + repeats):
+        for kind, seconds in found.items():
+            monitor = {"plain": nullcontext(), "left out": left_out, "observed": fastrnn.GradientMonitor(model)}[kind]
+            with monitor:
+                seconds.append(step())
+    return {kind: seconds[WARM_UP:] for kind, seconds in found.items()}
 
 
-def instructions(name: str, steps: int, watched: bool) -> int:
-    """Of a child process that trains, from start to end."""
-    child = [sys.executable, "-m", "bench.monitor_cost", "--case", name, "--steps", str(steps)]
-    tool = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
-    done = subprocess.run(
-        tool + child + ["--watched"] * watched,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(re.search(r"I\s+refs:\s+([\d,]+)", done.stderr)[1].replace(",", ""))
+def lowest_tenth(seconds: list[float]) -> float:
+    return statistics.fmean(sorted(seconds)[: max(1, len(seconds) // 10)])
 
 
-def measure(name: str) -> dict:
-    """Instructions of STEPS steps without and with the monitor, and the share that it adds."""
-    plain, watched = (instructions(name, 1 + STEPS, w) - instructions(name, 1, w) for w in (False, True))
-    return CASES[name] | {
-        "case": name, "every": EVERY, "steps": STEPS, "plain": plain, "watched": watched,
-        "cost": round(watched / plain - 1, 5),
+def cost(plain: float, observed: float, left_out: float) -> float:
+    """The share that a monitor with `every=EVERY` adds to the time of a training.
+
+    Args:
+        plain, observed: the time of a step.
+        left_out: what a step takes longer that the monitor leaves out.
+    """
+    return ((EVERY - 1) * left_out + observed - plain) / (EVERY * plain)
+
+
+def fixed_part() -> float:
+    """Seconds that a step takes longer which the monitor leaves out."""
+    plain, left_out = map(lowest_tenth, times(TINY, TINY_REPEATS, ("plain", "left out")).values())
+    return left_out - plain
+
+
+def measure(name: str, repeats: int, left_out: float) -> dict:
+    plain, observed = map(lowest_tenth, times(CASES[name], repeats, ("plain", "observed")).values())
+    return {
+        "case": name, **CASES[name], "every": EVERY, "repeats": repeats, "plain ms": round(1e3 * plain, 4),
+        "observed ms": round(1e3 * observed, 4), "left out ms more": round(1e3 * left_out, 4),
+        "cost": round(cost(plain, observed, left_out), 5),
     }  # fmt: skip
 
 
@@ -68,19 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.monitor_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="JSON", help="the results")
-    parser.add_argument("--case", choices=CASES, help="train this one for --steps steps, and count nothing")
-    parser.add_argument("--steps", type=int, default=1, help="of --case")
-    parser.add_argument("--watched", action="store_true", help="with the monitor")
+    parser.add_argument("--repeats", type=int, default=100, metavar="N", help="steps of each kind")
     options = parser.parse_args(argv)
-    if options.case:
-        train(CASES[options.case], options.steps, options.watched)
-        return
-    rows = []
+    rows, left_out = [], fixed_part()
     for name in CASES:
-        rows.append(measure(name))
-        print(
-            f"{name}: {100 * rows[-1]['cost']:.2f} % more instructions with the monitor every {EVERY} steps", flush=True
-        )
+        rows.append(measure(name, options.repeats, left_out))
+        print(f"{name}: {100 * rows[-1]['cost']:+.2f} % with the monitor every {EVERY} steps: {rows[-1]}", flush=True)
         files.write(options.out, files.head("cpu"), "runs", rows)
 
 

@@ -121,29 +121,36 @@ def single_quantities(tuned: list[dict], others: list[dict], check: int) -> list
     return rows
 
 
-def cures(rows: list[dict], names: tuple[str, ...]) -> list[tuple]:
-    """A row per treatment of the failed trainings of these tasks, where all treatments have been tried."""
+def cures(rows: list[dict], names: tuple[str, ...]) -> tuple[list[int], list[tuple]]:
+    """The seeds that count, and a row per treatment of the failed trainings of these tasks.
+
+    A seed counts if every failed training has been treated with its first prescription and both controls.
+    """
     by_training = collections.defaultdict(dict)
     for row in rows:
         if row["patient"]["task"] in names:
             by_training[key(row)][row["treatment"]] = row
     failed = [runs for runs in by_training.values() if "as it is" in runs and runs["as it is"]["failed"]]
-    failed = [runs for runs in failed if {"LSTM, chrono", "random"} <= runs.keys()]
-    told, untold = [], []
+    seeds = collections.defaultdict(list)
     for runs in failed:
-        prescribed = runs["as it is"]["prescribed"]
-        if not prescribed:
-            untold.append(runs)
-        elif f"prescription {prescribed[0]}" in runs:
-            told.append(runs | {"first": runs[f"prescription {prescribed[0]}"]})
+        needed = {"random", "LSTM, chrono", *(f"prescription {name}" for name in runs["as it is"]["prescribed"][:1])}
+        seeds[runs["as it is"]["seed"]].append(needed <= runs.keys())
+    counted = sorted(seed for seed, treated in seeds.items() if all(treated))
+    failed = [runs for runs in failed if runs["as it is"]["seed"] in counted]
+    told = [
+        runs | {"first": runs[f"prescription {runs['as it is']['prescribed'][0]}"]}
+        for runs in failed
+        if runs["as it is"]["prescribed"]
+    ]
 
     def cured(name: str) -> tuple[str, str]:
-        hits = sum(not runs[name]["failed"] for runs in told)
-        more = sum(not runs[name]["failed"] for runs in untold if name in runs)
-        return share(hits, len(told)), share(hits + more, len(told) + len(untold))
+        return tuple(
+            share(sum(name in runs and not runs[name]["failed"] for runs in of), len(of)) for of in (told, everyone)
+        )
 
+    everyone = told + [runs for runs in failed if not runs["as it is"]["prescribed"]]
     titles = {"first": "first prescription", "random": "random remedy", "LSTM, chrono": "always LSTM with chrono"}
-    return [(title, *cured(name)) for name, title in titles.items()]
+    return counted, [(title, *cured(name)) for name, title in titles.items()]
 
 
 def patients(base: list[dict], rows: list[dict]) -> list[tuple]:
@@ -211,8 +218,9 @@ PREDICTS = (
 CURES = (
     "*Cured*: no longer failed, from the same start and on the same batches. The second column leaves out the "
     "failures for which there is no prescription; in the third, no prescription cures nothing, and the two controls "
-    "treat everyone. The goal was 0.8, and well above both controls. The order of the prescriptions was chosen on the "
-    "first half (layer norm with chrono for gated cells) and on both (a GRU for plain RNNs).",
+    "treat everyone. The goal was 0.8, and well above both controls: it is met on the first half and just missed on "
+    "the second. The order of the prescriptions was chosen on the first half (layer norm with chrono for gated cells) "
+    "and on both (a GRU for plain RNNs). Not cured: most of the sunspots, which overfit, and copying over 30 steps.",
 )
 
 
@@ -249,9 +257,10 @@ def text(rows: list[dict]) -> str:
         "## Does the advice cure?", *CURES,
     ]  # fmt: skip
     for half, names in halves.items():
+        seeds, table = cures(rows, names)
         parts += [
-            f"{half}: {', '.join(names)}.",
-            markdown([("treatment", "where there is a prescription", "of all failures"), *cures(rows, names)]),
+            f"{half}: {', '.join(names)}; seeds {', '.join(map(str, seeds))}, of which all treatments are finished.",
+            markdown([("treatment", "where there is a prescription", "of all failures"), *table]),
         ]
     head = ("task", "network", "failed", "verdict after 200 steps", "outlook", "cured by")
     parts += ["## The patients", markdown([head, *patients(base, rows)])]

@@ -135,7 +135,9 @@ def test_cures_count_the_first_prescription():
             ),
             *(row("adding", cured, 0.0, 0.0, treatment=f"prescription {name}", seed=seed) for name in prescribed[1:]),
         ]
-    first, random, chrono = clinic_page.cures(rows, ("adding",))
+    rows += [row("adding", True, 1.0, 1.0, seed=3, prescribed=["gated"])]  # a seed that is not finished
+    seeds, (first, random, chrono) = clinic_page.cures(rows, ("adding",))
+    assert seeds == [0, 1, 2]
     assert first[1:] == ("0.50 (1 of 2)", "0.33 (1 of 3)")
     assert random[1:] == ("0.00 (0 of 2)", "0.00 (0 of 3)") and chrono[1:] == ("1.00 (2 of 2)", "1.00 (3 of 3)")
 
