@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, default=1, help="CPU threads")
     add("--out", type=Path, default=Path("doctor.png"), metavar="PNG", help="the picture")
     checkup.set_defaults(run=_doctor)
-    tune_command.add_to(commands, formatter)
+    tune_command.add_to(commands, formatter, _count, _positive)
     info = commands.add_parser("info", help="versions, GPU, and which backends can run here, or why not")
     info.set_defaults(run=_info)
     return top

@@ -78,6 +78,8 @@ def check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Ten
         name = "an LSTM" if cell == "lstm" else spec_of(cell).name
         raise RuntimeError(f"hx of {name} should be {tuple_of_states(cell, '0')}, got {type(hx).__name__}")
     for k, (state, shape) in enumerate(zip(states, expected, strict=True)):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"hx[{k}] should be a tensor, got {type(state).__name__}")
         if state.dim() != (3 if batched else 2):
             kind = "batched 3-D" if batched else "unbatched 2-D"
             raise RuntimeError(f"For {kind} input, hx should also be {3 if batched else 2}-D but got {state.dim()}-D")

@@ -92,7 +92,7 @@ def check_heads(num_heads, hidden_size: int, proj_size: int = 0, mask_per_gate: 
         raise ValueError("num_heads is for a network without recurrent_dropout_per_gate")
 
 
-def without_projection(args: tuple, kwargs: dict) -> tuple:
+def without_projection(args: tuple, kwargs: dict, whose: str = "LSTM, not RNN or GRU") -> tuple:
     """The positional arguments of a GRU or RNN constructor, with a proj_size of 0 in its place.
 
     torch.nn documents none for them, but its constructors take a 0 there.
@@ -103,7 +103,7 @@ def without_projection(args: tuple, kwargs: dict) -> tuple:
     elif len(args) > 7:
         args = (*args[:7], 0, *args[7:])
     if projected:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        raise ValueError(f"proj_size argument is only supported for {whose}")
     return args
 
 

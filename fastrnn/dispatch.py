@@ -210,7 +210,10 @@ def _evidence(place: ranking.Place) -> str:
 def explanation(request: Request, argument: str | None = None) -> Explanation:
     chosen = _chosen(request, argument)
     rows = []
-    for rank, place in enumerate(ranking.ranked(request), 1):
-        words = f"{rank if place.trusted else 'no'}: {_evidence(place)}"
-        rows.append((place.row.name, place.row.reason(request) or "yes", words))
+    rank = 0
+    for place in ranking.ranked(request):
+        reason = place.row.reason(request)
+        taken = place.trusted and reason is None
+        rank += taken
+        rows.append((place.row.name, reason or "yes", f"{rank if taken else 'no'}: {_evidence(place)}"))
     return Explanation(request, chosen, tuple(rows))

@@ -90,8 +90,7 @@ def recurrent(
     `watch`: a monitor's (`monitoring/watch.py`). `watch.begin(call)` returns the call, perhaps with a tap, and a note
     of it; `watch.end(note, call, y, states)` is told what came out.
     """
-    if not isinstance(cell, str):
-        cell = cell.text
+    cell = _text(cell)
     call = check(
         cell, input, hx, params, batch_first=batch_first, return_cells=return_cells, return_layers=return_layers,
         **options,
@@ -116,6 +115,14 @@ def recurrent(
     if watch is not None:
         watch.end(note, call, y, states)
     return _present(call, input, y, states, c, layers, batch_first)
+
+
+def _text(cell) -> str:
+    """A cell as every backend reads it: a built-in one's name, a user's text."""
+    text = cell if isinstance(cell, str) else getattr(cell, "text", None)
+    if text is None:
+        raise TypeError(f"cell should be a name, or made by fastrnn.cell, got {cell!r}")
+    return text
 
 
 def _run(call: Call, params, name: str, return_cells: bool, return_layers: bool):
@@ -177,8 +184,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, 
 
 def explain(cell, input, hx, params, *, backend=None, **options) -> dispatch.Explanation:
     """The backend table for a call: each backend, whether it can run it or why not, and what its rank rests on."""
-    if not isinstance(cell, str):
-        cell = cell.text
+    cell = _text(cell)
     return dispatch.explanation(check(cell, input, hx, params, **options).request, backend)
 
 

@@ -94,6 +94,63 @@ def _tan(b: Builder, x):
     return b.emit("div", b.emit("sin", x), b.emit("cos", x))
 
 
+@lowering("sinh")
+def _sinh(b: Builder, x):
+    above, below = b.emit("expm1", x), b.emit("expm1", b.emit("neg", x))  # e^x - 1 keeps small x; the 1s cancel
+    return b.emit("mul", b.emit("sub", above, below), 0.5)
+
+
+@lowering("cosh")
+def _cosh(b: Builder, x):
+    return b.emit("mul", b.emit("add", b.emit("exp", x), b.emit("exp", b.emit("neg", x))), 0.5)
+
+
+@lowering("atanh")
+def _atanh(b: Builder, x):
+    return b.emit("mul", b.emit("sub", b.emit("log1p", x), b.emit("log1p", b.emit("neg", x))), 0.5)
+
+
+@lowering("acosh")
+def _acosh(b: Builder, x):
+    above = b.emit("sub", x, 1.0)
+    return b.emit("log1p", b.emit("add", above, b.emit("sqrt", b.emit("mul", above, b.emit("add", x, 1.0)))))
+
+
+@lowering("asinh")
+def _asinh(b: Builder, x):
+    """log(x + sqrt(x^2 + 1)) for x > 0, as log1p of x + x^2 / (1 + sqrt(x^2 + 1)), and odd; its slope at 0 is 1."""
+
+    def of(x):
+        square = b.emit("mul", x, x)
+        root = b.emit("sqrt", b.emit("add", square, 1.0))
+        return b.emit("log1p", b.emit("add", x, b.emit("div", square, b.emit("add", root, 1.0))))
+
+    negative = b.emit("lt", x, 0.0)
+    size = b.emit("where", negative, b.emit("neg", x), x)
+    return b.emit("where", negative, b.emit("neg", of(size)), of(size))
+
+
+@lowering("logit", "special_logit")
+def _logit(b: Builder, x, eps=None):
+    x = x if eps is None else _clamp(b, x, float(eps), 1.0 - float(eps))
+    return b.emit("sub", b.emit("log", x), b.emit("log1p", b.emit("neg", x)))
+
+
+@lowering("_prelu_kernel")
+def _prelu(b: Builder, x, slope):
+    return b.emit("where", b.emit("gt", x, 0.0), x, b.emit("mul", x, slope))
+
+
+@lowering("fmax")
+def _fmax(b: Builder, x, y):
+    return b.emit("where", b.emit("or", b.emit("ge", x, y), b.emit("ne", y, y)), x, y)
+
+
+@lowering("fmin")
+def _fmin(b: Builder, x, y):
+    return b.emit("where", b.emit("or", b.emit("le", x, y), b.emit("ne", y, y)), x, y)
+
+
 @lowering("where")
 def _where(b: Builder, condition, x, y):
     return b.emit("where", condition, x, y)

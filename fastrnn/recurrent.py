@@ -31,7 +31,8 @@ class Recurrent(_Recurrent):
         if not isinstance(cell, Cell):
             raise TypeError(f"cell should be made by fastrnn.cell, or be one of fastrnn.cells, got {cell!r}")
         self.cell = cell
-        super().__init__(*checks.without_projection((input_size, hidden_size, *args), kwargs), **kwargs)
+        args = checks.without_projection((input_size, hidden_size, *args), kwargs, "LSTM, not a cell of your own")
+        super().__init__(*args, **kwargs)
         if not cell.recurrent and (self.recurrent_dropout or self.weight_dropout or self.num_heads > 1):
             raise ValueError(f"recurrent_dropout, weight_dropout and num_heads act on W_hh, which {cell.name} has not")
 

@@ -5,7 +5,7 @@ import inspect
 import keyword
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,10 +15,12 @@ from .tracing import trace
 
 TAKEN_PARAMETERS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "ln_ih", "ln_hh", "ln_c", "ln_c_bias")
 TAKEN_INPUTS = (
-    "self", "input", "hx", "params", "cell", "backend", "batch_first", "lengths", "reset_mask", "decay", "tap",
-    "return_cells", "return_layers", "watch", "num_layers", "bidirectional", "training", "dropout", "residual",
-    "locked_dropout", "recurrent_dropout", "zoneout", "weight_dropout", "clip_state_grad_norm", "clip_state_grad_value",
+    "self", "module", "input", "x", "hx", "state", "params", "cell", "backend", "batch_first", "lengths", "reset_mask",
+    "decay", "tap", "return_cells", "return_layers", "watch", "num_layers", "bidirectional", "training", "dropout",
+    "residual", "locked_dropout", "recurrent_dropout", "recurrent_dropout_per_gate", "zoneout", "weight_dropout",
+    "clip_state_grad_norm", "clip_state_grad_value", "layer_norm", "layer_norm_eps", "layer_norm_cell", "minutes",
 )  # fmt: skip
+"""The arguments of the functions that take the inputs as keyword arguments, too."""
 
 
 class Cell:
@@ -169,6 +171,8 @@ def cell(
 
 
 def _names(kind: str, given, taken: Sequence[str] = ()) -> tuple[str, ...]:
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{kind} should be names, in a string or in a sequence, got {given!r}")
     names = tuple(given.split()) if isinstance(given, str) else tuple(given)
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):

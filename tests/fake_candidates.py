@@ -54,6 +54,11 @@ class Fake:
     def slow(self, n):
         time.sleep(0.05)
 
+    def threads(self, n):
+        """The rival is slow from now on."""
+        if n == 6:
+            torch.set_num_threads(torch.get_num_threads() + 1)
+
     def noisy(self, n):
         time.sleep(0.05 * (n % 2))
 
@@ -76,6 +81,7 @@ FAULTS = (
     "slow",
     "noisy",
     "poison",
+    "threads",
 )
 FAKES = {
     f"fake_{name}": Backend(f"fake_{name}", (), "a fake", lambda request: None, Fake(f"fake_{name}"))

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,18 +14,40 @@ from ..evidence.records import Entry
 from .search import CELLS, Result, Results, Search, standard_set
 
 
-def add_to(commands, formatter) -> None:
-    """Adds the command to the command line's."""
+def _device(text: str) -> str:
+    """A device type that is there: on another one nothing can be measured, and nothing would be to blame for it."""
+    try:
+        torch.empty(1, device=text)
+        return torch.device(text).type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here: {str(error).splitlines()[0]}") from error
+
+
+def _file(text: str) -> Path:
+    """A file that can be written, which is found out before the measurement."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return path
+
+
+def add_to(commands, formatter, count, positive) -> None:
+    """Adds the command to the command line's. `count`, `positive`: argparse's types of an int and of a float."""
     command = commands.add_parser(
         "tune", formatter_class=formatter, help="measure the backends on this machine, so that auto takes the fastest"
     )
     add = command.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--minutes", type=float, default=2.0, metavar="M", help="the most time to spend")
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads to measure with")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=_device, help="cpu, cuda, ...")
+    add("--minutes", type=positive, default=2.0, metavar="M", help="the most time to spend")
+    add("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="CPU threads to measure with")
     add("--cell", choices=CELLS, action="append", help="only this cell; can be repeated")
     add("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="only this dtype; can be repeated")
-    add("--out", type=Path, metavar="FILE", help="write one record file there, instead of the cache folder")
+    add("--out", type=_file, metavar="FILE", help="write one record file there, instead of the cache folder")
     add("--show", action="store_true", help="print what is known of this machine, and measure nothing")
     add("--forget", action="store_true", help="remove all records from the cache folder, and measure nothing")
     command.set_defaults(run=run)
@@ -85,4 +108,5 @@ def _tune(options: argparse.Namespace) -> None:
     place = records.where(options.device, options.threads)
     if options.out is not None:
         records.write(options.out, records.text_of(place, sorted(kept.values())))
-    print(f"kept in {options.out or records.place(place)}")
+    if options.out is not None or any(result.unkept is None for result in found):
+        print(f"kept in {options.out or records.place(place)}")

@@ -6,6 +6,7 @@ the candidate that it was running as broken.
 """
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -197,12 +199,14 @@ def standard_set(
 
 
 def of_call(module: modules._Recurrent, args: tuple, kwargs: dict[str, Any]) -> list[Ladder]:
-    """The calls to try for a call of a module, with and without gradients."""
+    """The calls to try for a call of a module, with and without gradients; none for an empty batch."""
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
     request = checks.check(
         module._cell, given.pop("input"), given.pop("hx", None), module._parameters_by_name(), **given,
         **module._arguments(),
     ).request  # fmt: skip
+    if not request.batch:
+        return []
     filled = None
     if request.packed is not None:
         filled = 1.0 if request.batch == 1 else (request.packed * request.batch - 1) / (request.batch - 1)
@@ -360,8 +364,10 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
         The results, a list that prints as a table.
 
     Raises:
-        ValueError: no fastrnn network is called.
+        ValueError: no fastrnn network is called, or only with an empty batch; or `minutes` is not positive.
     """
+    if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 < minutes < math.inf:
+        raise ValueError(f"minutes should be a positive number, got {minutes!r}")
     calls: list[tuple] = []
     networks = [one for one in module.modules() if isinstance(one, modules._Recurrent)]
     hooks = [one.register_forward_pre_hook(lambda *seen: calls.append(seen), with_kwargs=True) for one in networks]
@@ -373,5 +379,8 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
             hook.remove()
     ladders = [ladder for seen in calls for ladder in of_call(*seen)]
     if not ladders:
-        raise ValueError("tune: the module calls no fastrnn.LSTM, GRU, RNN or Recurrent")
+        raise ValueError(
+            "tune: the module calls no fastrnn.LSTM, GRU, RNN or Recurrent"
+            + (" with a batch that is not empty" if calls else "")
+        )
     return Results(Search(60 * minutes, evidence.keep).run(list(dict.fromkeys(ladders))))

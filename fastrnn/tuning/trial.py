@@ -98,6 +98,17 @@ class Trial:
         """What is wrong with a module's results, forward and backward; None where nothing is, or masks are drawn."""
         return None if self.exact is None else self.disagreement(self.call(module, True))
 
+    def changed(self) -> str | None:
+        """What is no longer as it was in the whole process, where every further time and result would follow it."""
+        for name, now, before in (
+            ("the number of threads", torch.get_num_threads(), self.job.threads),
+            ("the default dtype", torch.get_default_dtype(), torch.float32),
+            ("the gradient mode", torch.is_grad_enabled(), True),
+        ):
+            if now != before:
+                return f"it changes {name} from {before} to {now}"
+        return None
+
     def run(self, candidate: str, seconds: float) -> dict[str, Any]:
         """The answer: `broken` with a reason, `blame` naming the one that is; or `ratio` and both medians."""
         job = self.job
@@ -105,25 +116,29 @@ class Trial:
             return {"broken": self.rival_is_wrong, "blame": job.rival}
         self.say(candidate)
         module = self.on(candidate)
-        wrong = self.wrong(module)
+        wrong = self.wrong(module) or self.changed()
         if wrong is None and row(candidate).launcher is not None and (self.exact is None or job.device != "cpu"):
             device = torch.device(job.device)
             wrong = verification.check(row(candidate).launcher, job.request(), min(job.batch, 32), device)
         if wrong is not None:
             return {"broken": wrong, "blame": candidate}
-        taken: list[agreement.Tensors] = []  # the results of a sample, compared after it
+        modules = {job.rival: self.rival, candidate: module}
+        taken: dict[str, list[agreement.Tensors]] = {name: [] for name in modules}  # the results, compared later
 
-        def timed(module: torch.nn.Module) -> Callable[[int], None]:
-            return lambda _: taken.append(self.call(module, job.gradients))
+        def timed(name: str) -> Callable[[int], None]:
+            return lambda _: taken[name].append(self.call(modules[name], job.gradients))
 
-        def look(name: str) -> None:
-            self.say(name)  # a sign of life
-            wrong = self.differ(taken)
-            taken.clear()
-            if wrong is not None:
-                raise Broken(wrong, name, candidate)
+        def look(running: str) -> None:
+            self.say(running)  # a sign of life
+            for name, results in taken.items():
+                wrong = self.differ(results)
+                results.clear()
+                if wrong is not None:
+                    raise Broken(wrong, name, candidate)
+            if (changed := self.changed()) is not None:
+                raise Broken(changed, candidate, candidate)
 
-        calls = {job.rival: timed(self.rival), candidate: timed(module)}
+        calls = {name: timed(name) for name in modules}
         shares: list[float] = []
         try:
             for _ in range(TIMES):
@@ -149,6 +164,7 @@ def answer(request: dict[str, Any], trials: dict[Job, Trial], say: Callable[[str
     reason = row(candidate).reason(job.request())
     if reason is not None:
         return {"cannot": reason}
+    say.last = None  # type: ignore[attr-defined]
     try:
         if job not in trials:
             trials.clear()
@@ -157,7 +173,9 @@ def answer(request: dict[str, Any], trials: dict[Job, Trial], say: Callable[[str
     except torch.OutOfMemoryError as error:
         return {"cannot": str(error)}
     except Exception as error:
-        return {"broken": f"{type(error).__name__}: {error}", "blame": getattr(say, "last", candidate)}
+        reason, blame = f"{type(error).__name__}: {error}", getattr(say, "last", None)
+        # Before anything ran, the call itself could not be made: there is no such device, or no such batch.
+        return {"cannot": reason} if blame is None else {"broken": reason, "blame": blame}
 
 
 def main() -> None:
