@@ -229,7 +229,8 @@ def _over_steps(dy: Tensor, x: Tensor, flags: Tensor | None = None) -> Tensor:
     """
     if has_directions(dy):
         return dy.flatten(1, 2).mT @ x.flatten(1, 2)
-    rows, terms = dy.flatten(0, -2), x.flatten(0, -2)  # a reshape would not know the rows of a tensor without columns
+    steps = dy.shape[0] * dy.shape[1]  # what -1 stands for is not known of a tensor without columns
+    rows, terms = dy.reshape(steps, dy.shape[2]), x.reshape(steps, x.shape[2])
     look = type(flags) is Tensor and flags.device.type == "cpu" and not tracing()  # a fake one has no values
     if look and rows.numel() * terms.shape[1] >= LEAST_PADDED_WORK:
         real = (flags.flatten() & PAD == 0).nonzero().squeeze(1)
