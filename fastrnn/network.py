@@ -5,6 +5,7 @@ hand; for others, the general path multiplies by oneDNN or MKL.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -166,6 +167,22 @@ def _seen_by_others() -> bool:
     )
 
 
+class Roles(NamedTuple):
+    """Places among a network's weights: those that a first derivative reads, and the others, which the user may change
+    before it: the biases and, without dx, the first W_ih."""
+
+    read: tuple[int, ...]
+    unread: tuple[int, ...]
+
+
+@cache
+def _roles(count: int, bidirectional: bool, bias: bool, needs_dx: bool) -> Roles:
+    each = 4 if bias else 2
+    first = 0 if needs_dx else each * (1 + bidirectional)
+    unread = tuple(k for k in range(count) if k % each in (2, 3) or (k % each == 0 and k < first))
+    return Roles(tuple(k for k in range(count) if k not in unread), unread)
+
+
 class Network(Function):
     """Arguments: a Shape, x, h0, c0, the weights. Outputs: y, h_n, c_n."""
 
@@ -174,26 +191,25 @@ class Network(Function):
         y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, True)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
-        # No first derivative reads the biases, nor without dx the first W_ih: the user may change them in between.
-        each, unread = 4 if shape.bias else 2, {2, 3}
-        first = range(0 if ctx.needs_input_grad[1] else each * (1 + shape.bidirectional))
-        ctx.unread = {k: w for k, w in enumerate(weights) if k % each in unread or (k % each == 0 and k in first)}
-        ctx.versions = [one._version for one in ctx.unread.values()]
-        matrices = (w for k, w in enumerate(weights) if k not in ctx.unread)
-        ctx.save_for_backward(x, h0, c0, kept, *matrices)
+        read, unread = _roles(len(weights), shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
+        ctx.unread = [weights[k] for k in unread]
+        ctx.versions = [one._version for one in ctx.unread]
+        ctx.save_for_backward(x, h0, c0, kept, *[weights[k] for k in read])
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
         shape = ctx.shape
         x, h0, c0, kept, *matrices = ctx.saved_tensors
-        unread, saved = ctx.unread, iter(matrices)
-        weights = [unread[k] if k in unread else next(saved) for k in range(len(unread) + len(matrices))]
+        count = len(matrices) + len(ctx.unread)
+        roles = _roles(count, shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
+        placed = dict(zip((*roles.read, *roles.unread), (*matrices, *ctx.unread), strict=True))
+        weights = [placed[k] for k in range(count)]
         given = (dy, dh_n, dc_n)
         if dy is None and dh_n is None and dc_n is None:
             return (*(None for _ in range(4 + len(weights))),)
         if torch.is_grad_enabled() or transformed() or any(map(_is_batched, given)):
-            if [one._version for one in unread.values()] != ctx.versions:
+            if [one._version for one in ctx.unread] != ctx.versions:
                 raise RuntimeError("a weight of this call has been modified by an inplace operation")
             return None, *_differentiable(shape, (x, h0, c0, *weights), given, ctx.needs_input_grad[1:])
         _, needs_dx, needs_h, needs_c, *_ = ctx.needs_input_grad
