@@ -85,6 +85,7 @@ def trial(loss, held_out=None):
         (0.95, None, "stuck"), (0.89, None, "learns"), (math.nan, None, "diverges"),
         (0.95, 0.95, "stuck"), (0.95, 0.85, "learns"),  # one lucky batch is not enough to be called stuck
         (0.3, 0.44, "learns"), (0.3, 0.46, "overfits"), (0.3, 2.0, "overfits"), (0.001, 0.2, "learns"),
+        (0.3, math.nan, "overfits"), (0.3, math.inf, "overfits"),
     ],
 )  # fmt: skip
 def test_the_rule(loss, held_out, outlook):
@@ -92,6 +93,12 @@ def test_the_rule(loss, held_out, outlook):
     assert found.outlook(found.base) == outlook
     if outlook != "diverges":
         assert outlook in found.explanation().split(" after ")[0] and f"{loss:.4g}" in found.explanation()
+
+
+def test_without_the_loss_of_a_constant_answer():
+    found = checkup.Checkup([trial(0.3)])
+    assert found.outlook(found.base) == "unknown"
+    assert found.explanation() == "has no loss to be compared with after 1 steps (loss 0.3); no gradient was recorded"
 
 
 def test_a_loss_below_zero_has_a_bound_below_the_constant():
