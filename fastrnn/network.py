@@ -132,6 +132,8 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None])
         return None
     if cpu.MISSING is not None or _seen_by_others() or (module.dropout and module.training):
         return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
     pair, weights, stored = cell == "lstm", [], module._parameters
     for names in module.all_names:
         for name in names:

@@ -58,6 +58,19 @@ def test_the_constant_answer_of_classes():
     assert found == pytest.approx(float(-(share * share.log()).sum()), rel=0.01)
 
 
+def test_the_constant_answer_is_fitted_by_the_parameters_that_get_a_gradient(monkeypatch):
+    given, LBFGS = [], torch.optim.LBFGS
+
+    def noted(parameters, **options):
+        given.extend(parameters)
+        return LBFGS(given, **options)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", noted)
+    model = Model(fastrnn.GRU(1, 8))
+    constant_loss(model, [data()], squared_error)
+    assert [id(p) for p in given] == [id(p) for p in model.out.parameters()]
+
+
 def test_packed_outputs_are_zeroed_too():
     torch.manual_seed(0)
     rnn = fastrnn.GRU(1, 4)

@@ -163,6 +163,18 @@ def test_an_error_of_the_operation_itself_is_raised(monkeypatch):
             module.step(torch.randn(2, 4))
 
 
+def test_hooks_of_the_module_are_called():
+    module, seen = fastrnn.GRU(3, 5), []
+    want = module.step(torch.ones(1, 3))[0]
+    hook = module.register_forward_hook(lambda *call: seen.append("after"))
+    before = module.register_forward_pre_hook(lambda *call: seen.append("before"))
+    torch.testing.assert_close(module.step(torch.ones(1, 3))[0], want)
+    assert seen == ["before", "after"]
+    hook.remove()
+    before.remove()
+    assert torch.equal(module.step(torch.ones(1, 3))[0], want) and len(seen) == 2
+
+
 def moments_of_another_thread(call) -> list[float]:
     """When another Python thread ran during the call: 0 is its begin, 1 its end."""
     moments, done = [], threading.Event()
