@@ -7,7 +7,7 @@ from . import memory
 
 @pytest.mark.parametrize("case", memory.CASES, ids=lambda case: case.name)
 def test_peak_memory(case, session):
-    """Both are measured. The bound is noise: the memory allocator keeps some pages."""
+    """Both are measured. The bound leaves room for noise: the memory allocator keeps some pages."""
     entries = session.record(case, memory.measure)["contestants"]
     failed = {name: entry["failed"] for name, entry in entries.items() if "failed" in entry}
     assert not failed, failed

@@ -36,7 +36,6 @@ class Direct:
     session_seconds: float
     case_seconds: float
     longest: float = 90.0
-    figure: str = "ratio"
 
 
 def difference(found: list[Tensor], truth: list[Tensor]) -> float:

@@ -1,7 +1,7 @@
 """What the monitor costs a long training: `python -m bench.monitor_cost` writes bench/results/monitor-cost.json.
 
-Three kinds of training steps take turns in one process: without a monitor, and inside one that leaves the step out or
-observes it. An observed step runs the scan in place of torch's own kernels, and makes a report. A step that is left out
+Kinds of training steps take turns in one process: without a monitor, and inside one that observes the step or leaves it
+out. An observed step runs the scan in place of torch's own kernels, and makes a report. A step that is left out
 runs the same operations as without a monitor, and some Python that does not depend on the sizes; that is measured on a
 tiny network, where it is not lost in the noise. The time is that of the processor in this process; of each kind the
 lowest tenth counts, since other work on the machine only adds to it.
@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-def times(case: dict, repeats: int, kinds: tuple[str, ...] = KINDS) -> dict[str, list[float]]:
+def times(case: dict, repeats: int, kinds: tuple[str, ...]) -> dict[str, list[float]]:
     """Seconds of every step, by kind: Adam on a squared output, in one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

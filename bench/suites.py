@@ -40,7 +40,7 @@ class Suite:
 
 _gpu = cases.DEVICE == "cuda"
 
-# All suites must end within some nine minutes on two CPU cores.
+# All suites must end within some ten minutes on two CPU cores.
 SUITES = {
     "throughput": Suite(
         cases.CASES, lambda case: contestants.THROUGHPUT, contestants.reference, ("torch.nn",), "ratio",

@@ -48,11 +48,12 @@ def measured(records: list[dict], figure: str) -> list[str]:
 
 
 def throughput(records: list[dict], yardstick: str = YARDSTICK) -> str:
-    """The time of torch.nn, or of another yardstick, then the time of the others and the limit relative to it; at last
-    the limit over the time of fastrnn."""
+    """The time of torch.nn, or of another yardstick, then the time of the others and the limit relative to it; and the
+    limit over the time of fastrnn, where that was timed."""
     names = [name for name in measured(records, "ratio") if name != yardstick]
     limited = any(record["limit"] for record in records)
-    rows = [["case", f"{yardstick}, ms", *names] + ["limit", "share of the limit"] * limited]
+    shared = limited and any("seconds" in record["contestants"].get("fastrnn", {}) for record in records)
+    rows = [["case", f"{yardstick}, ms", *names] + ["limit"] * limited + ["share of the limit"] * shared]
     for record in records:
         entries = record["contestants"]
         row = [title(record), milliseconds(entries[yardstick])]
@@ -60,7 +61,8 @@ def throughput(records: list[dict], yardstick: str = YARDSTICK) -> str:
         if limited:
             least, own = record["limit"], entries[yardstick].get("seconds")
             fastest = entries.get("fastrnn", {}).get("seconds")
-            row += [f"{least['seconds'] / one['median']:.2f}" if least and one else "–" for one in (own, fastest)]
+            times = (own, fastest) if shared else (own,)
+            row += [f"{least['seconds'] / one['median']:.2f}" if least and one else "–" for one in times]
         rows.append(row)
     return markdown(rows)
 

@@ -92,7 +92,7 @@ def check_heads(num_heads, hidden_size: int, proj_size: int = 0, mask_per_gate: 
         raise ValueError("num_heads is for a network without recurrent_dropout_per_gate")
 
 
-def without_projection(args: tuple, kwargs: dict, whose: str = "LSTM, not RNN or GRU") -> tuple:
+def without_projection(args: tuple, kwargs: dict, only_for: str = "LSTM, not RNN or GRU") -> tuple:
     """The positional arguments of a GRU or RNN constructor, with a proj_size of 0 in its place.
 
     torch.nn documents none for them, but its constructors take a 0 there.
@@ -103,7 +103,7 @@ def without_projection(args: tuple, kwargs: dict, whose: str = "LSTM, not RNN or
     elif len(args) > 7:
         args = (*args[:7], 0, *args[7:])
     if projected:
-        raise ValueError(f"proj_size argument is only supported for {whose}")
+        raise ValueError(f"proj_size argument is only supported for {only_for}")
     return args
 
 

@@ -91,7 +91,7 @@ MOST_STREAMS = 64
 
 
 def chosen_for_step(argument: str | None, batch: int) -> str | None:
-    """The backend of `step`, or None: as of the module's call."""
+    """The backend of `step`; None where the choice is left to the module's call."""
     return forced(argument) or ("cpu" if batch <= MOST_STREAMS else None)
 
 

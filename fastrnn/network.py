@@ -61,12 +61,12 @@ def run(shape: Shape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: 
 
 
 def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
-    """Runs a valid plain call at once if backend `cpu` is to run it and it is short; None for any other.
+    """Runs a valid plain call at once if backend `cpu` is to run it and `takes` it; None for any other.
 
     Args:
         module: a fastrnn LSTM, GRU or RNN whose extras, but for `backend`, are off.
         input, hx: as of its forward, unchecked.
-        chosen: `chosen_for_plain` or `chosen_for_step` of `dispatch`.
+        chosen: `dispatch.chosen_for_plain`.
     """
     if type(input) is not Tensor or not input.is_cpu or _seen_by_others() or (module.dropout and module.training):
         return None
@@ -116,11 +116,11 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     return y, (h_n, c_n) if pair else h_n
 
 
-def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str]):
+def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None]):
     """`(y, state)` of `module.step` by one operation; None where another way is to run it, or to refuse it.
 
-    The operation reads the parameters where they are, and checks all shapes and dtypes: what it does not take, the
-    module's call takes, or refuses in its own words.
+    The operation reads the parameters where they are, and checks all shapes and dtypes: what does not fit, the module's
+    call refuses in its own words. Every other error is raised.
 
     Args:
         module: a fastrnn LSTM, GRU or RNN of one direction whose extras, but for `backend`, are off.
@@ -132,6 +132,8 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str]):
     if type(x) is not Tensor or not x.is_cpu or dtype not in STEP_DTYPES or cell not in KNOWN_CELLS:
         return None
     if cpu.MISSING is not None or _seen_by_others() or (module.dropout and module.training):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
         return None
     pair, weights, stored = cell == "lstm", [], module._parameters
     for names in module.all_names:
@@ -151,8 +153,23 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str]):
             x, h, c, weights, cell, module.num_layers, module.bias, module.proj_size > 0
         )
     except RuntimeError:
+        if _fits(module, x, (h, c), weights):
+            raise
         return None
     return y, tuple(states) if pair else states[0]
+
+
+def _fits(module: nn.Module, x: Tensor, states: tuple[Tensor | None, ...], weights: list[Parameter]) -> bool:
+    """Whether the tensors of a step have the sizes of the module, and one dtype and device."""
+    H, P, given = module.hidden_size, module.proj_size or module.hidden_size, [s for s in states if s is not None]
+    stacked = (module.num_layers, x.shape[0])
+    shapes = [shape for row in module._shapes() for _, shape in row]
+    return (
+        x.shape[1] == module.input_size
+        and all(s.shape == (*stacked, size) for s, size in zip(given, (P, H), strict=False))
+        and all(weight.shape == shape for weight, shape in zip(weights, shapes, strict=True))
+        and all(one.dtype == x.dtype and one.device == x.device for one in (*given, *weights))
+    )
 
 
 def _seen_by_others() -> bool:

@@ -100,6 +100,7 @@ def _is_unobserved(args: tuple) -> bool:
     return (
         not tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and _PLAIN.issuperset(map(type, args))
         and not next(arg for arg in args if arg is not None).is_meta
     )

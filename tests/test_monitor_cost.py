@@ -24,7 +24,7 @@ def test_every_kind_is_what_it_says(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(fastrnn, "GradientMonitor", Counted)
-    found = monitor_cost.times(TINY, repeats=3)
+    found = monitor_cost.times(TINY, 3, monitor_cost.KINDS)
     assert {kind: len(seconds) for kind, seconds in found.items()} == dict.fromkeys(monitor_cost.KINDS, 3)
     left_out, *others = made
     assert len(left_out.history) == 1 and not left_out.observing

@@ -58,6 +58,19 @@ def test_the_constant_answer_of_classes():
     assert found == pytest.approx(float(-(share * share.log()).sum()), rel=0.01)
 
 
+def test_the_constant_answer_is_fitted_by_the_parameters_that_get_a_gradient(monkeypatch):
+    given, LBFGS = [], torch.optim.LBFGS
+
+    def noted(parameters, **options):
+        given.extend(parameters)
+        return LBFGS(given, **options)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", noted)
+    model = Model(fastrnn.GRU(1, 8))
+    constant_loss(model, [data()], squared_error)
+    assert [id(p) for p in given] == [id(p) for p in model.out.parameters()]
+
+
 def test_packed_outputs_are_zeroed_too():
     torch.manual_seed(0)
     rnn = fastrnn.GRU(1, 4)
@@ -85,6 +98,7 @@ def trial(loss, held_out=None):
         (0.95, None, "stuck"), (0.89, None, "learns"), (math.nan, None, "diverges"),
         (0.95, 0.95, "stuck"), (0.95, 0.85, "learns"),  # one lucky batch is not enough to be called stuck
         (0.3, 0.44, "learns"), (0.3, 0.46, "overfits"), (0.3, 2.0, "overfits"), (0.001, 0.2, "learns"),
+        (0.3, math.nan, "overfits"), (0.3, math.inf, "overfits"),
     ],
 )  # fmt: skip
 def test_the_rule(loss, held_out, outlook):
@@ -92,6 +106,12 @@ def test_the_rule(loss, held_out, outlook):
     assert found.outlook(found.base) == outlook
     if outlook != "diverges":
         assert outlook in found.explanation().split(" after ")[0] and f"{loss:.4g}" in found.explanation()
+
+
+def test_without_the_loss_of_a_constant_answer():
+    found = checkup.Checkup([trial(0.3)])
+    assert found.outlook(found.base) == "unknown"
+    assert found.explanation() == "has no loss to be compared with after 1 steps (loss 0.3); no gradient was recorded"
 
 
 def test_a_loss_below_zero_has_a_bound_below_the_constant():

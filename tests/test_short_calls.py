@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
@@ -25,6 +26,18 @@ def test_a_mode_sees_the_ops_of_a_call():
     assert torch.equal(y, expected)
     for name in ("scan_forward", "scan_backward"):
         assert f"fastrnn.{name}.default" in names.seen
+
+
+def test_a_function_mode_sees_the_op_of_a_call():
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen, model = [], fastrnn.LSTM(3, 4, layer_norm=True)
+    with torch.no_grad(), Functions():
+        model(torch.randn(2, 1, 3))
+    assert "fastrnn.scan_forward.default" in seen
 
 
 @pytest.mark.parametrize("backend", (None, "reference"))

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,32 @@ def test_what_step_leaves_to_the_modules_call_and_what_it_refuses():
     for state in (torch.zeros(1, 2, 5), (torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)), (torch.zeros(1, 3, 5),) * 2):
         with pytest.raises((RuntimeError, ValueError)):
             fastrnn.LSTM(3, 5).step(x, state)
+
+
+def test_an_error_of_the_operation_itself_is_raised(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.ops.fastrnn_c, "network_step", SimpleNamespace(default=fails))
+    for module in (fastrnn.GRU(3, 5, num_layers=2), fastrnn.LSTM(3, 5, proj_size=2)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            module.step(torch.randn(2, 3))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            module.step(torch.randn(2, 3), state_of(module, 2))
+        with pytest.raises(RuntimeError, match=r"input\.size"):
+            module.step(torch.randn(2, 4))
+
+
+def test_hooks_of_the_module_are_called():
+    module, seen = fastrnn.GRU(3, 5), []
+    want = module.step(torch.ones(1, 3))[0]
+    hook = module.register_forward_hook(lambda *call: seen.append("after"))
+    before = module.register_forward_pre_hook(lambda *call: seen.append("before"))
+    torch.testing.assert_close(module.step(torch.ones(1, 3))[0], want)
+    assert seen == ["before", "after"]
+    hook.remove()
+    before.remove()
+    assert torch.equal(module.step(torch.ones(1, 3))[0], want) and len(seen) == 2
 
 
 def moments_of_another_thread(call) -> list[float]:

@@ -137,8 +137,8 @@ RULES = (
     ),
     Rule(
         VANISHING, GATED, lambda f: f.bias and f.memory < f.T / 2 and not f.layer_norm,
-        "small inputs hardly move gates that remember at most {f.memory:.1f} of {f.T} steps: layer_norm=True with "
-        "fastrnn.init.chrono_ and t_max = {f.T} cured the most in docs/clinic.md",
+        "the gates remember at most {f.memory:.1f} of {f.T} steps: layer_norm=True with fastrnn.init.chrono_ and "
+        "t_max = {f.T} cured the most in docs/clinic.md",
         "normed", "memory",
     ),
     Rule(

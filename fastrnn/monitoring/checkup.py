@@ -105,9 +105,8 @@ class Checkup(list):
         bound = self.constant - (1 - STUCK) * abs(self.constant)
         if min(trial.loss, trial.loss if trial.held_out is None else trial.held_out) > bound:
             return "stuck"
-        if trial.held_out is not None and trial.held_out > max(
-            OVERFITS * abs(trial.loss), OVERFIT_FROM * self.constant
-        ):
+        limit = max(OVERFITS * abs(trial.loss), OVERFIT_FROM * self.constant)
+        if trial.held_out is not None and not trial.held_out <= limit:  # NaN is no good loss either
             return "overfits"
         return "learns"
 
@@ -116,17 +115,19 @@ class Checkup(list):
         trial, outlook = self.base, self.outlook(self.base)
         verdict = trial.worst.verdict if trial.worst else "unknown"
         sick = verdict in ("vanishing", "exploding")
-        numbers = f"loss {trial.loss:.4g}, {self.constant:.4g} with a constant answer"
+        numbers = f"loss {trial.loss:.4g}"
+        if not math.isnan(self.constant):
+            numbers += f", {self.constant:.4g} with a constant answer"
         if trial.held_out is not None:
             numbers += f", {trial.held_out:.4g} on held-out data"
-        reason = f"its gradient is {verdict}"
+        reason = f"its gradient is {verdict}" if trial.worst else "no gradient was recorded"
         if outlook == "stuck" and not sick:
             reason += ", so look elsewhere: the learning rate, more steps, the data"
         elif outlook == "overfits":
             reason = "no gradient mends that: more data, regularisation, or an earlier end"
         elif outlook == "learns" and sick:
             reason = f"although its gradient is {verdict}: the task may not need more"
-        verb = "is stuck" if outlook == "stuck" else outlook
+        verb = {"stuck": "is stuck", "unknown": "has no loss to be compared with"}.get(outlook, outlook)
         return f"{verb} after {len(trial.losses)} steps ({numbers}); {reason}"
 
     def best(self) -> Trial:

@@ -109,17 +109,21 @@ def constant_loss(model: nn.Module, batches: list, loss_fn) -> float:
     for module in watched(model).values():
         module.register_forward_hook(zeroed)
     model.train()
-    optimizer, losses = torch.optim.LBFGS(model.parameters(), max_iter=CONSTANT_STEPS), []
+    losses = []
 
     def mean_loss() -> Tensor:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = torch.stack([loss_fn(model, _detached(batch)) for batch in batches]).mean()
         losses.append(loss.item())
         if loss.requires_grad:
             loss.backward()
         return loss
 
-    optimizer.step(mean_loss)
+    mean_loss()
+    # L-BFGS keeps many copies of its parameters: only those that still get a gradient are given to it.
+    reached = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if reached:
+        torch.optim.LBFGS(reached, max_iter=CONSTANT_STEPS).step(mean_loss)
     return min(filter(math.isfinite, losses), default=math.nan)
 
 

@@ -29,7 +29,7 @@ class StepsShown(NamedTuple):
 
 
 def steps_shown(records) -> StepsShown:
-    """All steps; or those whose norm is on the axis (see `_log_scale`), where they are a small part."""
+    """All steps; or those whose norm is on the axis (see `plots._log_scale`), where they are a small part."""
     T = max((len(r.total) for r in records), default=1)
     norms = torch.zeros(T, dtype=torch.float64)
     for r in records:
@@ -51,11 +51,9 @@ def limit_steps(axes, shown: StepsShown) -> None:
 def steps_label(shown: StepsShown) -> str:
     if not shown.is_zoomed:
         return "time step t"
-    return (
-        f"time step t, the last {shown.end - shown.first} of {shown.T}"
-        if shown.end == shown.T
-        else (f"time step t, {shown.first} to {shown.end - 1} of {shown.T}")
-    )
+    if shown.end == shown.T:
+        return f"time step t, the last {shown.end - shown.first} of {shown.T}"
+    return f"time step t, {shown.first} to {shown.end - 1} of {shown.T}"
 
 
 def thinned(values: Tensor, shown: StepsShown) -> tuple[list[float], list[float]]:
