@@ -18,36 +18,42 @@ _SCAN = (
     *("arguments.py", "backends", "cell_table.py", "directions.py", "equations.py", "heads.py", "program.py"),
     "reference.py",
 )
-_BOTH = (*(f"fastrnn/{name}" for name in _SCAN), "tests/problems.py", "tests/setups.py")
+_BOTH = (*(f"fastrnn/{name}" for name in _SCAN), "tests/conftest.py", "tests/problems.py", "tests/setups.py")
 _CUDA = (
     *("csrc/cells", "csrc/common", "csrc/cuda", "csrc/torch/include", "setup.py", "tests/emulator"),
     *("tests/emulated.py", "tests/cuda_problems.py"),
 )
-_TRITON = ("kernels", "fastrnn/tiles.py", "fastrnn/lowering.py", "fastrnn/adjoint.py", "tests/scripts.py")
+_TRITON = (
+    *("kernels", "fastrnn/tiles.py", "fastrnn/lowering.py", "fastrnn/adjoint.py", "fastrnn/building.py"),
+    "tests/scripts.py",
+)
+_TRACED = ("fastrnn/cells.py", "fastrnn/tracing.py", "fastrnn/user_cells.py")  # the cells that fastrnn ships
+# From a module's call to the scan.
+_MODULE = tuple(f"fastrnn/{name}.py" for name in ("functional", "modules", "ops", "recurrent", "scan", "stack"))
 SOURCES = {
-    "test_compile_only": (*_BOTH, *_TRITON),
-    "test_csrc_build": _CUDA,
-    "test_csrc_persistent": (*_BOTH, *_CUDA),
+    "test_compile_only": (*_BOTH, *_TRITON, *_TRACED),
+    "test_csrc_build": (*_CUDA, "pyproject.toml"),
+    "test_csrc_persistent": (*_BOTH, *_CUDA, "fastrnn/ops.py"),
     "test_csrc_races": _CUDA,
     "test_grouped_programs": (*_BOTH, *_TRITON),
     "test_kernels": (*_BOTH, *_TRITON),
     "test_kernels_gemm": (*_BOTH, *_TRITON),
     "test_launch": (*_BOTH, *_TRITON),
-    "test_triton_decay": (*_BOTH, *_TRITON, "tests/cell_texts.py"),
+    "test_triton_decay": (*_BOTH, *_TRITON, *_MODULE, "tests/cell_texts.py"),
     "test_triton_heads": (
         *_BOTH,
         *_TRITON,
-        *(f"fastrnn/{name}" for name in ("backend_table.py", "evidence/verification.py", "modules.py", "stack.py")),
+        *_MODULE,
+        *(f"fastrnn/{name}.py" for name in ("backend_table", "evidence/agreement", "evidence/verification")),
         *("tests/cell_texts.py", "tests/test_heads.py"),
     ),
-    "test_triton_kinds": (*_BOTH, *_TRITON, "tests/cell_texts.py"),
+    "test_triton_kinds": (*_BOTH, *_TRITON, *_MODULE, "tests/cell_texts.py"),
     "test_triton_programs": (
         *_BOTH,
         *_TRITON,
-        "fastrnn/tracing.py",
-        "fastrnn/building.py",
-        "tests/cell_texts.py",
-        "tests/test_compile_only.py",
+        *_TRACED,
+        *_MODULE,
+        *("tests/cell_texts.py", "tests/test_compile_only.py", "tests/user_cells.py"),
     ),
 }
 """What the tests of a file depend on, beside the file: files, and folders with all that they hold."""

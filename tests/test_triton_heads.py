@@ -8,7 +8,7 @@ from test_heads import dense
 
 import fastrnn
 from fastrnn import tiles
-from fastrnn.arguments import Kept, ScanInputs
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs
 from fastrnn.backend_table import MODES, Request
 from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
@@ -146,6 +146,30 @@ def test_clipping_by_norm_takes_all_heads_at_once(device):
     y, c, _, _, saved = problem.forward(launcher, tile=LOCAL)
     with pytest.raises(ValueError, match="needs all of H in one program"):
         problem.backward(launcher, y, c, saved, tile=LOCAL)
+
+
+def test_a_raw_op_refuses_what_the_kernels_would_misread(device):
+    problem = in_heads("lstm", device, heads=2, units=3, extras=("recurrent_mask",))
+    inputs, walk = problem.of(ScanInputs), problem.walk()
+    per_gate = inputs._replace(recurrent_mask=inputs.recurrent_mask.repeat(1, 4))
+    y, c, _, _, saved = problem.forward(launcher, tile=GEMM)
+    for wrong, settings, message in (
+        (per_gate, walk, "for a W_hh without heads"),
+        (inputs._replace(recurrent_mask=inputs.recurrent_mask.repeat(1, 3)), walk, "6 columns, or 24"),
+        (inputs, walk._replace(ln_of="sum"), "ln_hh, its weight, is None"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            launcher.forward(wrong, settings, True, GEMM)
+        with pytest.raises(RuntimeError, match=message):
+            launcher.backward(IncomingGradients(y, None, None, None), Kept(y, c, saved), wrong, settings, False, GEMM)
+
+
+@pytest.mark.parametrize("tile", [LOCAL, GEMM], ids=["local", "gemm"])
+def test_an_empty_batch(tile, device):
+    problem = in_heads("lstm", device, heads=2, units=3, batch=0, extras=("norms",))
+    y, c, _, _, saved = problem.forward(launcher, tile=tile)
+    assert y.shape == (2, 0, 6)
+    assert problem.backward(launcher, y, c, saved, tile=tile).dgx.shape == (2, 0, 24)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tiles

@@ -55,10 +55,10 @@ def _times_w(w_hh: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
     """The function out = W_hh h of h, `[B, P] -> [B, G*H]`; W_hh `[G*H, P]`, or in heads `[N, G*K, K]`."""
     if w_hh.dim() == 2:
         return _product(w_hh.t(), out)
-    (N, _, K), B = w_hh.shape, len(out)
-    of_heads = scratch(N, B, w_hh.shape[1], like=out)
+    (N, GK, K), B = w_hh.shape, len(out)
+    of_heads, G = scratch(N, B, GK, like=out), GK // K  # not -1: an empty batch would not tell the gates
     multiply = _product(w_hh.transpose(1, 2), of_heads)
-    to, results = out.view(B, -1, N, K), of_heads.view(N, B, -1, K).permute(1, 2, 0, 3)
+    to, results = out.view(B, G, N, K), of_heads.view(N, B, G, K).permute(1, 2, 0, 3)
 
     def times(h: Tensor) -> Tensor:
         multiply(h.view(B, N, K).transpose(0, 1))
@@ -72,13 +72,13 @@ def _times_w_transposed(w_hh: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]
     """The function out = W_hh^T dgh of dgh, `[B, G*H] -> [B, P]`."""
     if w_hh.dim() == 2:
         return _product(w_hh, out)
-    (N, _, K), B = w_hh.shape, len(out)
-    of_heads = w_hh.new_empty(N, B, w_hh.shape[1])
+    (N, GK, K), B = w_hh.shape, len(out)
+    of_heads, G = w_hh.new_empty(N, B, GK), GK // K
     multiply = _product(w_hh, out.view(B, N, K).transpose(0, 1))
-    gates = of_heads.view(N, B, -1, K).permute(1, 2, 0, 3)
+    gates = of_heads.view(N, B, G, K).permute(1, 2, 0, 3)
 
     def times(dgh: Tensor) -> Tensor:
-        gates.copy_(dgh.view(B, -1, N, K))
+        gates.copy_(dgh.view(B, G, N, K))
         multiply(of_heads)
         return out
 

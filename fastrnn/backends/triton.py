@@ -73,10 +73,21 @@ def only_gemm(inputs: ScanInputs) -> str | None:
     return ", ".join(name for name, there in present.items() if there) or None
 
 
-def _refuse_mode(inputs: ScanInputs, tile: tiles.Tile | tiles.GemmTile):
+def _refuse(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile):
+    """What the kernels would ignore or misread, where a raw op is called without `why_not`."""
     lacking = None if tile.mode == "gemm" else only_gemm(inputs)
     if lacking:
         raise RuntimeError(f"mode {tile.mode!r} of the Triton scan has no {lacking}; mode 'gemm' has it")
+    if walk.ln_of != "separate" and inputs.ln_hh is None:
+        raise RuntimeError(f"ln_of={walk.ln_of!r} names a layer norm, and ln_hh, its weight, is None")
+    mask, gates = inputs.recurrent_mask, len(spec_of(walk.cell).gates)
+    if mask is None:
+        return
+    width, P = mask.shape[-1], inputs.h0.shape[-1]
+    if width not in (P, gates * P):
+        raise RuntimeError(f"recurrent_mask should have {P} columns, or {gates * P}, one mask a gate; got {width}")
+    if width != P and number(inputs.w_hh, inputs.h0) > 1:
+        raise RuntimeError("recurrent masks for each gate are for a W_hh without heads")
 
 
 def tile_of(inputs: ScanInputs, walk: Walk, mode: str | None = None) -> tiles.Tile | tiles.GemmTile:
@@ -94,7 +105,7 @@ def tile_of(inputs: ScanInputs, walk: Walk, mode: str | None = None) -> tiles.Ti
 def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile | None = None) -> bool:
     """Whether one grid takes both directions."""
     tile = tile or tile_of(inputs, walk)
-    _refuse_mode(inputs, tile)
+    _refuse(inputs, walk, tile)
     if tile.mode != "grouped":
         return tile.mode != "gemm"
     # The programs of a grouped launch must all run at once.
@@ -109,7 +120,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile | tiles
     """`tile` overrides the choice of `tiles.py`."""
     sequence.raise_after_timeout(inputs.gx)
     tile = tile or tile_of(inputs, walk)
-    _refuse_mode(inputs, tile)
+    _refuse(inputs, walk, tile)
     run = gemm_step.forward if tile.mode == "gemm" else sequence.forward
     with _device(inputs.gx):
         return run(contiguous(inputs), walk, save, tile)
@@ -130,7 +141,7 @@ def backward(
     if inputs.clip_norm is not None:
         inputs = inputs._replace(clip_norm=inputs.clip_norm.to(kept.y.device))
     tile = tile or tile_of(inputs, walk)
-    _refuse_mode(inputs, tile)
+    _refuse(inputs, walk, tile)
     run = gemm_step.backward if tile.mode == "gemm" else sequence.backward
     with _device(kept.y):
         return run(contiguous(incoming), contiguous(kept), contiguous(inputs), walk, norms, tile)
