@@ -93,7 +93,7 @@ _PLAIN = frozenset({Tensor, Parameter, type(None), bool, float, int, str})
 
 
 def _is_unobserved(args: tuple) -> bool:
-    """Whether an op's own dispatch would change nothing: no transform, mode or class of tensors sees the call.
+    """Whether an op's own dispatch would change nothing: no transform, mode, profiler or class of tensors sees it.
 
     Then its kernel is called as a function, because the dispatch takes a tenth of a short call.
     """
@@ -101,6 +101,7 @@ def _is_unobserved(args: tuple) -> bool:
         not tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
+        and not torch._C._autograd._profiler_enabled()
         and _PLAIN.issuperset(map(type, args))
         and not next(arg for arg in args if arg is not None).is_meta
     )
