@@ -481,3 +481,15 @@ def test_values_are_not_read_back_while_compiling_or_under_vmap():
 def test_a_scalar_as_the_state_of_an_unbatched_call():
     with pytest.raises(RuntimeError, match="hx should also be 2-D but got 0-D"):
         fastrnn.GRU(I, H)(torch.zeros(4, I), torch.zeros(()))
+
+
+def test_a_setting_that_equals_an_accepted_one_is_refused_all_the_same():
+    """True == 1, and settings are checked once."""
+    x = torch.zeros(2, 1, I)
+    for good, bad in ({"zoneout": (1, 0.5)}, {"zoneout": (True, 0.5)}), ({"dropout": 1}, {"dropout": True}):
+        module = fastrnn.LSTM(I, H, num_layers=2, **good)
+        module(x)
+        for name, value in bad.items():
+            setattr(module, name, value)
+        with pytest.raises(ValueError, match=r"should be a number in range \[0, 1\]"):
+            module(x)

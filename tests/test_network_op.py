@@ -202,3 +202,24 @@ def test_a_long_call_goes_in_chunks_of_steps(monkeypatch, kind, options, steps, 
             assert all(torch.equal(one, other) for one, other in zip(again, outputs, strict=True))
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= 2e-6 * want.norm()
+
+
+def test_the_operation_refuses_what_it_would_misread():
+    weights = [torch.zeros(20, 3), torch.zeros(20, 5)]
+    shape, x = ("lstm", 1, False, False, False), torch.zeros(4, 2, 3)
+    forward, backward = torch.ops.fastrnn_c.network_forward, torch.ops.fastrnn_c.network_backward
+    with pytest.raises(RuntimeError, match="at least one step"):
+        forward(x[:0], None, None, weights, *shape, True)
+    with pytest.raises(RuntimeError, match=r"h0 must have shape \[1, 2, 5\]"):
+        forward(x, torch.zeros(1, 2, 4), None, weights, *shape, True)
+    y, h_n, _, kept = forward(x, None, None, weights, *shape, True)
+    for bad, message in (
+        ({"kept": kept[1:]}, "kept must be"),
+        ({"dy": y[1:]}, "dy must be"),
+        ({"dh_n": h_n[0]}, r"dh_n must have shape \[1, 2, 5\]"),
+        ({"dc_n": h_n.double()}, "dc_n must"),
+    ):
+        given = {"dy": y, "dh_n": None, "dc_n": None, "kept": kept, **bad}
+        of = given["dy"], given["dh_n"], given["dc_n"]
+        with pytest.raises(RuntimeError, match=message):
+            backward(*of, x, None, None, weights, given["kept"], *shape, True)

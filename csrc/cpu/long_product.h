@@ -6,7 +6,7 @@
 
 namespace fastrnn {
 
-// Rows of x times a matrix whose number of columns is a multiple of panel_width.
+// Rows of x times a packed matrix. Whole panels are written: the rows of `out` need room for them.
 template <class A>
 struct RowsOfProduct {
   static constexpr int64_t block = 48, depth = Multiply<A>::depth;  // rows whose results stay in the cache
@@ -66,9 +66,8 @@ struct RowsOfProduct {
   }
 };
 
-// out [M, N] = x [M, K] times the packed matrix [K, N], plus what `out` holds if `adds`; N is a multiple of
-// panel_width, or the rows of `out` have room for whole panels. Threads share the rows; which thread computes
-// a row does not change its bits.
+// out [M, N] = x [M, K] times the packed matrix [K, N], plus what `out` holds if `adds`. Threads share the
+// rows; which thread computes a row does not change its bits.
 template <class A>
 void multiply_rows(const Matrix<A>& x, const Packed<A>& packed, RowView<A> out, bool adds) {
   constexpr int64_t grain = 1 << 21;  // multiplications that are worth waking a thread

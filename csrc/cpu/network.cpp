@@ -29,6 +29,7 @@ class Network {
         no_c_(sizes.H) {}
 
   Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
+    expect_states("h0", h0, "c0", c0);
     NetworkMemory<Cell> memory(sizes_, save);
     const int64_t bytes = sizes_.layers * memory.of_layer;
     Tensor kept = call_.frame.template empty<uint8_t>({save ? bytes : 0});
@@ -51,7 +52,16 @@ class Network {
   std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                                const Optional& h0, const Optional& c0, const Tensor& kept,
                                bool needs_dx) const {
+    expect_states("h0", h0, "c0", c0);
+    expect_states("dh_n", dh_n, "dc_n", dc_n);
+    if (dy.has_value())
+      check(dy->dim() == x_.dim() && dy->size(0) == x_.size(0) &&
+                dy->size(1) == (unbatched_ ? sizes_.outputs() : x_.size(1)) &&
+                dy->size(x_.dim() - 1) == sizes_.outputs() && dy->scalar_type() == x_.scalar_type(),
+            "dy must be as the output, got ", shape_of(*dy));
     NetworkMemory<Cell> memory(sizes_, true);
+    check(kept.numel() == sizes_.layers * memory.of_layer && kept.scalar_type() == ScalarType::Byte,
+          "kept must be that of the forward");
     memory.data = static_cast<char*>(kept.mutable_data_ptr());  // read only
     Tensor dx = needs_dx ? like_input(sizes_.I) : none();
     Tensor dh0 = state<Storage>(), dc0 = has_c ? state<A>() : none();
@@ -92,7 +102,7 @@ class Network {
     const int64_t time = d == 0 ? begin : sizes_.T - end;
     return {begin, end, time, sizes_.row(time, 0), (end - begin) * sizes_.B};
   }
-  // A half type's states would be rounded between two chunks.
+  // All at once in a half type: the gradient of h would be rounded between two chunks.
   int64_t steps_of_chunk() const {
     return std::is_same_v<Storage, A> ? sizes_.steps_of_chunk(width_) : sizes_.T;
   }
@@ -116,7 +126,7 @@ class Network {
     if (has_c) scan.c_n = {state_rows<A>(c_n, k), 0, H, 1};
     const A* bias = Cell::distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
     scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
-    // W_ih x, where there is room for it, in the memory of what the cell saves instead.
+    // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
     const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= Cell::saved * H;
     const int64_t most_rows = std::min(steps, sizes_.T) * sizes_.B;
     Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows, width_);
@@ -217,6 +227,19 @@ class Network {
     if (unbatched_) return call_.frame.template empty<Storage>({sizes_.T, columns});
     return call_.frame.template empty<Storage>({x_.size(0), x_.size(1), columns});
   }
+  // Initial states, or gradients of the final ones.
+  void expect_states(const char* name_h, const Optional& h, const char* name_c, const Optional& c) const {
+    if (h.has_value()) expect_state<Storage>(name_h, *h);
+    if (c.has_value()) expect_state<A>(name_c, *c);
+  }
+  template <class X>
+  void expect_state(const char* name, const Tensor& t) const {
+    const int64_t walks = sizes_.layers * sizes_.directions;
+    if (unbatched_)
+      call_.frame.template expect<X>(name, t, {walks, sizes_.H});
+    else
+      call_.frame.template expect<X>(name, t, {walks, sizes_.B, sizes_.H});
+  }
   // [layers * D, B, H], without B for an unbatched input.
   template <class X>
   Tensor state() const {
@@ -290,6 +313,7 @@ auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional&
   x = torch::stable::contiguous(x);
   const bool unbatched = x.dim() == 2;
   const int64_t time = batch_first && !unbatched ? 1 : 0;
+  check(x.size(time) > 0, "a network needs at least one step, got ", shape_of(x));
   check(weights[1].dim() == 2, "w_hh must have shape [gates * H, H], got ", shape_of(weights[1]));
   NetworkSizes sizes{x.size(time),
                      unbatched ? 1 : x.size(1 - time),
@@ -304,23 +328,14 @@ auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional&
     return with_cell_of_torch(cell, [&](auto tag) {
       using Cell = BuiltInCell<decltype(tag), Storage>;
       Frame frame(x, sizes.B, sizes.H);
-      const int64_t width = Cell::gates * sizes.H, walks = layers * directions;
-      for (int64_t k = 0; k < walks; ++k) {
+      const int64_t width = Cell::gates * sizes.H;
+      for (int64_t k = 0; k < layers * directions; ++k) {
         NetworkWeights w = weights_of(weights, k, bias);
         frame.expect<Storage>("w_ih", w.w_ih, {width, sizes.inputs(k / directions)});
         frame.expect<Storage>("w_hh", w.w_hh, {width, sizes.H});
         if (bias) frame.expect<Storage>("b_ih", *w.b_ih, {width});
         if (bias) frame.expect<Storage>("b_hh", *w.b_hh, {width});
       }
-      auto expect_state = [&](const char* name, const Optional& t, auto type) {
-        if (!t.has_value()) return;
-        if (unbatched)
-          frame.expect<decltype(type)>(name, *t, {walks, sizes.H});
-        else
-          frame.expect<decltype(type)>(name, *t, {walks, sizes.B, sizes.H});
-      };
-      expect_state("h0", h0, Storage());
-      expect_state("c0", c0, typename Cell::A());
       return f(Network<Cell>(x, weights, sizes));
     });
   });

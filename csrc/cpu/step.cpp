@@ -36,7 +36,7 @@ struct StepOfLayer {
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
     constexpr int64_t lanes = Dots<A, bytes>::lanes;
-    // The planes of as many units as a vector has lanes; before and now: h, and c.
+    // Planes of as many units as a vector has lanes. before, now: the states h and c around the step.
     alignas(64) A gx[gates * lanes], gh[gates * lanes], before[2 * lanes] = {}, now[2 * lanes],
                                                                    saved[Cell::saved * lanes];
     const ForwardRow<Cell, A, A, false> cell{
