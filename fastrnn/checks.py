@@ -321,8 +321,8 @@ def check(
     Raises:
         ValueError, RuntimeError, TypeError: the type that torch.nn raises for the same mistake.
     """
-    # torch.compile would warn of a cache. The value of a bound that is a tensor may have changed since. In a pair, a cache
-    # does not tell True from 1.
+    # torch.compile would warn of a cache. The value of a bound that is a tensor may have changed since. In a pair, a
+    # cache does not tell True from 1.
     known = not (torch.compiler.is_compiling() or isinstance(clip_state_grad_norm, Tensor) or type(zoneout) is tuple)
     options, features = (_options_known if known else _options_and_features)(
         cell, num_layers, bidirectional, dropout, training, residual, locked_dropout, recurrent_dropout, zoneout,
