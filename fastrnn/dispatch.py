@@ -90,9 +90,13 @@ MOST_STREAMS = 64
 """The largest batch of a step that reads the weights in place; for more rows it pays to pack them."""
 
 
-def chosen_for_step(argument: str | None, batch: int) -> str | None:
+def chosen_for_step(argument: str | None, cell, dtype, hidden_size, proj_size, batch: int) -> str | None:
     """The backend of `step`; None where the choice is left to the module's call."""
-    return forced(argument) or ("cpu" if batch <= MOST_STREAMS else None)
+    name = forced(argument)
+    if name is not None:
+        return name
+    usable = batch <= MOST_STREAMS and not ranking.is_broken_for_step(cell, dtype, hidden_size, proj_size, batch)
+    return "cpu" if usable else None
 
 
 def _chosen(request: Request, argument: str | None) -> str:

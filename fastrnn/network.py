@@ -145,7 +145,9 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None])
     states = () if state is None else state if pair else (state,)
     if type(states) not in (tuple, list) or any(type(one) is not Tensor for one in states):
         return None
-    if len(states) not in (0, 1 + pair) or chosen(module.backend, x.shape[0]) != "cpu":
+    if len(states) not in (0, 1 + pair):
+        return None
+    if chosen(module.backend, cell, dtype, module.hidden_size, module.proj_size, x.shape[0]) != "cpu":
         return None
     h, c = states if len(states) == 2 else (*states, None) if states else (None, None)
     try:

@@ -141,6 +141,7 @@ def renew() -> None:
     _orders.clear()
     _first_steps.clear()
     _firsts.clear()
+    _broken.clear()
 
 
 def first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) -> int:
@@ -183,6 +184,23 @@ def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) -> str:
         if len(_firsts) >= MOST_ORDERS:
             _firsts.clear()
         found = _firsts[key] = order(request)[0]
+    return found
+
+
+_broken: dict[tuple, bool] = {}
+
+
+def is_broken_for_step(cell, dtype, hidden_size, proj_size, batch) -> bool:
+    """Whether backend `cpu` was found broken here for plain calls of one step."""
+    key = (cell, dtype, hidden_size, proj_size, batch, torch.get_num_threads())
+    found = _broken.get(key)
+    if found is None:
+        features = frozenset({"projection"} if proj_size else ())
+        request = Request(cell, "cpu", dtype, hidden_size, proj_size, features, steps=1, batch=batch, gradients=False)
+        finding = _finding(request, "cpu", evidence.book("cpu", key[-1]))
+        if len(_broken) >= MOST_ORDERS:
+            _broken.clear()
+        found = _broken[key] = finding is not None and finding.entry.verdict == "broken"
     return found
 
 

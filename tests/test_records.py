@@ -271,6 +271,15 @@ def test_torchs_kernels_that_are_wrong_here_are_not_taken(recorded):
     assert dispatch.most_steps_of_torch("lstm", 0, False, torch.float64, "cpu", 8, 2) == 0
 
 
+def test_a_step_takes_no_library_that_is_broken_here(recorded):
+    def chosen(cell, batch):
+        return dispatch.chosen_for_step(None, cell, torch.float32, 8, 0, batch)
+
+    assert chosen("gru", 2) == "cpu"
+    recorded(Request("gru", "cpu", torch.float32, 8, steps=1, batch=2), "cpu", None, "broken", reason="y is wrong")
+    assert chosen("gru", 2) is None and chosen("lstm", 2) == "cpu" and chosen("lstm", 1000) is None
+
+
 @needs_cpu_library
 def test_plain_calls_that_go_to_torch_directly_are_limited_by_the_evidence(recorded):
     def most(dtype, batch=2):
