@@ -146,9 +146,9 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
 
 
 def test_a_barrier_too_few_shows(monkeypatch, request):
-    """Shows that this file can fail: without waiting, the programs do not agree."""
+    """Shows that this file can fail: without waiting, the programs do not agree, but for luck."""
     problem = Problem("lstm", "cpu", sizes=(6, 3, 40))
     want = stepwise(problem, TILE, monkeypatch)
     request.getfixturevalue("side_by_side")  # launches fork from here on
     monkeypatch.setattr(scan, "wait", lambda arrived, arrivals, timeout_flag: arrivals >= 0)
-    assert not same_bits(everything(problem, TILE), want)
+    assert not all(same_bits(everything(problem, TILE), want) for _ in range(5))
