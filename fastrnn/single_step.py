@@ -113,7 +113,28 @@ class _Cell(nn.Module):
         return ", ".join(parts)
 
 
-class LSTMCell(_Cell):
+class _GatedCell(_Cell):
+    """A cell whose activations can be others than torch.nn's."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | Callable = "tanh",
+        gate_activation: str | Callable = "sigmoid",
+        **extras: Any,
+    ) -> None:
+        set_activations(self, activation=activation, gate_activation=gate_activation)
+        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
+        if type(self)._cell == "lstm" and self._cell != "lstm" and self.layer_norm:
+            raise ValueError("layer_norm is for the LSTMCell with torch.nn's activations")
+
+
+class LSTMCell(_GatedCell):
     """One step of `LSTM`, in place of torch.nn.LSTMCell. Returns `(h [B, H], c [B, H])`.
 
     Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `layer_norm_cell`, `activation`, `gate_activation`,
@@ -122,25 +143,8 @@ class LSTMCell(_Cell):
 
     _cell = "lstm"
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        activation: str | Callable = "tanh",
-        gate_activation: str | Callable = "sigmoid",
-        **extras: Any,
-    ) -> None:
-        set_activations(self, activation=activation, gate_activation=gate_activation)
-        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
-        if self._cell != "lstm" and self.layer_norm:
-            raise ValueError("layer_norm is for the LSTMCell with torch.nn's activations")
 
-
-class GRUCell(_Cell):
+class GRUCell(_GatedCell):
     """One step of `GRU`, in place of torch.nn.GRUCell. Returns `h [B, H]`.
 
     Arguments as in torch.nn; `layer_norm`, `layer_norm_eps`, `activation`, `gate_activation`, `num_heads` and
@@ -148,21 +152,6 @@ class GRUCell(_Cell):
     """
 
     _cell = "gru"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        activation: str | Callable = "tanh",
-        gate_activation: str | Callable = "sigmoid",
-        **extras: Any,
-    ) -> None:
-        set_activations(self, activation=activation, gate_activation=gate_activation)
-        super().__init__(input_size, hidden_size, bias, device, dtype, **extras)
 
 
 class RNNCell(_Cell):

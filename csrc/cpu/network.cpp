@@ -193,9 +193,9 @@ class Network {
       previous_states(scan, h_prev);
       Widened<Storage> of_x(dgx.data(), now.rows, width_), of_h(dgh.data(), dgh_rows(now), width_);
       const RowView<const A> dgh_of_chunk = Cell::distinct_dgh ? of_h.rows() : of_x.rows();
-      of_matrix(of_x.rows(), now.rows, matrix_of<Storage>(input + now.first * inputs, now.rows, inputs),
-                found[0], adds);
-      of_matrix(dgh_of_chunk, now.rows, Matrix<A>{h_prev[0], now.rows, H, padded<A>(H), 1}, found[1], adds);
+      of_matrix(of_x.rows(), matrix_of<Storage>(input + now.first * inputs, now.rows, inputs), found[0],
+                adds);
+      of_matrix(dgh_of_chunk, Matrix<A>{h_prev[0], now.rows, H, padded<A>(H), 1}, found[1], adds);
       if (sizes_.bias) add_rows(of_x.rows(), now.rows, db_ih);
       if (sizes_.bias && Cell::distinct_dgh) add_rows(of_h.rows(), now.rows, db_hh);
       if (to != nullptr)
@@ -211,8 +211,7 @@ class Network {
   // The gradient of a matrix [width, N], `found` = the transpose of dg [rows, width] times the rows that the
   // matrix was multiplied with; or its part of these rows, added, if `adds`.
   template <class In>
-  void of_matrix(RowView<const A> dg, int64_t rows, const Matrix<In>& multiplied, const Tensor& found,
-                 bool adds) const {
+  void of_matrix(RowView<const A> dg, const Matrix<In>& multiplied, const Tensor& found, bool adds) const {
     MatrixProduct<In> product(multiplied, nullptr, width_);
     product_into(product, {dg.data, 1}, dg.stride, width_, multiplied.N,
                  static_cast<Storage*>(found.mutable_data_ptr()), adds);
@@ -367,8 +366,8 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
 }  // namespace fastrnn
 
 // x [T, B, I], [B, T, I] with batch_first or [T, I]; h0 and c0 [layers * D, B, H] or none for zeros; weights
-// of each layer and direction in torch.nn's order. `kept` holds what the backward reads, as bytes. An empty
-// tensor stands for none.
+// of each layer and direction in torch.nn's order. `kept` holds what the backward reads, as bytes. What does
+// not exist is an empty tensor.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def(
       "network_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int layers, "
