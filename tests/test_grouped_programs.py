@@ -145,10 +145,12 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
     assert launches == [(1, 3, 2)] * 2
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_a_barrier_too_few_shows(monkeypatch, request):
-    """Shows that this file can fail: without waiting, the programs do not agree, but for luck."""
+    """Shows that this file can fail: without waiting, the programs do not agree. New memory holds NaN, since it may
+    otherwise hold the very states of the run before."""
     problem = Problem("lstm", "cpu", sizes=(6, 3, 40))
     want = stepwise(problem, TILE, monkeypatch)
     request.getfixturevalue("side_by_side")  # launches fork from here on
     monkeypatch.setattr(scan, "wait", lambda arrived, arrivals, timeout_flag: arrivals >= 0)
-    assert not all(same_bits(everything(problem, TILE), want) for _ in range(5))
+    assert not same_bits(everything(problem, TILE), want)
