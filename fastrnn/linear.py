@@ -23,6 +23,14 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 """Whether oneDNN is an alternative to MKL, which F.linear takes for float32. MKL's fastest products run on Intel's
 processors only; oneDNN's run on all."""
 
+_MULTIPLIED_BY_ONEDNN = {
+    torch.bfloat16: ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+SLOW_DTYPES = frozenset(dtype for dtype, supported in _MULTIPLIED_BY_ONEDNN.items() if not supported)
+"""Half types whose product by torch takes 2 to 15 times as long on this processor as that of float32 (measured with
+AVX2)."""
+
 PANEL = 32
 """The C++ library's product takes weights whose number of rows is a multiple of this (csrc/cpu/panels.h)."""
 
@@ -59,6 +67,9 @@ def in_forward_mode() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
+    if x.device.type == "cpu" and x.dtype in SLOW_DTYPES:
+        wide = (None if one is None else one.float() for one in (x, weight, bias))
+        return linear(*wide).to(x.dtype)
     *steps, size = x.shape
     # `tracing` comes first: comparing a size would specialise a compiled graph on it.
     if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):

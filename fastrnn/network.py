@@ -43,7 +43,7 @@ def takes(
     """Whether the operation is there and has no product that the general path would do faster."""
     widest = max(input_size, directions * hidden_size)
     work = steps * batch * len(spec_of(cell).gates) * hidden_size * widest
-    return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype == torch.float32 and has_own()))
+    return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
 
 
 def run(shape: Shape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], differentiated: bool):

@@ -91,7 +91,8 @@ def test_same_bits_from_any_layout_and_any_number_of_threads():
     [((300, 400), torch.float64), ((3, 4), torch.float32), ((300, 400), torch.bfloat16), ((0, 4), torch.float32)],
     ids=str,
 )
-def test_torchs_own_for_other_types_and_little_work(shape, dtype):
+def test_torchs_own_for_other_types_and_little_work(monkeypatch, shape, dtype):
+    monkeypatch.setattr("fastrnn.linear.SLOW_DTYPES", ())
     x, weight, bias = (t.requires_grad_() for t in operands(*shape, 60, dtype))
     y = linear(x, weight, bias)
     assert torch.equal(y, F.linear(x, weight, bias)) and y.grad_fn.name() == "AddmmBackward0"
@@ -125,3 +126,15 @@ def test_no_layout_of_the_weight_takes_far_longer():
     usual = seconds(weight)
     for other in (weight.t().contiguous().t(), wide[:, :256], wide[:, ::2]):
         assert seconds(other) < 10 * usual
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_that_the_processor_does_not_multiply_go_by_way_of_float32(monkeypatch, dtype):
+    monkeypatch.setattr("fastrnn.linear.SLOW_DTYPES", {torch.bfloat16, torch.float16})
+    leaves = [t.to(dtype).requires_grad_() for t in (torch.randn(4, 3, 300), torch.randn(40, 300), torch.randn(40))]
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    y, exact = linear(*leaves), linear(*wide)
+    dy = torch.randn(4, 3, 40).to(dtype)
+    found = [y, *torch.autograd.grad(y, leaves, dy)]
+    for ours, right in zip(found, [exact, *torch.autograd.grad(exact, wide, dy.float())], strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, right.to(dtype))

@@ -63,8 +63,13 @@ def test_outputs_and_all_gradients_are_torch_nns(kind, options, layout, batch, g
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.usefixtures("only_the_operation")
-def test_other_dtypes(kind, dtype, tolerance):
+def test_other_dtypes(monkeypatch, kind, dtype, tolerance, large):
+    """Of all sizes where the C++ library's product is the fastest."""
+    if large:
+        monkeypatch.setattr(network, "has_own", lambda: True)
+        monkeypatch.setattr(network, "LARGEST_PRODUCT", 0)
     _, ours = twins(kind, dtype)
     exact, _ = twins(kind, torch.float64)
     exact.load_state_dict(ours.state_dict())
