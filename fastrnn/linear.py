@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from .aten import HALVES_WITHOUT_ONEDNN
 from .backends import extension
 
 LEAST_WORK = 1 << 22  # multiplications; with fewer, the overhead of oneDNN's product is larger than its gain
@@ -22,14 +23,6 @@ parts, each of which has to be copied and waits for all threads."""
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 """Whether oneDNN is an alternative to MKL, which F.linear takes for float32. MKL's fastest products run on Intel's
 processors only; oneDNN's run on all."""
-
-_MULTIPLIED_BY_ONEDNN = {
-    torch.bfloat16: ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-}
-SLOW_DTYPES = frozenset(dtype for dtype, supported in _MULTIPLIED_BY_ONEDNN.items() if not supported)
-"""Half types whose product by torch takes 2 to 15 times as long on this processor as that of float32 (measured with
-AVX2)."""
 
 PANEL = 32
 """The C++ library's product takes weights whose number of rows is a multiple of this (csrc/cpu/panels.h)."""
@@ -67,7 +60,8 @@ def in_forward_mode() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
-    if x.device.type == "cpu" and x.dtype in SLOW_DTYPES:
+    if x.device.type == "cpu" and x.dtype in HALVES_WITHOUT_ONEDNN:
+        # torch's own product takes 2 to 15 times as long as that of float32 (measured with AVX2).
         wide = (None if one is None else one.float() for one in (x, weight, bias))
         return linear(*wide).to(x.dtype)
     *steps, size = x.shape

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
 
 from .aten import KNOWN_CELLS
 from .backends import cpu
@@ -37,26 +38,27 @@ class Shape(NamedTuple):
     batch_first: bool
 
 
-def takes(
-    cell: str, dtype: torch.dtype, steps: int, batch: int, input_size: int, hidden_size: int, directions: int
-) -> bool:
-    """Whether the operation is there and has no product that the general path would do faster."""
+def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size: int, directions: int) -> bool:
+    """Whether the operation is there and has no product that the general path would do faster.
+
+    `rows`: of all steps, T*B, or those of a packed batch.
+    """
     widest = max(input_size, directions * hidden_size)
-    work = steps * batch * len(spec_of(cell).gates) * hidden_size * widest
+    work = rows * len(spec_of(cell).gates) * hidden_size * widest
     return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
 
 
-def run(shape: Shape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], differentiated: bool):
+def run(shape: Shape, x: Tensor, batch_sizes: Tensor | None, h0, c0, weights: list[Tensor], differentiated: bool):
     """`(y, h_n, c_n)`; c_n is empty where the cell has no c.
 
-    x: `[T, B, I]`, `[B, T, I]` with batch_first, or `[T, I]`. h0, c0: `[L*D, B, H]`, `[L*D, H]` beside `[T, I]`, or
-    None for zeros. weights: those of each layer and direction in torch.nn's order. `differentiated`: whether a backward
-    may follow.
+    x: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]`, or with `batch_sizes [T]` packed rows `[rows, I]`. h0, c0:
+    `[L*D, B, H]`, `[L*D, H]` beside `[T, I]`, or None for zeros. weights: those of each layer and direction in
+    torch.nn's order. `differentiated`: whether a backward may follow.
     """
     if differentiated:
         # Without Function.apply's look at transforms: a transformed call takes the general path.
-        return super(Function, Network).apply(shape, x, h0, c0, *weights)
-    y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, False)
+        return super(Function, Network).apply(shape, x, batch_sizes, h0, c0, *weights)
+    y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(x, batch_sizes, h0, c0, weights, *shape, False)
     return y, h_n, c_n
 
 
@@ -68,23 +70,29 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
         input, hx: as of its forward, unchecked.
         chosen: `dispatch.chosen_for_plain`.
     """
-    if type(input) is not Tensor or not input.is_cpu or _seen_by_others() or (module.dropout and module.training):
+    x, batch_sizes, order, back = input if type(input) is PackedSequence else (input, None, None, None)
+    if type(x) is not Tensor or not x.is_cpu or _seen_by_others() or (module.dropout and module.training):
         return None
-    cell, sizes = module._cell, input.shape
-    pair, batched = cell == "lstm", len(sizes) == 3
-    if not (batched or len(sizes) == 2) or module.proj_size or cell not in KNOWN_CELLS:
+    packed, cell, sizes = batch_sizes is not None, module._cell, x.shape
+    pair, batched, full = cell == "lstm", len(sizes) == 3 or packed, None
+    if len(sizes) not in ((2,) if packed else (2, 3)) or module.proj_size or cell not in KNOWN_CELLS:
         return None
-    batch_first, hidden_size, dtype = module.batch_first, module.hidden_size, input.dtype
-    if batched:
-        steps, batch = (sizes[1], sizes[0]) if batch_first else sizes[:2]
+    turned, hidden_size, dtype = module.batch_first and len(sizes) == 3, module.hidden_size, x.dtype
+    if packed:
+        if type(batch_sizes) is not Tensor or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+            return None
+        steps, rows = len(batch_sizes), sizes[0]
+        batch = int(batch_sizes[0]) if rows else 0
+        full = float(rows == steps * batch)
     else:
-        steps, batch = sizes[0], 1
+        steps, batch = (sizes[0], 1) if not batched else (sizes[1], sizes[0]) if turned else sizes[:2]
+        rows = steps * batch
     shapes = module._shapes()
-    if not steps or not batch or sizes[-1] != module.input_size:
+    if not rows or sizes[-1] != module.input_size:
         return None
-    if not takes(cell, dtype, steps, batch, module.input_size, hidden_size, len(shapes) // module.num_layers):
+    if not takes(cell, dtype, rows, module.input_size, hidden_size, len(shapes) // module.num_layers):
         return None
-    weights, stored, differentiated = [], module._parameters, input.requires_grad
+    weights, stored, differentiated = [], module._parameters, x.requires_grad
     for layer in shapes:
         for name, shape in layer:
             weight = stored.get(name)  # a weight that is computed at every call is no parameter
@@ -104,15 +112,21 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
             differentiated = differentiated or state.requires_grad
         h0, c0 = states if pair else (hx, None)
     differentiated = differentiated and torch.is_grad_enabled()
-    if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch) != "cpu":
+    if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full) != "cpu":
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
-    turned = batch_first and batched
     shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, False)
-    x = input.transpose(0, 1).contiguous() if turned else input
-    y, h_n, c_n = run(shape, x, h0, c0, weights, differentiated)
+    if turned:
+        x = x.transpose(0, 1).contiguous()
+    if order is not None and h0 is not None:
+        h0, c0 = h0.index_select(1, order), None if c0 is None else c0.index_select(1, order)
+    y, h_n, c_n = run(shape, x, batch_sizes, h0, c0, weights, differentiated)
     if turned:
         y.transpose_(0, 1)
+    if packed:
+        y = PackedSequence(y, batch_sizes, order, back)
+    if back is not None:
+        h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back) if pair else c_n
     return y, (h_n, c_n) if pair else h_n
 
 
@@ -203,39 +217,42 @@ def _roles(count: int, bidirectional: bool, bias: bool, needs_dx: bool) -> Roles
 
 
 class Network(Function):
-    """Arguments: a Shape, x, h0, c0, the weights. Outputs: y, h_n, c_n."""
+    """Arguments: a Shape, x, batch_sizes, h0, c0, the weights. Outputs: y, h_n, c_n."""
 
     @staticmethod
-    def forward(ctx, shape, x, h0, c0, *weights):
-        y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, h0, c0, weights, *shape, True)
+    def forward(ctx, shape, x, batch_sizes, h0, c0, *weights):
+        y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, batch_sizes, h0, c0, weights, *shape, True)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
         read, unread = _roles(len(weights), shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
         ctx.unread = [weights[k] for k in unread]
         ctx.versions = [one._version for one in ctx.unread]
-        ctx.save_for_backward(x, h0, c0, kept, *[weights[k] for k in read])
+        ctx.save_for_backward(x, batch_sizes, h0, c0, kept, *[weights[k] for k in read])
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
         shape = ctx.shape
-        x, h0, c0, kept, *matrices = ctx.saved_tensors
+        x, batch_sizes, h0, c0, kept, *matrices = ctx.saved_tensors
         count = len(matrices) + len(ctx.unread)
         roles = _roles(count, shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
         placed = dict(zip((*roles.read, *roles.unread), (*matrices, *ctx.unread), strict=True))
         weights = [placed[k] for k in range(count)]
         given = (dy, dh_n, dc_n)
         if dy is None and dh_n is None and dc_n is None:
-            return (*(None for _ in range(4 + len(weights))),)
+            return (*(None for _ in range(5 + len(weights))),)
         if torch.is_grad_enabled() or transformed() or any(map(_is_batched, given)):
             if [one._version for one in ctx.unread] != ctx.versions:
                 raise RuntimeError("a weight of this call has been modified by an inplace operation")
-            return None, *_differentiable(shape, (x, h0, c0, *weights), given, ctx.needs_input_grad[1:])
-        _, needs_dx, needs_h, needs_c, *_ = ctx.needs_input_grad
+            _, needs_dx, _, *needs = ctx.needs_input_grad
+            inputs = (x, h0, c0, *weights)
+            dx, *others = _differentiable(shape, inputs, batch_sizes, given, (needs_dx, *needs))
+            return None, dx, None, *others
+        _, needs_dx, _, needs_h, needs_c, *_ = ctx.needs_input_grad
         dx, dh0, dc0, *of_weights = torch.ops.fastrnn_c.network_backward(
-            *given, x, h0, c0, weights, kept, *shape, needs_dx
+            *given, x, batch_sizes, h0, c0, weights, kept, *shape, needs_dx
         )
-        return None, dx if needs_dx else None, dh0 if needs_h else None, dc0 if needs_c else None, *of_weights
+        return None, dx if needs_dx else None, None, dh0 if needs_h else None, dc0 if needs_c else None, *of_weights
 
 
 def _is_batched(gradient: Tensor | None) -> bool:
@@ -243,14 +260,14 @@ def _is_batched(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def _differentiable(shape: Shape, inputs, incoming, needed) -> list[Tensor | None]:
+def _differentiable(shape: Shape, inputs, batch_sizes, incoming, needed) -> list[Tensor | None]:
     """The gradients of the inputs by the general path, run again: differentiable, and known to vmap."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast("cpu"):
-        return _by_general_path(shape, inputs, incoming, needed, again)
+        return _by_general_path(shape, inputs, batch_sizes, incoming, needed, again)
 
 
-def _by_general_path(shape: Shape, inputs, incoming, needed, again: bool) -> list[Tensor | None]:
+def _by_general_path(shape: Shape, inputs, batch_sizes, incoming, needed, again: bool) -> list[Tensor | None]:
     from . import functional  # which comes to this module by way of `modules`
 
     # Each by itself, although one tensor may be two of the inputs.
@@ -265,8 +282,9 @@ def _by_general_path(shape: Shape, inputs, incoming, needed, again: bool) -> lis
     )
     hx = h0 if c0 is None or h0 is None else (h0, c0)
     options = {"num_layers": shape.num_layers, "bidirectional": shape.bidirectional, "batch_first": shape.batch_first}
+    x = x if batch_sizes is None else PackedSequence(x, batch_sizes)
     y, hidden = functional.recurrent(shape.cell, x, hx, dict(zip(names, weights, strict=True)), "cpu", **options)
-    outputs = (y, *(hidden if isinstance(hidden, tuple) else (hidden,)))
+    outputs = (y if batch_sizes is None else y.data, *(hidden if isinstance(hidden, tuple) else (hidden,)))
     pairs = [(out, grad) for out, grad in zip(outputs, incoming, strict=False) if grad is not None]
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(

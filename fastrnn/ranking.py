@@ -175,12 +175,12 @@ def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, ba
 _firsts: dict[tuple, str] = {}
 
 
-def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch) -> str:
+def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed) -> str:
     """The first of `order` for a plain call on a CPU without projection."""
-    key = (cell, gradients, dtype, hidden_size, steps, batch, torch.get_num_threads())
+    key = (cell, gradients, dtype, hidden_size, steps, batch, packed, torch.get_num_threads())
     found = _firsts.get(key)
     if found is None:
-        request = Request(cell, "cpu", dtype, hidden_size, steps=steps, batch=batch, gradients=gradients)
+        request = Request(cell, "cpu", dtype, hidden_size, steps=steps, batch=batch, packed=packed, gradients=gradients)
         if len(_firsts) >= MOST_ORDERS:
             _firsts.clear()
         found = _firsts[key] = order(request)[0]

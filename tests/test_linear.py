@@ -92,7 +92,7 @@ def test_same_bits_from_any_layout_and_any_number_of_threads():
     ids=str,
 )
 def test_torchs_own_for_other_types_and_little_work(monkeypatch, shape, dtype):
-    monkeypatch.setattr("fastrnn.linear.SLOW_DTYPES", ())
+    monkeypatch.setattr("fastrnn.linear.HALVES_WITHOUT_ONEDNN", ())
     x, weight, bias = (t.requires_grad_() for t in operands(*shape, 60, dtype))
     y = linear(x, weight, bias)
     assert torch.equal(y, F.linear(x, weight, bias)) and y.grad_fn.name() == "AddmmBackward0"
@@ -130,7 +130,7 @@ def test_no_layout_of_the_weight_takes_far_longer():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_that_the_processor_does_not_multiply_go_by_way_of_float32(monkeypatch, dtype):
-    monkeypatch.setattr("fastrnn.linear.SLOW_DTYPES", {torch.bfloat16, torch.float16})
+    monkeypatch.setattr("fastrnn.linear.HALVES_WITHOUT_ONEDNN", {torch.bfloat16, torch.float16})
     leaves = [t.to(dtype).requires_grad_() for t in (torch.randn(4, 3, 300), torch.randn(40, 300), torch.randn(40))]
     wide = [t.detach().float().requires_grad_() for t in leaves]
     y, exact = linear(*leaves), linear(*wide)

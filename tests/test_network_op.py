@@ -214,10 +214,10 @@ def test_the_operation_refuses_what_it_would_misread():
     shape, x = ("lstm", 1, False, False, False), torch.zeros(4, 2, 3)
     forward, backward = torch.ops.fastrnn_c.network_forward, torch.ops.fastrnn_c.network_backward
     with pytest.raises(RuntimeError, match="at least one step"):
-        forward(x[:0], None, None, weights, *shape, True)
+        forward(x[:0], None, None, None, weights, *shape, True)
     with pytest.raises(RuntimeError, match=r"h0 must have shape \[1, 2, 5\]"):
-        forward(x, torch.zeros(1, 2, 4), None, weights, *shape, True)
-    y, h_n, _, kept = forward(x, None, None, weights, *shape, True)
+        forward(x, None, torch.zeros(1, 2, 4), None, weights, *shape, True)
+    y, h_n, _, kept = forward(x, None, None, None, weights, *shape, True)
     for bad, message in (
         ({"kept": kept[1:]}, "kept must be"),
         ({"dy": y[1:]}, "dy must be"),
@@ -227,4 +227,4 @@ def test_the_operation_refuses_what_it_would_misread():
         given = {"dy": y, "dh_n": None, "dc_n": None, "kept": kept, **bad}
         of = given["dy"], given["dh_n"], given["dc_n"]
         with pytest.raises(RuntimeError, match=message):
-            backward(*of, x, None, None, weights, given["kept"], *shape, True)
+            backward(*of, x, None, None, None, weights, given["kept"], *shape, True)

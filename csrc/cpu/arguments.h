@@ -246,11 +246,15 @@ struct Call {
   }
 
   // How many steps run in the sequences before each, and last in all of them.
-  std::vector<int64_t> steps_before(const Steps<const uint8_t>& flags) const {
+  std::vector<int64_t> steps_before(const Scan& scan) const {
     std::vector<int64_t> before(B + 1);
-    for (int64_t b = 0; b < B; ++b) {
-      int64_t steps = T;
-      for (int64_t t = 0; flags && t < T; ++t) steps -= *flags.at(t, b).data & pad ? 1 : 0;
+    for (int64_t b = 0, longest = scan.T; b < B; ++b) {
+      int64_t steps = scan.T;
+      for (int64_t t = 0; scan.flags && t < T; ++t) steps -= *scan.flags.at(t, b).data & pad ? 1 : 0;
+      if (scan.batch_sizes != nullptr) {
+        while (longest > 0 && scan.batch_sizes[longest - 1] <= b) --longest;
+        steps = longest;
+      }
       before[b + 1] = before[b] + std::max<int64_t>(steps, 1);  // an empty sequence needs a thread, too
     }
     return before;
@@ -263,7 +267,7 @@ struct Call {
     constexpr int64_t grain = 1 << 21;  // multiplications
     const int64_t terms = scan.weights.w_hh.in_heads() ? scan.weights.w_hh.units : P;
     int64_t step_work = std::max<int64_t>(gates * H * (terms + 16), 1);
-    std::vector<int64_t> before = steps_before(scan.flags);
+    std::vector<int64_t> before = steps_before(scan);
     torch::stable::parallel_for(
         0, before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {
           auto first = [&](int64_t steps) {

@@ -24,9 +24,11 @@ class Network {
         sizes_(sizes),
         call_(x, sizes.T, sizes.B, sizes.H, Cell::states),
         width_(gates * sizes.H),
-        unbatched_(x.dim() == 2),
+        unbatched_(x.dim() == 2 && !sizes.packed()),
         no_h_(sizes.H),
-        no_c_(sizes.H) {}
+        no_c_(sizes.H) {
+    divide();
+  }
 
   Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
     expect_states("h0", h0, "c0", c0);
@@ -56,8 +58,8 @@ class Network {
     expect_states("dh_n", dh_n, "dc_n", dc_n);
     if (dy.has_value())
       check(dy->dim() == x_.dim() && dy->size(0) == x_.size(0) &&
-                dy->size(1) == (unbatched_ ? sizes_.outputs() : x_.size(1)) &&
-                dy->size(x_.dim() - 1) == sizes_.outputs() && dy->scalar_type() == x_.scalar_type(),
+                (x_.dim() == 2 || dy->size(1) == x_.size(1)) && dy->size(x_.dim() - 1) == sizes_.outputs() &&
+                dy->scalar_type() == x_.scalar_type(),
             "dy must be as the output, got ", shape_of(*dy));
     NetworkMemory<Cell> memory(sizes_, true);
     check(kept.numel() == sizes_.layers * memory.of_layer && kept.scalar_type() == ScalarType::Byte,
@@ -83,7 +85,7 @@ class Network {
         if (has_c) scan.dc0 = {state_rows<A>(dc0, k), 0, sizes_.H, 1};
         Steps<const Storage> dy_of_layer;
         if (layer < sizes_.layers - 1)
-          dy_of_layer = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs());
+          dy_of_layer = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs(), 0);
         else if (dy.has_value())
           dy_of_layer = incoming(*dy, d);
         walk_backward(layer, d, scan, dy_of_layer, h0, c0, memory, to, &found[3 + k * (sizes_.bias ? 4 : 2)]);
@@ -93,25 +95,40 @@ class Network {
   }
 
  private:
-  // Steps begin to end of a walk, which lie in memory from `time` on; `first` is the row of the first one.
+  // Steps from `time` on, the rows of which begin with `first`.
   struct Chunk {
-    int64_t begin, end, time, first, rows;
+    int64_t time, steps, first, rows;
   };
 
-  Chunk chunk(int64_t begin, int64_t end, int64_t d) const {
-    const int64_t time = d == 0 ? begin : sizes_.T - end;
-    return {begin, end, time, sizes_.row(time, 0), (end - begin) * sizes_.B};
+  // Divides the steps into chunks, in the order of time. There is one where the rows of a step are not side
+  // by side, and in a half type: the gradient of h would be rounded between two.
+  void divide() {
+    const bool whole = sizes_.batch_first || !std::is_same_v<Storage, A>;
+    const int64_t most = whole ? sizes_.rows() : NetworkSizes::rows_of_chunk(width_);
+    for (int64_t time = 0; time < sizes_.T;) {
+      Chunk next{time, 0, sizes_.row(time), 0};
+      do next.rows += sizes_.running(time + next.steps++);
+      while (time + next.steps < sizes_.T && next.rows <= most);
+      chunks_.push_back(next);
+      most_rows_ = std::max(most_rows_, next.rows);
+      time += next.steps;
+    }
   }
-  // All at once in a half type: the gradient of h would be rounded between two chunks.
-  int64_t steps_of_chunk() const {
-    return std::is_same_v<Storage, A> ? sizes_.steps_of_chunk(width_) : sizes_.T;
+
+  // The k-th chunk of a walk.
+  const Chunk& chunk(size_t k, int64_t d) const { return chunks_[d == 0 ? k : chunks_.size() - 1 - k]; }
+
+  template <class ScanOfCell>
+  void set_steps(ScanOfCell& scan, const Chunk& now) const {
+    scan.T = now.steps;
+    scan.batch_sizes = sizes_.packed() ? sizes_.batch_sizes.data() + now.time : nullptr;
   }
 
   // One layer in one direction. `input`: all rows of the layer's input.
   void walk_forward(int64_t layer, int64_t d, RowView<const A> input, const Optional& h0, const Optional& c0,
                     const NetworkMemory<Cell>& memory, bool save, const Tensor& h_n,
                     const Tensor& c_n) const {
-    const int64_t k = layer * sizes_.directions + d, steps = steps_of_chunk(), H = sizes_.H;
+    const int64_t k = layer * sizes_.directions + d, H = sizes_.H;
     NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
     std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih), b_hh = widened_vector<Storage>(weights.b_hh);
     if (!Cell::distinct_dgh)  // only the sum is used
@@ -128,26 +145,27 @@ class Network {
     scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
     // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
     const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= Cell::saved * H;
-    const int64_t most_rows = std::min(steps, sizes_.T) * sizes_.B;
-    Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows, width_);
-    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows * width_);
-    for (int64_t begin = 0; begin < sizes_.T; begin += steps) {
-      const Chunk now = chunk(begin, std::min(begin + steps, sizes_.T), d);
-      scan.T = now.end - now.begin;
+    Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows_, width_);
+    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows_ * width_);
+    for (size_t number = 0; number < chunks_.size(); ++number) {
+      const Chunk& now = chunk(number, d);
+      set_steps(scan, now);
       if (save) {
-        scan.saved = sizes_.steps(memory.saved(layer, d) + now.first * Cell::saved * H, Cell::saved * H);
-        if (has_c) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H);
+        scan.saved =
+            sizes_.steps(memory.saved(layer, d) + now.first * Cell::saved * H, Cell::saved * H, now.time);
+        if (has_c) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H, now.time);
       }
-      scan.y = sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * H, sizes_.outputs());
+      scan.y =
+          sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * H, sizes_.outputs(), now.time);
       RowView<A> gx = gx_of_chunk;
       if constexpr (std::is_same_v<Storage, A>)
         if (in_saved) gx = {scan.saved.data, Cell::saved * H};
       product({input[now.first], input.stride}, 1, now.rows, gx);
       if constexpr (std::is_same_v<Storage, A>) {
-        scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride);
+        scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride, now.time);
       } else {
         walk_rows(Write<Storage, A>{width_, {gx.data, gx.stride}, {narrowed.data(), width_}}, 0, now.rows);
-        scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_);
+        scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_, now.time);
       }
       call_.run(scan, gates);
       scan.h0 = {scan.h_n.data, 0, H, 1}, scan.c0 = {scan.c_n.data, 0, H, 1};
@@ -159,38 +177,40 @@ class Network {
   void walk_backward(int64_t layer, int64_t d, BackwardScan<Cell>& scan, const Steps<const Storage>& dy,
                      const Optional& h0, const Optional& c0, const NetworkMemory<Cell>& memory, Storage* to,
                      const Tensor* found) const {
-    const int64_t k = layer * sizes_.directions + d, steps = steps_of_chunk(), H = sizes_.H;
-    const int64_t inputs = sizes_.inputs(layer), most_rows = std::min(steps, sizes_.T) * sizes_.B;
+    const int64_t k = layer * sizes_.directions + d, H = sizes_.H, inputs = sizes_.inputs(layer);
     const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
     NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
     scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr);
     MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0);
-    Aligned<Storage> dgx(most_rows * width_), dgh(Cell::distinct_dgh ? most_rows * width_ : 0);
-    Buffer<A> h_prev(most_rows, H);
+    Aligned<Storage> dgx(most_rows_ * width_), dgh(Cell::distinct_dgh ? most_rows_ * width_ : 0);
+    Buffer<A> h_prev(most_rows_, H);
+    const Steps<const Storage> first_h = state_of<Storage>(h0, k, no_h_);
+    const Steps<const A> first_c = has_c ? state_of<A>(c0, k, no_c_) : Steps<const A>{};
+    std::vector<Storage> h_before;
+    std::vector<A> c_before;
     std::vector<double> db_ih(width_), db_hh(Cell::distinct_dgh ? width_ : 0);
-    scan.dgx = sizes_.steps(dgx.data(), width_);
-    if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_);
     const Storage* y = memory.y(layer) + d * H;
-    for (int64_t end = sizes_.T; end > 0; end -= steps) {
-      const Chunk now = chunk(std::max<int64_t>(end - steps, 0), end, d);
-      const bool adds = end < sizes_.T;
-      scan.T = now.end - now.begin;
-      if (dy) scan.dy = {dy.at(now.time, 0).data, dy.t_stride, dy.b_stride, dy.j_stride};
+    for (size_t number = chunks_.size(); number-- > 0;) {
+      const Chunk& now = chunk(number, d);
+      const bool adds = number + 1 < chunks_.size();
+      set_steps(scan, now);
+      scan.dgx = sizes_.steps(dgx.data(), width_, now.time);
+      if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_, now.time);
+      if (dy) scan.dy = dy.from(now.time);
       scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d) + now.first * Cell::saved * H,
-                                                        Cell::saved * H);
-      scan.y = sizes_.template steps<const Storage>(y + now.first * sizes_.outputs(), sizes_.outputs());
-      if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d) + now.first * H, H);
-      if (now.begin == 0) {
-        scan.h0 = state_of<Storage>(h0, k, no_h_);
-        if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
-      } else {
-        const int64_t before = sizes_.row(d == 0 ? now.time - 1 : now.time + scan.T, 0);
-        scan.h0 = {y + before * sizes_.outputs(), 0, sizes_.b_step() * sizes_.outputs(), 1};
-        if (has_c) scan.c0 = {memory.c(layer, d) + before * H, 0, sizes_.b_step() * H, 1};
+                                                        Cell::saved * H, now.time);
+      scan.y =
+          sizes_.template steps<const Storage>(y + now.first * sizes_.outputs(), sizes_.outputs(), now.time);
+      if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d) + now.first * H, H, now.time);
+      scan.h0 = first_h, scan.c0 = first_c;
+      if (number > 0) {
+        const int64_t before = d == 0 ? now.time - 1 : now.time + now.steps;
+        scan.h0 = states_after<Storage>(before, y, sizes_.outputs(), first_h, h_before);
+        if (has_c) scan.c0 = states_after<A>(before, memory.c(layer, d), H, first_c, c_before);
       }
       call_.run(scan, gates);
       scan.dh_n = {scan.dh0.data, 0, H, 1}, scan.dc_n = {scan.dc0.data, 0, H, 1};
-      previous_states(scan, h_prev);
+      previous_states(scan, now, h_prev);
       Widened<Storage> of_x(dgx.data(), now.rows, width_), of_h(dgh.data(), dgh_rows(now), width_);
       const RowView<const A> dgh_of_chunk = Cell::distinct_dgh ? of_h.rows() : of_x.rows();
       of_matrix(of_x.rows(), matrix_of<Storage>(input + now.first * inputs, now.rows, inputs), found[0],
@@ -208,6 +228,21 @@ class Network {
 
   static int64_t dgh_rows(const Chunk& now) { return Cell::distinct_dgh ? now.rows : 0; }
 
+  // The states of all sequences after step t of a walk, from rows `stride` apart; of those that it has not
+  // begun, the initial ones. `merged` holds the states where they come from both.
+  template <class X>
+  Steps<const X> states_after(int64_t t, const X* rows, int64_t stride, const Steps<const X>& initial,
+                              std::vector<X>& merged) const {
+    const int64_t H = sizes_.H, running = sizes_.running(t);
+    const X* found = rows + sizes_.row(t) * stride;
+    if (running == sizes_.B) return {found, 0, sizes_.b_step() * stride, 1};
+    merged.resize(sizes_.B * H);
+    for (int64_t b = 0; b < sizes_.B; ++b)
+      for (int64_t j = 0; j < H; ++j)
+        merged[b * H + j] = b < running ? found[b * stride + j] : initial.at(0, b).data[j * initial.j_stride];
+    return {merged.data(), 0, H, 1};
+  }
+
   // The gradient of a matrix [width, N], `found` = the transpose of dg [rows, width] times the rows that the
   // matrix was multiplied with; or its part of these rows, added, if `adds`.
   template <class In>
@@ -223,7 +258,7 @@ class Network {
                         : call_.frame.template empty<Storage>({t.size(0)});
   }
   Tensor like_input(int64_t columns) const {
-    if (unbatched_) return call_.frame.template empty<Storage>({sizes_.T, columns});
+    if (x_.dim() == 2) return call_.frame.template empty<Storage>({x_.size(0), columns});
     return call_.frame.template empty<Storage>({x_.size(0), x_.size(1), columns});
   }
   // Initial states, or gradients of the final ones.
@@ -268,17 +303,20 @@ class Network {
   Steps<const Storage> incoming(const Tensor& dy, int64_t d) const {
     const int64_t last = dy.dim() - 1, t = sizes_.batch_first && !unbatched_ ? 1 : 0;
     const Storage* data = data_of<Storage>(dy) + d * sizes_.H * dy.stride(last);
+    if (sizes_.packed()) return {data, 0, dy.stride(0), dy.stride(last), sizes_.first_rows.data()};
     return {data, dy.stride(t), unbatched_ ? 0 : dy.stride(1 - t), dy.stride(last)};
   }
 
   // The state that each step of the chunk starts from, [rows, H].
-  void previous_states(const BackwardScan<Cell>& scan, const Buffer<A>& to) const {
+  void previous_states(const BackwardScan<Cell>& scan, const Chunk& now, const Buffer<A>& to) const {
     for (int64_t i = 0; i < scan.T; ++i) {
-      const int64_t t = scan.step(i);
-      const Steps<const Storage>& from = i == 0 ? scan.h0 : scan.y;
-      const int64_t at = i == 0 ? 0 : scan.step(i - 1);
-      RowView<A> rows{to[sizes_.row(t, 0)], sizes_.b_step() * padded<A>(sizes_.H)};
-      walk_rows(Read<Storage, A>{sizes_.H, from.at(at, 0), from.j_stride, rows}, 0, sizes_.B);
+      const int64_t t = scan.step(i), time = now.time + t, running = sizes_.running(time);
+      // Of a walk back in time, the sequences from `old` on begin at this step.
+      const int64_t old = i == 0 ? 0 : std::min(running, sizes_.running(now.time + scan.step(i - 1)));
+      RowView<A> rows{to[sizes_.row(time) - now.first], sizes_.b_step() * padded<A>(sizes_.H)};
+      if (old > 0)
+        walk_rows(Read<Storage, A>{sizes_.H, scan.y.at(scan.step(i - 1), 0), scan.y.j_stride, rows}, 0, old);
+      walk_rows(Read<Storage, A>{sizes_.H, scan.h0.at(0, 0), scan.h0.j_stride, rows}, old, running);
     }
   }
 
@@ -288,6 +326,8 @@ class Network {
   Call<Storage, A> call_;
   int64_t width_;
   bool unbatched_;
+  std::vector<Chunk> chunks_;
+  int64_t most_rows_ = 0;
   std::vector<Storage> no_h_;
   std::vector<A> no_c_;
   Cell cell_;
@@ -300,12 +340,34 @@ void to_arithmetic(Optional& t) {
     t = torch::stable::to(*t, arithmetic_of(t->scalar_type()));
 }
 
+// Sets T, B and what else is known of packed rows.
+void set_packed(NetworkSizes& sizes, const Tensor& batch_sizes, int64_t rows) {
+  check(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.is_cpu(),
+        "batch_sizes must be int64 [T] on the CPU, got ", dtype_name(batch_sizes.scalar_type()), ' ',
+        shape_of(batch_sizes));
+  const int64_t* given = data_of<int64_t>(batch_sizes);
+  sizes.T = batch_sizes.size(0), sizes.B = 0;
+  sizes.first_rows.push_back(0);
+  for (int64_t t = 0; t < sizes.T; ++t) {
+    const int64_t running = given[t * batch_sizes.stride(0)];
+    check(running > 0 && (t == 0 || running <= sizes.batch_sizes.back()),
+          "batch_sizes must be positive, none larger than the one before");
+    sizes.B = std::max(sizes.B, running);
+    sizes.batch_sizes.push_back(running);
+    sizes.first_rows.push_back(sizes.first_rows.back() + running);
+  }
+  sizes.batch_sizes.push_back(0);
+  check(sizes.first_rows.back() == rows, "x must have a row for each of batch_sizes, ",
+        sizes.first_rows.back(), ", got ", rows);
+}
+
 // f(network) of this cell, with `x` made contiguous and everything checked.
 template <class F>
-auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional& h0, const Optional& c0,
-                  const std::string& cell, int64_t layers, bool bidirectional, bool bias, bool batch_first,
-                  const F& f) {
-  check(x.dim() == 2 || x.dim() == 3, "x must have two or three dimensions, got ", shape_of(x));
+auto with_network(Tensor& x, const Optional& batch_sizes, const std::vector<Tensor>& weights,
+                  const Optional& h0, const Optional& c0, const std::string& cell, int64_t layers,
+                  bool bidirectional, bool bias, bool batch_first, const F& f) {
+  check(x.dim() == 2 || (x.dim() == 3 && !batch_sizes.has_value()),
+        "x must have two or three dimensions, two if packed, got ", shape_of(x));
   const int64_t each = bias ? 4 : 2, directions = bidirectional ? 2 : 1;
   check(layers > 0 && static_cast<int64_t>(weights.size()) == each * layers * directions, "a network needs ",
         each, " weights for each layer and direction");
@@ -321,7 +383,10 @@ auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional&
                      layers,
                      directions,
                      batch_first && !unbatched,
-                     bias};
+                     bias,
+                     {},
+                     {}};
+  if (batch_sizes.has_value()) set_packed(sizes, *batch_sizes, x.size(0));
   return with_dtype("x", x, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
     return with_cell_of_torch(cell, [&](auto tag) {
@@ -340,23 +405,26 @@ auto with_network(Tensor& x, const std::vector<Tensor>& weights, const Optional&
   });
 }
 
-Outputs network_forward(Tensor x, Optional h0, Optional c0, std::vector<Tensor> weights, std::string cell,
-                        int64_t layers, bool bidirectional, bool bias, bool batch_first, bool save) {
+Outputs network_forward(Tensor x, Optional batch_sizes, Optional h0, Optional c0, std::vector<Tensor> weights,
+                        std::string cell, int64_t layers, bool bidirectional, bool bias, bool batch_first,
+                        bool save) {
   to_arithmetic(c0);
-  Outputs found = with_network(x, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
-                               [&](const auto& network) { return network.forward(h0, c0, save); });
+  Outputs found =
+      with_network(x, batch_sizes, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
+                   [&](const auto& network) { return network.forward(h0, c0, save); });
   Tensor& c_n = std::get<2>(found);
   if (c_n.scalar_type() != x.scalar_type()) c_n = torch::stable::to(c_n, x.scalar_type());
   return found;
 }
 
-std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional h0,
-                                     Optional c0, std::vector<Tensor> weights, Tensor kept, std::string cell,
+std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x,
+                                     Optional batch_sizes, Optional h0, Optional c0,
+                                     std::vector<Tensor> weights, Tensor kept, std::string cell,
                                      int64_t layers, bool bidirectional, bool bias, bool batch_first,
                                      bool needs_dx) {
   to_arithmetic(c0), to_arithmetic(dc_n);
   std::vector<Tensor> found = with_network(
-      x, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
+      x, batch_sizes, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
       [&](const auto& network) { return network.backward(dy, dh_n, dc_n, h0, c0, kept, needs_dx); });
   if (found[2].scalar_type() != x.scalar_type()) found[2] = torch::stable::to(found[2], x.scalar_type());
   return found;
@@ -365,17 +433,19 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
 }  // namespace
 }  // namespace fastrnn
 
-// x [T, B, I], [B, T, I] with batch_first or [T, I]; h0 and c0 [layers * D, B, H] or none for zeros; weights
-// of each layer and direction in torch.nn's order. `kept` holds what the backward reads, as bytes. What does
-// not exist is an empty tensor.
+// x [T, B, I], [B, T, I] with batch_first, [T, I], or with batch_sizes [T] packed rows [rows, I]; h0 and c0
+// [layers * D, B, H] or none for zeros; weights of each layer and direction in torch.nn's order. `kept` holds
+// what the backward reads, as bytes. What does not exist is an empty tensor.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def(
-      "network_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int layers, "
+      "network_forward(Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, "
+      "int layers, "
       "bool bidirectional, bool bias, bool batch_first, bool save) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
   m.def(
-      "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor[] weights, Tensor kept, str cell, int layers, bool bidirectional, bool bias, bool batch_first, "
+      "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor? h0, "
+      "Tensor? c0, Tensor[] weights, Tensor kept, str cell, int layers, bool bidirectional, bool bias, bool "
+      "batch_first, "
       "bool needs_dx) -> Tensor[]");
 }
 

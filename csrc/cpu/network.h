@@ -1,6 +1,7 @@
 // A whole network in one call: all layers and directions, the products with the inputs as well as the scans.
 //
-// Rows of all steps are in the order of the input in memory, [T, B] or [B, T], so that nothing is transposed.
+// Rows of all steps are in the order of the input in memory, [T, B], [B, T] or packed, so that nothing is
+// transposed or padded.
 #pragma once
 
 #include <stdexcept>
@@ -19,24 +20,29 @@ namespace fastrnn {
 struct NetworkSizes {
   int64_t T, B, I, H, layers, directions;
   bool batch_first, bias;
+  // Of packed rows: the sequences that run at each step, 0 after the last, and the number of the first row of
+  // each step. Otherwise empty.
+  std::vector<int64_t> batch_sizes, first_rows;
 
-  int64_t rows() const { return T * B; }
+  bool packed() const { return !batch_sizes.empty(); }
+  int64_t rows() const { return packed() ? first_rows[T] : T * B; }
+  int64_t running(int64_t t) const { return packed() ? batch_sizes[t] : B; }
   int64_t t_step() const { return batch_first ? 1 : B; }
   int64_t b_step() const { return batch_first ? T : 1; }
-  int64_t row(int64_t t, int64_t b) const { return t * t_step() + b * b_step(); }
+  // The first row of a step.
+  int64_t row(int64_t t) const { return packed() ? first_rows[t] : t * t_step(); }
   int64_t outputs() const { return directions * H; }
   int64_t inputs(int64_t layer) const { return layer == 0 ? I : outputs(); }
-  // Consecutive steps of the walk that are computed together, products and scan, while their rows are in the
-  // cache; all of them where the rows of a step are not side by side.
-  int64_t steps_of_chunk(int64_t width) const {
+  // The most rows of consecutive steps that are computed together, products and scan, while they are in the
+  // cache.
+  static int64_t rows_of_chunk(int64_t width) {
     constexpr int64_t numbers = 1 << 18, least_rows = 512;
-    if (batch_first || B == 0) return T;
-    return std::min(T, std::max(numbers / std::max<int64_t>(width, 1), least_rows) / B + 1);
+    return std::max(numbers / std::max<int64_t>(width, 1), least_rows);
   }
-  // All steps of rows `stride` apart.
+  // The steps from t on, of rows `stride` apart of which the first is at `data`.
   template <class X>
-  Steps<X> steps(X* data, int64_t stride) const {
-    return {data, t_step() * stride, b_step() * stride, 1};
+  Steps<X> steps(X* data, int64_t stride, int64_t t) const {
+    return {data, t_step() * stride, b_step() * stride, 1, packed() ? first_rows.data() + t : nullptr};
   }
 };
 

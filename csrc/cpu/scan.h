@@ -17,15 +17,23 @@ namespace fastrnn {
 // Bits of the flags, as in fastrnn/cell_table.py.
 constexpr uint8_t pad = 1, reset = 2, start = 4;
 
-// [T, B, columns]; data is null where the tensor does not exist.
+// [T, B, columns], or packed rows [rows, columns]; data is null where the tensor does not exist.
 template <class T>
 struct Steps {
   T* data = nullptr;
   int64_t t_stride = 0, b_stride = 0, j_stride = 0;
+  const int64_t* first_rows = nullptr;  // of packed rows: the number of each step's first one
 
   explicit operator bool() const { return data != nullptr; }
   // The rows of step t, from sequence b on.
-  RowView<T> at(int64_t t, int64_t b) const { return {data + t * t_stride + b * b_stride, b_stride}; }
+  RowView<T> at(int64_t t, int64_t b) const {
+    const int64_t before = first_rows ? (first_rows[t] - first_rows[0]) * b_stride : t * t_stride;
+    return {data + before + b * b_stride, b_stride};
+  }
+  // The steps from t on.
+  Steps from(int64_t t) const {
+    return {at(t, 0).data, t_stride, b_stride, j_stride, first_rows ? first_rows + t : nullptr};
+  }
 };
 
 // [block, columns] of one thread, uninitialised.
@@ -83,15 +91,27 @@ struct Scan {
   int64_t T, B, H, P, C;  // C: the width of the states beyond h
   bool reverse;           // whether the forward walks back in time
   Steps<const uint8_t> flags;
+  // Of packed rows, which have no padding and no flags: the sequences that run at each step, the longest
+  // first, and at the step after the last.
+  const int64_t* batch_sizes = nullptr;
 
   // The time of the forward's i-th step.
   int64_t step(int64_t i) const { return reverse ? T - 1 - i : i; }
 
-  bool flagged(int64_t t, int64_t b, uint8_t bit) const { return flags && (*flags.at(t, b).data & bit); }
+  bool flagged(int64_t t, int64_t b, uint8_t bit) const {
+    // A walk back in time starts each sequence at its last step.
+    if (batch_sizes != nullptr) return bit == start && reverse && b >= batch_sizes[t + 1];
+    return flags && (*flags.at(t, b).data & bit);
+  }
 
   // Of `rows` sequences from b on, those that run at step t and those that have ended.
   void partition(int64_t t, int64_t b, int64_t rows, Runs& running, Runs& ended) const {
     running.clear(), ended.clear();
+    if (batch_sizes != nullptr) {
+      const int64_t longest = std::min(std::max<int64_t>(batch_sizes[t] - b, 0), rows);
+      if (longest > 0) running.emplace_back(0, longest);
+      return;
+    }
     for (int64_t r = 0; r < rows;) {
       int64_t begin = r;
       bool is_padding = flagged(t, b + r, pad);
@@ -103,7 +123,7 @@ struct Scan {
   // f(r) for the rows of `runs` that carry `bit` at step t.
   template <class F>
   void each_flagged(const Runs& runs, int64_t t, int64_t b, uint8_t bit, const F& f) const {
-    if (!flags) return;
+    if (!flags && batch_sizes == nullptr) return;
     for (auto [begin, end] : runs)
       for (int64_t r = begin; r < end; ++r)
         if (flagged(t, b + r, bit)) f(r);
