@@ -153,6 +153,11 @@ def cures(rows: list[dict], names: tuple[str, ...]) -> tuple[list[int], list[tup
     return counted, [(title, *cured(name)) for name, title in titles.items()]
 
 
+def judgement(rate: str) -> str:
+    """Whether a `share` of cures reaches the goal."""
+    return "not measured" if rate == "-" else "met" if float(rate.split()[0]) >= CURE_GOAL else "missed"
+
+
 def patients(base: list[dict], rows: list[dict]) -> list[tuple]:
     """A row per patient."""
     found = []
@@ -218,11 +223,11 @@ PREDICTS = (
 CURES = (
     "*Cured*: no longer failed, from the same start and on the same batches. The second column leaves out the "
     "failures for which there is no prescription. The third has all: one without a prescription counts as not cured, "
-    "and the two controls are tried on it, too. The goal was 0.8, and well above both controls: it is met on the first "
-    "half and just missed on the second. The order of the prescriptions was chosen on the first half (layer norm with "
-    "chrono for gated cells) and on both (a GRU for plain RNNs). Not cured: most of the sunspots, which overfit, "
-    "copying over 30 steps, and one LSTM that copies over one.",
+    "and the two controls are tried on it, too. The goal was 0.8, and well above both controls. The order of the "
+    "prescriptions was chosen on seeds 0 and 1, of the first half (layer norm with chrono for gated cells) and of both "
+    "(a GRU for plain RNNs).",
 )
+CURE_GOAL = 0.8
 
 
 def text(rows: list[dict]) -> str:
@@ -257,12 +262,16 @@ def text(rows: list[dict]) -> str:
         markdown([(*head, "sensitivity, second half", "specificity"), *single_quantities(tuned, others, CHECKS[-1])]),
         "## Does the advice cure?", *CURES,
     ]  # fmt: skip
+    judged = []
     for half, names in halves.items():
         seeds, table = cures(rows, names)
+        judged.append(f"{judgement(table[0][1])} on the {half.lower()}")
         parts += [
             f"{half}: {', '.join(names)}; seeds {', '.join(map(str, seeds))}, of which all treatments are finished.",
             markdown([("treatment", "where there is a prescription", "of all failures"), *table]),
         ]
+    by_task = (f"{task} {cures(rows, (task,))[1][0][1]}" for task in FAILED)
+    parts.append(f"The goal is {' and '.join(judged)}. The first prescription by task: {', '.join(by_task)}.")
     head = ("task", "network", "failed", "verdict after 200 steps", "outlook", "cured by")
     parts += ["## The patients", markdown([head, *patients(base, rows)])]
     return "\n\n".join(parts) + "\n"

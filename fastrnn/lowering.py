@@ -8,6 +8,7 @@ where a branch that is not taken would overflow (a `where` inside keeps its argu
 import math
 from collections.abc import Callable
 
+from . import arcs
 from .building import Builder
 
 Value = int | float  # a float is a constant
@@ -33,6 +34,7 @@ for _name in (
 ):  # fmt: skip
     LOWERINGS[_name] = _same(_name)
 LOWERINGS |= {"sgn": _same("sign"), "logical_and": _same("and"), "logical_or": _same("or"), "logical_not": _same("not")}
+LOWERINGS |= {name: getattr(arcs, name) for name in ("atan", "asin", "acos", "atan2")}
 LOWERINGS |= {"bitwise_and": _same("and"), "bitwise_or": _same("or"), "bitwise_not": _same("not")}
 
 UNCHANGED = ("clone", "alias", "positive", "contiguous", "lift_fresh", "lift")
@@ -136,6 +138,58 @@ def _logit(b: Builder, x, eps=None):
     return b.emit("sub", b.emit("log", x), b.emit("log1p", b.emit("neg", x)))
 
 
+@lowering("deg2rad")
+def _deg2rad(b: Builder, x):
+    return b.emit("mul", x, math.pi / 180)
+
+
+@lowering("rad2deg")
+def _rad2deg(b: Builder, x):
+    return b.emit("mul", x, 180 / math.pi)
+
+
+@lowering("ldexp")
+def _ldexp(b: Builder, x, y):
+    return b.emit("mul", x, b.emit("pow", 2.0, y))
+
+
+@lowering("sinc", "special_sinc")
+def _sinc(b: Builder, x):
+    at_zero = b.emit("eq", x, 0.0)
+    angle = b.emit("mul", b.emit("where", at_zero, 1.0, x), math.pi)
+    return b.emit("where", at_zero, 1.0, b.emit("div", b.emit("sin", angle), angle))
+
+
+@lowering("xlogy", "special_xlogy")
+def _xlogy(b: Builder, x, y):
+    nothing = b.emit("and", b.emit("eq", x, 0.0), b.emit("le", y, 0.0))
+    return b.emit("mul", x, b.emit("log", b.emit("where", nothing, 1.0, y)))
+
+
+@lowering("special_xlog1py")
+def _xlog1py(b: Builder, x, y):
+    nothing = b.emit("and", b.emit("eq", x, 0.0), b.emit("le", y, -1.0))
+    return b.emit("mul", x, b.emit("log1p", b.emit("where", nothing, 0.0, y)))
+
+
+@lowering("heaviside")
+def _heaviside(b: Builder, x, at_zero):
+    return b.emit("where", b.emit("eq", x, 0.0), at_zero, b.emit("where", b.emit("gt", x, 0.0), 1.0, 0.0))
+
+
+@lowering("signbit")
+def _signbit(b: Builder, x):
+    at_zero = b.emit("eq", x, 0.0)  # 1 / x tells -0 from 0
+    of_zero = b.emit("lt", b.emit("div", 1.0, b.emit("where", at_zero, x, 1.0)), 0.0)
+    return b.emit("or", b.emit("lt", x, 0.0), b.emit("and", at_zero, of_zero))
+
+
+@lowering("copysign")
+def _copysign(b: Builder, x, y):
+    size = b.emit("abs", x)
+    return b.emit("where", _signbit(b, y), b.emit("neg", size), size)
+
+
 @lowering("_prelu_kernel")
 def _prelu(b: Builder, x, slope):
     return b.emit("where", b.emit("gt", x, 0.0), x, b.emit("mul", x, slope))
@@ -176,6 +230,16 @@ def _isinf(b: Builder, x):
     return b.emit("eq", b.emit("abs", x), math.inf)
 
 
+@lowering("isposinf")
+def _isposinf(b: Builder, x):
+    return b.emit("eq", x, math.inf)
+
+
+@lowering("isneginf")
+def _isneginf(b: Builder, x):
+    return b.emit("eq", x, -math.inf)
+
+
 @lowering("isfinite")
 def _isfinite(b: Builder, x):
     return b.emit("lt", b.emit("abs", x), math.inf)
@@ -205,6 +269,12 @@ def _hypot(b: Builder, x, y):
 def _logaddexp(b: Builder, x, y):
     apart = b.emit("neg", b.emit("abs", b.emit("sub", x, y)))
     return b.emit("add", b.emit("maximum", x, y), b.emit("log1p", b.emit("exp", apart)))
+
+
+@lowering("logaddexp2")
+def _logaddexp2(b: Builder, x, y):
+    x, y = b.emit("mul", x, math.log(2)), b.emit("mul", y, math.log(2))
+    return b.emit("mul", _logaddexp(b, x, y), 1 / math.log(2))
 
 
 # ----------------------------------------------------------------------------------------------- limits and activations

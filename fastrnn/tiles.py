@@ -34,6 +34,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def across(self, hidden_size: int, heads: int = 1) -> int:
+        """The number of tiles of the hidden units; no tile has units of two heads."""
+        return heads * -(-(hidden_size // heads) // self.block_h)
+
 
 class GemmTile(NamedTuple):
     """The same in mode "gemm", where PyTorch multiplies: `block_b` rows of the batch, all of H."""
@@ -58,9 +62,9 @@ LOCAL = {
     (1, 4): ((16, 16, 4), (32, 32, 4), (64, 64, 4), (128, 128, 8), (192, 64, 8)),
 }
 
-# (gates, bytes per element): rows of (largest H, block_b, block_h, block_k, warps). The first row that H, shared memory
-# and the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a product, 16 rows or
-# 8 columns each; further warps repeat the work of the others (docs/notes/compiler.md).
+# (gates, bytes per element): rows of (largest H, or units of a head, block_b, block_h, block_k, warps). The first row
+# that H, shared memory and the number of multiprocessors allow is taken. Triton gives all warps to the longer side of a
+# product, 16 rows or 8 columns each; further warps repeat the work of the others (docs/notes/compiler.md).
 GROUPED = {
     (4, 2): ((512, 16, 32, 64, 4), (768, 16, 32, 128, 4), (1024, 16, 16, 128, 2), (1024, 32, 16, 64, 2)),
     (4, 4): ((384, 16, 32, 64, 4), (512, 16, 16, 64, 2)),
@@ -126,18 +130,27 @@ def _without_w_hh(hidden_size: int) -> Tile:
 
 
 def _grouped(
-    gates: int, size: int, hidden_size: int, batch_size: int, tensor_cores: bool, shared_memory: int, processors: int
+    gates: int,
+    size: int,
+    hidden_size: int,
+    heads: int,
+    batch_size: int,
+    tensor_cores: bool,
+    shared_memory: int,
+    processors: int,
 ) -> Tile | None:
+    units = hidden_size // heads
     if not tensor_cores:
         return None  # products of several tiles keep W_hh in registers, and spill
     for largest, block_b, block_h, block_k, warps in _rows_for(GROUPED, gates, size):
-        padded = -(-hidden_size // block_k) * block_k
+        tile = Tile("grouped", block_b, block_h, block_k, warps, 1)
+        padded = -(-units // block_k) * block_k
         weights = gates * block_h * padded * size
         operand = 2 * gates * block_b * block_k * size  # of the backward's product, two tiles at a time
-        programs = -(-batch_size // block_b) * -(-hidden_size // block_h)
+        programs = -(-batch_size // block_b) * tile.across(hidden_size, heads)
         # All programs must run at once, and W_hh leaves no room for two on a multiprocessor.
-        if hidden_size <= largest and weights + operand <= shared_memory and programs <= processors:
-            return Tile("grouped", block_b, block_h, block_k, warps, 1)
+        if units <= largest and weights + operand <= shared_memory and programs <= processors:
+            return tile
     return None
 
 
@@ -151,12 +164,10 @@ def _stepwise(gates: int, size: int, batch_size: int, tensor_cores: bool, shared
     return tile if operands * tile.block_k <= shared_memory else None
 
 
-def why_not_mode(cell: str, mode: str | None, heads: int = 1) -> str | None:
+def why_not_mode(cell: str, mode: str | None) -> str | None:
     """Why a mode cannot run a cell, whatever its sizes."""
     if mode in ("grouped", "stepwise") and not spec_of(cell).recurrent:
         return f"mode {mode!r} of the Triton scan is for the product with W_hh, and {spec_of(cell).name} has none"
-    if mode in ("grouped", "stepwise") and heads > 1:
-        return f"mode {mode!r} of the Triton scan has no heads; 'local' takes a head to a program, 'gemm' takes all"
     return None
 
 
@@ -172,7 +183,7 @@ def choose(
     heads: int = 1,
 ) -> Tile | GemmTile:
     """The tile for one layer: local where W_hh, or a head of it, fits one program, else stepwise, or gemm where that
-    fits neither, and for heads. `mode` asks for one of them.
+    fits neither. `mode` asks for one of them.
 
     precision: of float32 products, tf32 or ieee. shared_memory: bytes per program. processors: multiprocessors.
     heads: the number of blocks of W_hh.
@@ -186,7 +197,7 @@ def choose(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton scan has no tile for a {spec.name} of {dtype}; it takes float32 and half types")
     tile = None
-    reason = why_not_mode(cell, mode, heads)
+    reason = why_not_mode(cell, mode)
     if reason:
         raise ValueError(reason)
     if not spec.recurrent:
@@ -194,8 +205,8 @@ def choose(
     if mode in (None, "local"):
         tile = _local(gates, size, hidden_size // heads, tensor_cores, shared_memory)
     if mode == "grouped":
-        tile = _grouped(gates, size, hidden_size, batch_size, tensor_cores, shared_memory, processors)
-    if mode == "stepwise" or (mode is None and tile is None and heads == 1):
+        tile = _grouped(gates, size, hidden_size, heads, batch_size, tensor_cores, shared_memory, processors)
+    if mode == "stepwise" or (mode is None and tile is None):
         tile = _stepwise(gates, size, batch_size, tensor_cores, shared_memory)
     if mode == "gemm" or (mode is None and tile is None):
         tile = _gemm(hidden_size)

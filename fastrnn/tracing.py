@@ -16,7 +16,7 @@ from .building import Builder
 from .lowering import FILLED, LOWERINGS, UNCHANGED
 from .program import Program
 
-OWN_FILES = (Path(__file__).with_name(f"{name}.py") for name in ("tracing", "lowering", "building"))
+OWN_FILES = (Path(__file__).with_name(f"{name}.py") for name in ("tracing", "lowering", "arcs", "building"))
 NOT_USER_CODE = (str(Path(torch.__file__).parent), *map(str, OWN_FILES))
 PROPERTIES = {
     "shape": (Tensor.shape, Tensor.size, Tensor.dim, Tensor.ndim, Tensor.numel, Tensor.__len__, Tensor.ndimension),
@@ -38,6 +38,7 @@ WHY = {
 }
 
 
+STEPS = "a step is a comparison, (v > 0).to(v.dtype), and torch.sin and torch.cos repeat"
 KEYWORDS = ("alpha", "value", "approximate")
 """The keyword arguments that functions of `lowering.py` take."""
 
@@ -133,6 +134,8 @@ class _Recorder(TorchDispatchMode):
         if lowering is None:
             raise Refused(_why_unknown(name))
         unknown = [k for k, v in kwargs.items() if k not in KEYWORDS and v is not None]
+        if "rounding_mode" in unknown:
+            raise Refused(f"{name} with rounding_mode={kwargs['rounding_mode']!r} rounds; {STEPS}")
         if unknown:
             raise Refused(f"{name} with {unknown[0]}={kwargs[unknown[0]]!r} is not among the operations of a cell")
         found = lowering(b, *map(self._operand, args), **{k: self._operand(v) for k, v in kwargs.items()})
@@ -167,7 +170,9 @@ PRODUCTS = ("mm", "matmul", "addmm", "bmm", "linear", "dot", "convolution", "ein
 SHAPES = (
     "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "select", "slice", "cat", "stack", "expand", "transpose",
     "permute", "t", "split", "chunk", "unbind", "repeat", "flip", "roll", "index", "gather", "split_with_sizes",
+    "glu",
 )  # fmt: skip
+ROUNDINGS = ("floor", "ceil", "round", "trunc", "frac", "remainder", "fmod", "floor_divide")
 
 
 def _why_unknown(name: str) -> str:
@@ -177,6 +182,8 @@ def _why_unknown(name: str) -> str:
         return f"{name} is a product; the products of a cell are W_ih x and W_hh h, outside of it"
     if name in SHAPES:
         return f"{name} changes a shape; a cell is pointwise and knows no shapes"
+    if name in ROUNDINGS:
+        return f"{name} rounds, which a program does not know, and its steps have no gradient; {STEPS}"
     if name in ("detach", "detach_"):
         return f"{name} cuts the gradient, which a program does not know"
     if name in ("_local_scalar_dense", "is_nonzero"):

@@ -1,4 +1,5 @@
-"""The barrier among the programs of a group: those that share a tile of the batch, each with its own hidden units.
+"""The barrier among the programs of a group: those that share a tile of the batch (in heads also the head), each with
+its own hidden units.
 
 At the end of a step a program stores its tile of h, or of the gate gradients, in global memory and arrives. At the next
 step it waits until all programs of its group have arrived. Between the two it loads the tensors that do not depend on
@@ -62,6 +63,16 @@ TOGETHER:
     selp.u32 $0, 0, 1, lost;
 }
 """)
+
+
+@triton.jit
+def counter_of(direction, head, GROUPS: tl.constexpr):
+    """The place of this program's counter among those `[D, tiles of B, GROUPS, LINE]`: each head has a group, or all
+    heads are one."""
+    group = (direction * tl.num_programs(0) + tl.program_id(0)) * GROUPS
+    if GROUPS > 1:
+        group += head
+    return group * LINE
 
 
 @triton.jit

@@ -251,9 +251,11 @@ def store_gates(ptr, row, tile, gates, G: tl.constexpr, H: tl.constexpr, GROUPED
 @triton.jit
 def publish_gate_grads(
     dgx, dgh, dcell, partial_norms, i, gate_grads, tile, index,
-    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, H_TILES: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gate gradients of step `i` where `gather_gate_grads` looks for them. `tile` is number `index` of H.
+    """Stores the gate gradients of step `i` where `gather_gate_grads` looks for them. `tile` is number `index` of the
+    H_TILES of H.
 
     Slot `i % 2` still holds step i + 2. Reusing it is safe: every program read it before it published step i + 1, and
     this program has waited for all arrivals of step i + 1.
@@ -269,10 +271,9 @@ def publish_gate_grads(
         if gate_grads.dgh_ptr is not None:
             store_gates(gate_grads.unscaled_h_ptr, slot + tile.origin, tile, dgh, G, H, GROUPED)
         store_planes(gate_grads.unscaled_cell_ptr, slot + tile.origin, tile, dcell, BESIDE, H)
-        TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
         columns = tl.arange(0, WIDTH)
-        of_tile = (columns < S * TILES) & (columns % TILES == index)
-        offsets = slot * (S * TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
+        of_tile = (columns < S * H_TILES) & (columns % H_TILES == index)
+        offsets = slot * (S * H_TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
         mask = tile.row_inside[:, None] & of_tile[None, :]
         tl.store(gate_grads.partial_norms_ptr + offsets, partial_norms, mask=mask)
 
@@ -280,23 +281,23 @@ def publish_gate_grads(
 @triton.jit
 def gather_gate_grads(
     past_weights, alive, i, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr, tile,
-    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, BESIDE: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, H_TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the states before step `i`, at `tile`, from the gate gradients that the group published.
 
-    weights: of a grouped program, its part of W_hh; else the pointer to all of it. NaN unless the programs are `alive`.
+    weights: of a grouped program, its part of W_hh; else the pointer to that of its head. NaN unless the programs are
+    `alive`.
     """
     flags = load_flags(flags_ptr, tile)
     scale = None
     row = tile.row
     dgh_ptr = gate_grads.dgx_ptr if gate_grads.dgh_ptr is None else gate_grads.dgh_ptr
     if clip_norm_ptr is not None:
-        TILES: tl.constexpr = (H + tile.cols.shape[0] - 1) // tile.cols.shape[0]
         slot = i % 2 * gate_grads.slot
         columns = tl.arange(0, WIDTH)
-        offsets = slot * (S * TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
-        mask = tile.row_inside[:, None] & (columns < S * TILES)[None, :]
+        offsets = slot * (S * H_TILES) + columns[None, :] * gate_grads.slot + tile.origin + tile.rows[:, None]
+        mask = tile.row_inside[:, None] & (columns < S * H_TILES)[None, :]
         norms = tl.load(gate_grads.partial_norms_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
         scale, row = clip_scales(norms, clip_norm_ptr), slot + tile.origin
         unscaled = load_planes(gate_grads.unscaled_x_ptr, row, tile, G, H, ".cg")
@@ -308,9 +309,9 @@ def gather_gate_grads(
         store_planes(gate_grads.dcell_ptr, tile.row, tile, scaled(unscaled, scale, BESIDE), BESIDE, H)
         dgh_ptr = gate_grads.unscaled_x_ptr if gate_grads.dgh_ptr is None else gate_grads.unscaled_h_ptr
     if GROUPED:
-        product = grouped_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)
+        product = grouped_product_back(dgh_ptr, row, weights, scale, tile, G, H, HEADS, BLOCK_K, PRECISION)
     else:
-        product = streamed_product_back(dgh_ptr, row, weights, scale, tile, G, H, BLOCK_K, PRECISION)
+        product = streamed_product_back(dgh_ptr, row, weights, scale, tile, G, H, HEADS, BLOCK_K, PRECISION)
     product = unless_stuck(alive, (product,), 1)[0]
     return carried_gradient(product, past_weights, scale, flags, recurrent_mask_ptr, tile, S, H)
 

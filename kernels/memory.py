@@ -36,33 +36,45 @@ class Tile(NamedTuple):
     origin: tl.tensor
     rows: tl.tensor
     row_inside: tl.tensor
-    cols: tl.tensor  # [BLOCK_H] hidden units
+    head: tl.tensor  # the number of their head; 0 without heads
+    units: tl.tensor  # [BLOCK_H] hidden units, counted in the head
+    cols: tl.tensor  # [BLOCK_H] the same, counted in the layer
     col_inside: tl.tensor  # [BLOCK_H] whether the layer, or the head, has that unit
     inside: tl.tensor  # [BLOCK_B, BLOCK_H] whether the tensor has that element
 
 
 @triton.jit
-def hidden_tile(batch_tile, index, BLOCK_H: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr = 1):
-    """The rows of `batch_tile` (a BatchTile or a Tile) by the hidden units of the tile `index`.
-
-    The tiles of a head follow those of the head before it; no tile has units of two heads.
-    """
-    if HEADS == 1:
-        cols = index * BLOCK_H + tl.arange(0, BLOCK_H)
-        col_inside = cols < H
-    else:
-        UNITS: tl.constexpr = H // HEADS
-        TILES: tl.constexpr = (UNITS + BLOCK_H - 1) // BLOCK_H
-        unit = index % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-        cols, col_inside = index // TILES * UNITS + unit, unit < UNITS
+def head_tile(batch_tile, head, index, BLOCK_H: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr):
+    """The rows of `batch_tile` (a BatchTile or a Tile) by the hidden units of tile `index` of a head."""
+    UNITS: tl.constexpr = H // HEADS
+    units = index * BLOCK_H + tl.arange(0, BLOCK_H)
+    cols, col_inside = units, units < UNITS
+    if HEADS > 1:
+        cols = head * UNITS + units
     inside = batch_tile.row_inside[:, None] & col_inside[None, :]
-    return Tile(batch_tile.row, batch_tile.origin, batch_tile.rows, batch_tile.row_inside, cols, col_inside, inside)
+    return Tile(
+        batch_tile.row, batch_tile.origin, batch_tile.rows, batch_tile.row_inside, head, units, cols, col_inside, inside
+    )
+
+
+@triton.jit
+def hidden_tile(batch_tile, index, BLOCK_H: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr = 1):
+    """The same by the units of tile `index` of all heads. The tiles of a head follow those of the head before it; no
+    tile has units of two heads."""
+    head, of_head = 0, index
+    if HEADS > 1:
+        TILES: tl.constexpr = (H // HEADS + BLOCK_H - 1) // BLOCK_H
+        head, of_head = index // TILES, index % TILES
+    return head_tile(batch_tile, head, of_head, BLOCK_H, H, HEADS)
 
 
 @triton.jit
 def masked(tile, mask):
     """The tile without the elements where `mask` is false."""
-    return Tile(tile.row, tile.origin, tile.rows, tile.row_inside, tile.cols, tile.col_inside, tile.inside & mask)
+    return Tile(
+        tile.row, tile.origin, tile.rows, tile.row_inside, tile.head, tile.units, tile.cols, tile.col_inside,
+        tile.inside & mask,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -7,7 +7,7 @@ is loaded with `.cg`, past the L1 cache, which does not see the writes of other 
 import triton
 import triton.language as tl
 
-from .memory import RESET, choose, hidden_tile, load_stored, load_tile, zero_tile
+from .memory import RESET, choose, head_tile, load_stored, load_tile, zero_tile
 
 # Triton's interpreter multiplies the bits of bfloat16 tiles as integers (3.5 to 3.9), so there they become float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -109,42 +109,49 @@ def local_product(start, operands, weights, n, G: tl.constexpr, TILES: tl.conste
 
 
 @triton.jit
-def load_operand(operand_ptr, tile, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k-th tile of the operand that the programs of the group published at `operand_ptr [D, B, H]`."""
-    return load_stored(operand_ptr, tile.origin, hidden_tile(tile, k, BLOCK_K, H), 1, H, ".cg")[0]
+def load_operand(operand_ptr, tile, k, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th tile of the operand that the programs of the group published at `operand_ptr [D, B, H]`; in heads, of
+    the units of the tile's own head."""
+    return load_stored(operand_ptr, tile.origin, head_tile(tile, tile.head, k, BLOCK_K, H, HEADS), 1, H, ".cg")[0]
 
 
 @triton.jit
 def grouped_product(
-    start, operand_ptr, weights, tile, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
-):
+    start, operand_ptr, weights, tile,
+    G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """start + W_hh h for the program's tile of every gate, from weights on the chip.
 
     The operand is streamed, one tile ahead of the products.
     """
-    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    SUMS: tl.constexpr = (H // HEADS + BLOCK_K - 1) // BLOCK_K
     products = start
-    operand = load_operand(operand_ptr, tile, 0, H, BLOCK_K)
+    operand = load_operand(operand_ptr, tile, 0, H, HEADS, BLOCK_K)
     for k in tl.static_range(SUMS):
         now = operand
         if k + 1 < SUMS:
-            operand = load_operand(operand_ptr, tile, k + 1, H, BLOCK_K)
+            operand = load_operand(operand_ptr, tile, k + 1, H, HEADS, BLOCK_K)
         products = add(now, weights_of(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
     return products
 
 
 @triton.jit
 def streamed_product(
-    start, operand_ptr, w_ptr, tile, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
-):
-    """start + W_hh h for the columns of `tile` of every gate; the operand and W_hh are streamed in tiles."""
+    start, operand_ptr, w_ptr, tile,
+    G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """start + W_hh h for the columns of `tile` of every gate; the operand and W_hh are streamed in tiles.
+
+    W_hh: of the tile's head, `[G*UNITS, UNITS]`.
+    """
+    UNITS: tl.constexpr = H // HEADS
     products = start
-    for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        operand = load_operand(operand_ptr, tile, k, H, BLOCK_K)
+    for k in tl.range(0, (UNITS + BLOCK_K - 1) // BLOCK_K):
+        operand = load_operand(operand_ptr, tile, k, H, HEADS, BLOCK_K)
         source = k * BLOCK_K + tl.arange(0, BLOCK_K)
         weights = ()
         for g in tl.static_range(G):
-            weights = weights + (load_weight(w_ptr, g, tile.cols[None, :], source[:, None], H),)
+            weights = weights + (load_weight(w_ptr, g, tile.units[None, :], source[:, None], UNITS),)
         products = add(operand, weights, products, G, PRECISION)
     return products
 
@@ -186,48 +193,52 @@ def local_product_back(operands, weights, tile, n, G: tl.constexpr, TILES: tl.co
 
 
 @triton.jit
-def load_dgh(dgh_ptr, row, tile, k, scale, G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k-th tiles of the gate gradients that the programs of the group published at `dgh_ptr [.., B, G*H]`."""
-    return scaled(load_stored(dgh_ptr, row, hidden_tile(tile, k, BLOCK_K, H), G, H, ".cg"), scale, G)
+def load_dgh(
+    dgh_ptr, row, tile, k, scale, G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The k-th tiles of the gate gradients that the programs of the group published at `dgh_ptr [.., B, G*H]`; in
+    heads, of the units of the tile's own head."""
+    return scaled(load_stored(dgh_ptr, row, head_tile(tile, tile.head, k, BLOCK_K, H, HEADS), G, H, ".cg"), scale, G)
 
 
 @triton.jit
 def grouped_product_back(
     dgh_ptr, row, weights, scale, tile,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dgh W_hh for the program's tile of h, from weights on the chip; dgh is streamed.
 
     It is loaded one tile ahead of the products, unless it has to be scaled: it is in registers then, and two tiles
     spill.
     """
-    SUMS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    SUMS: tl.constexpr = (H // HEADS + BLOCK_K - 1) // BLOCK_K
     products = zero_gates(tile, G)
-    dgh = load_dgh(dgh_ptr, row, tile, 0, scale, G, H, BLOCK_K)
+    dgh = load_dgh(dgh_ptr, row, tile, 0, scale, G, H, HEADS, BLOCK_K)
     for k in tl.static_range(SUMS):
         now = dgh
         if scale is None:
             if k + 1 < SUMS:
-                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, BLOCK_K)
+                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, HEADS, BLOCK_K)
         products = add_back(now, weights_of(weights, 0, k, G, 1, SUMS), products, G, PRECISION)
         if scale is not None:
             if k + 1 < SUMS:
-                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, BLOCK_K)
+                dgh = load_dgh(dgh_ptr, row, tile, k + 1, scale, G, H, HEADS, BLOCK_K)
     return over_gates(products, G)
 
 
 @triton.jit
 def streamed_product_back(
     dgh_ptr, row, w_ptr, scale, tile,
-    G: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgh W_hh for the columns of `tile` of h; dgh and W_hh are streamed in tiles."""
+    """dgh W_hh for the columns of `tile` of h; dgh and W_hh, `streamed_product`'s, are streamed in tiles."""
+    UNITS: tl.constexpr = H // HEADS
     products = zero_gates(tile, G)
-    for k in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K):
-        dgh = load_dgh(dgh_ptr, row, tile, k, scale, G, H, BLOCK_K)
+    for k in tl.range(0, (UNITS + BLOCK_K - 1) // BLOCK_K):
+        dgh = load_dgh(dgh_ptr, row, tile, k, scale, G, H, HEADS, BLOCK_K)
         unit = k * BLOCK_K + tl.arange(0, BLOCK_K)
         weights = ()
         for g in tl.static_range(G):
-            weights = weights + (load_weight(w_ptr, g, unit[:, None], tile.cols[None, :], H),)
+            weights = weights + (load_weight(w_ptr, g, unit[:, None], tile.units[None, :], UNITS),)
         products = add_back(dgh, weights, products, G, PRECISION)
     return over_gates(products, G)

@@ -17,8 +17,9 @@ number of the direction is odd, or even under `reverse`. Programs of different d
 A cell without W_hh (`w_ptr` is None) has no product and exchanges nothing. It runs in mode local, but a program takes
 one tile of the hidden units, as many programs as there are.
 
-With HEADS > 1, W_hh is in blocks (`fastrnn/heads.py`), and a program takes one head in mode local. The heads are
-independent of each other; only their norms are added, as those of tiles are.
+With HEADS > 1, W_hh is in blocks (`fastrnn/heads.py`). In mode local a program takes one head; in the others, a tile
+of one, and the programs of a head are a group of their own. Only clipping by norm joins the heads: then a group has all
+of them, and mode local cannot. Norms of heads are added as those of tiles are.
 
 Shapes: D directions, T steps, B batch, H hidden, G gates, S states, K saved planes, Q parameters and N inputs of the
 cell. The states beyond h are planes of one tensor: `[.., (S-1)*H]`. Row indices are 64 bits wide.
@@ -27,7 +28,7 @@ cell. The states beyond h are planes of one tensor: `[.., (S-1)*H]`. Row indices
 import triton
 import triton.language as tl
 
-from .barrier import LINE, arrive, unless_stuck, wait
+from .barrier import arrive, counter_of, unless_stuck, wait
 from .gradients import (
     GateGradients,
     carried_gradient,
@@ -120,7 +121,7 @@ def forward_kernel(
     h_out_ptr,  # [D, B, H]: the states after step t_end - 1; may be the same memory
     c_out_ptr,  # [D, B, (S-1)*H] float32 or None
     operand_ptr,  # [2, D, B, H]: the operand of W_hh in even and odd steps, which a group exchanges; None if local
-    arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    arrived_ptr,  # [D, tiles of B, groups, LINE] int32, zeros: the barriers; None where a launch takes one step
     timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
     y_ptr,  # [D, T, B, H]
     c_ptr,  # [D, T, B, (S-1)*H] float32 or None
@@ -137,7 +138,7 @@ def forward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
-    HEADS: tl.constexpr,  # more than one only if local
+    HEADS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
@@ -149,6 +150,7 @@ def forward_kernel(
     UNITS: tl.constexpr = H // HEADS
     H_TILES: tl.constexpr = HEADS * ((UNITS + BLOCK_H - 1) // BLOCK_H)
     TILES: tl.constexpr = H_TILES // HEADS if LOCAL and RECURRENT else 1  # of this program
+    PROGRAMS: tl.constexpr = H_TILES // HEADS // TILES  # of a head
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -160,17 +162,20 @@ def forward_kernel(
     start = BatchTile(origin, origin, rows, row_inside)
     first = tl.program_id(1) * TILES  # the program's first tile of the hidden units
     w_ptr = offset(w_ptr, direction * G * H * UNITS)
+    head, of_head = 0, first  # the program's first tile, in its head
     if HEADS > 1:
-        w_ptr = offset(w_ptr, tl.program_id(1) * G * UNITS * UNITS)
+        head, of_head = tl.program_id(1) // PROGRAMS, tl.program_id(1) % PROGRAMS * TILES
+        w_ptr = offset(w_ptr, head * G * UNITS * UNITS)
     b_ptr = offset(b_ptr, direction * G * H)
     parameters_ptr = offset(parameters_ptr, direction * Q * H)
-    arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
+    arrived = offset(arrived_ptr, counter_of(direction, head, HEADS))
+    members = tl.num_programs(1) // HEADS  # of a group
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     zone_ptrs = (zone_h_ptr, zone_c_ptr)
 
     weights = ()
     if MODE != "stepwise" and RECURRENT:
-        weights = load_weights(w_ptr, first if HEADS == 1 else 0, G, TILES, UNITS, BLOCK_H, BLOCK_K, False)
+        weights = load_weights(w_ptr, of_head, G, TILES, UNITS, BLOCK_H, BLOCK_K, False)
     states = ()
     for n in tl.static_range(TILES):
         initial = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
@@ -195,16 +200,16 @@ def forward_kernel(
             if not LOCAL:
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
                 flags_next = load_flags(flags_ptr, following)
-                alive = wait(arrived, (i - t_begin) * tl.num_programs(1), timeout_flag_ptr)
+                alive = wait(arrived, (i - t_begin) * members, timeout_flag_ptr)
                 operand_now = operand_ptr + i % 2 * slot * H
             if not RECURRENT:
                 gh = ()
             elif LOCAL:
                 gh = local_product(bias, operands, weights, n, G, TILES, PRECISION)
             elif MODE == "grouped":
-                gh = grouped_product(bias, operand_now, weights, tile, G, H, BLOCK_K, PRECISION)
+                gh = grouped_product(bias, operand_now, weights, tile, G, H, HEADS, BLOCK_K, PRECISION)
             else:
-                gh = streamed_product(bias, operand_now, w_ptr, tile, G, H, BLOCK_K, PRECISION)
+                gh = streamed_product(bias, operand_now, w_ptr, tile, G, H, HEADS, BLOCK_K, PRECISION)
             if not LOCAL:
                 gh = unless_stuck(alive, gh, G)
             before = ()
@@ -264,7 +269,7 @@ def backward_kernel(
     unscaled_h_ptr,  # [2, D, B, G*H] float32 or None
     unscaled_cell_ptr,  # [2, D, B, (Q+N)*H] float32 or None
     partial_norms_ptr,  # [2, S*H_TILES, D, B] float32 or None
-    arrived_ptr,  # [D, groups, LINE] int32, zeros: the barrier of each group; None where a launch takes one step
+    arrived_ptr,  # [D, tiles of B, groups, LINE] int32, zeros: the barriers; None where a launch takes one step
     timeout_flag_ptr,  # [] int32 or None: set where a wait was too long
     T,
     B,
@@ -279,7 +284,7 @@ def backward_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
-    HEADS: tl.constexpr,  # more than one only if local
+    HEADS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,  # units that a product takes at a time
@@ -289,8 +294,7 @@ def backward_kernel(
 ):
     """`dh_in`, `dc_in`: the gradients of the states after step t_end - 1; unless local, and if t_end < T, only the part
     that did not pass through W_hh. `dh_out`, `dc_out`, which may be the same memory: the same of the states before step
-    t_begin, complete if t_begin is -1 (if local, 0). Clipping by norm needs all of H in one program, or a W_hh without
-    heads."""
+    t_begin, complete if t_begin is -1 (if local, 0). If local, clipping by norm needs all of H in one program."""
     LOCAL: tl.constexpr = MODE == "local"
     GROUPED: tl.constexpr = MODE == "grouped"
     RECURRENT: tl.constexpr = w_ptr is not None
@@ -298,6 +302,7 @@ def backward_kernel(
     UNITS: tl.constexpr = H // HEADS
     H_TILES: tl.constexpr = HEADS * ((UNITS + BLOCK_H - 1) // BLOCK_H)
     TILES: tl.constexpr = H_TILES // HEADS if LOCAL and RECURRENT else 1  # of this program
+    PROGRAMS: tl.constexpr = H_TILES // HEADS // TILES  # of a head
     batch, direction = B.to(tl.int64), tl.program_id(2).to(tl.int64)
     walks_back = direction % 2 != reverse
     next_step = tl.where(walks_back, -batch, batch)  # rows from a step to the one that follows it
@@ -308,9 +313,13 @@ def backward_kernel(
     start = BatchTile(origin, origin, rows, row_inside)
     first = tl.program_id(1) * TILES  # the program's first tile of the hidden units
     w_ptr = offset(w_ptr, direction * G * H * UNITS)
+    head, of_head = 0, first  # the program's first tile, in its head
     if HEADS > 1:
-        w_ptr = offset(w_ptr, tl.program_id(1) * G * UNITS * UNITS)
-    arrived = offset(arrived_ptr, (direction * tl.num_programs(0) + tl.program_id(0)) * LINE)
+        head, of_head = tl.program_id(1) // PROGRAMS, tl.program_id(1) % PROGRAMS * TILES
+        w_ptr = offset(w_ptr, head * G * UNITS * UNITS)
+    GROUPS: tl.constexpr = HEADS if clip_norm_ptr is None else 1  # of a tile of the batch
+    arrived = offset(arrived_ptr, counter_of(direction, head, GROUPS))
+    members = tl.num_programs(1) // GROUPS
     parameters_ptr = offset(parameters_ptr, direction * Q * H)
     dstates_in, doutputs, zone_ptrs = (dh_in_ptr, dc_in_ptr), (dy_ptr, dc_ptr), (zone_h_ptr, zone_c_ptr)
     slot = tl.num_programs(2) * batch
@@ -320,7 +329,7 @@ def backward_kernel(
 
     weights = w_ptr
     if MODE != "stepwise" and RECURRENT:
-        weights = load_weights(w_ptr, first if HEADS == 1 else 0, G, TILES, UNITS, BLOCK_H, BLOCK_K, True)
+        weights = load_weights(w_ptr, of_head, G, TILES, UNITS, BLOCK_H, BLOCK_K, True)
     carries = ()
     for n in tl.static_range(TILES):
         final = hidden_tile(start, first + n, BLOCK_H, H, HEADS)
@@ -348,11 +357,12 @@ def backward_kernel(
                 beside = match_layout(beside, carry[0], i, BESIDE)
             beside = beside + partly_inside(tile, UNITS)
             if not LOCAL:
-                alive = wait(arrived, j * tl.num_programs(1), timeout_flag_ptr)
+                alive = wait(arrived, j * members, timeout_flag_ptr)
                 following = BatchTile(row + next_step, origin, rows, row_inside & (each_row(i, rows) + 1 < T))
                 gathered = gather_gate_grads(
                     carry, alive, i + 1, gate_grads, weights, clip_norm_ptr, flags_ptr, recurrent_mask_ptr,
-                    hidden_tile(following, first, BLOCK_H, H), G, S, BESIDE, H, BLOCK_K, WIDTH, GROUPED, PRECISION,
+                    hidden_tile(following, first, BLOCK_H, H, HEADS),
+                    G, S, BESIDE, H, HEADS, H_TILES, BLOCK_K, WIDTH, GROUPED, PRECISION,
                 )  # fmt: skip
                 carry = where_all(i + 1 < T, gathered, carry, S)
             dstate = ()
@@ -393,10 +403,10 @@ def backward_kernel(
                     product = local_product_back(operands, weights, tile, n, G, TILES, PRECISION)
                 carries = carries + (carried_gradient(product, pasts[n], scale, flags, recurrent_mask_ptr, tile, S, H),)
         else:
-            tile = hidden_tile(now, first, BLOCK_H, H)
+            tile = hidden_tile(now, first, BLOCK_H, H, HEADS)
             publish_gate_grads(
-                gates_x[0], gates_h[0], dcells[0], partial_norms, i, gate_grads, tile, first, G, S, BESIDE, H, WIDTH,
-                GROUPED,
+                gates_x[0], gates_h[0], dcells[0], partial_norms, i, gate_grads, tile, first, G, S, BESIDE, H,
+                H_TILES, WIDTH, GROUPED,
             )  # fmt: skip
             arrive(arrived)
             carries = pasts

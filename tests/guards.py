@@ -24,7 +24,7 @@ _CUDA = (
     *("tests/emulated.py", "tests/cuda_problems.py"),
 )
 _TRITON = (
-    *("kernels", "fastrnn/tiles.py", "fastrnn/lowering.py", "fastrnn/adjoint.py", "fastrnn/building.py"),
+    *("kernels", *(f"fastrnn/{name}.py" for name in ("tiles", "lowering", "arcs", "adjoint", "building"))),
     "tests/scripts.py",
 )
 _TRACED = ("fastrnn/cells.py", "fastrnn/tracing.py", "fastrnn/user_cells.py")  # the cells that fastrnn ships

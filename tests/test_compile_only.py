@@ -337,13 +337,13 @@ GROUPED = [
 ]
 
 
-def check_group(size, extras, cache):
+def check_group(size, extras, cache, heads=1):
     """Grouped kernels. The stepwise ones at the same tile have the same instructions and reductions, so that the bits
     can be equal."""
     *size, arch = size
     cases = []
     for kernel in extras:
-        case = make_case(kernel, "cuda", arch, *size, extras[kernel], mode="grouped")
+        case = make_case(kernel, "cuda", arch, *size, extras[kernel], mode="grouped", heads=heads)
         cases += [case, {**case, "tile": case["tile"]._replace(mode="stepwise")}]
     found = read_compiled(cases, cache)
     for k in (0, 2):
@@ -372,6 +372,28 @@ HEADS = [
 ]
 
 
+# cell, dtype, H, B: heads that no program can hold.
+STEPWISE_HEADS = [("lstm", "bfloat16", 1024, 64), ("gru", "float32", 1000, 128)]
+# The same with the architecture on which the programs of a head can hold it.
+GROUPED_HEADS = [
+    ("lstm", "bfloat16", 1024, 16, 80),
+    ("lstm", "float32", 1000, 32, 90),
+    ("gru", "float16", 2048, 16, 90),
+    (cells.slstm.text, "bfloat16", 1024, 16, 90),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", GROUPED_HEADS, ids=lambda size: "-".join(map(str, (spec_of(size[0]).name, *size[1:]))))
+def test_heads_grouped(size, tmp_path):
+    check_group(size, NORMS, tmp_path, heads=4)
+
+
+@pytest.mark.slow
+def test_every_extra_at_once_in_grouped_heads(tmp_path):
+    check_group(("lstm", "bfloat16", 1024, 16, 90), EVERY_EXTRA, tmp_path, heads=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_heads(arch, tmp_path):
@@ -383,6 +405,9 @@ def test_heads(arch, tmp_path):
             cases.append(
                 make_case(kernel, "cuda", arch, cell, dtype, 8 * units, 16, NORMS[kernel], mode="local", heads=8)
             )
+    for size in STEPWISE_HEADS:
+        cases += [make_case(kernel, "cuda", arch, *size, NORMS[kernel], heads=4) for kernel in NORMS]
+        assert cases[-1]["tile"].mode == "stepwise"
     for case, found in zip(cases, read_compiled(cases, tmp_path), strict=True):
         check(case, found, arch)
 

@@ -145,6 +145,17 @@ def test_both_directions_walk_side_by_side(monkeypatch, request):
     assert launches == [(1, 3, 2)] * 2
 
 
+@pytest.mark.parametrize("extras", [("norms",), ("clip_norm",)], ids=["a group each", "all heads in one group"])
+def test_heads_walk_side_by_side(extras, monkeypatch, request):
+    """Two heads of two tiles each: only clipping by norm makes a head wait for another."""
+    problem = Problem("rnn_tanh", "cpu", sizes=(5, 3, 40), extras=extras)
+    problem.w_hh = problem.w_hh[:, :20].reshape(2, 20, 20).contiguous()
+    want = stepwise(problem, TILE, monkeypatch)
+    launches = request.getfixturevalue("side_by_side")  # launches fork from here on
+    assert same_bits(everything(problem, TILE), want)
+    assert launches == [(1, 4, 1)] * 2
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_a_barrier_too_few_shows(monkeypatch, request):
     """Shows that this file can fail: without waiting, the programs do not agree. New memory holds NaN, since it may

@@ -1,4 +1,5 @@
-"""W_hh in heads in the Triton scan: a program takes a head in mode local, mode gemm multiplies all of them at once."""
+"""W_hh in heads in the Triton scan: a program takes a head in mode local and a tile of a head in modes grouped and
+stepwise; mode gemm multiplies all heads at once."""
 
 import pytest
 import torch
@@ -14,11 +15,24 @@ from fastrnn.backends import reference
 from fastrnn.backends import triton as launcher
 from fastrnn.cell_table import CELLS, spec_of
 from fastrnn.evidence import verification
-from problems import FLOAT32, GEMM, HALF, SMALL, Problem, check, everything, in_one_call, same_bits
+from fastrnn.tiles import Tile
+from problems import (
+    FLOAT32,
+    GEMM,
+    HALF,
+    SMALL,
+    Problem,
+    check,
+    everything,
+    in_one_call,
+    same_bits,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned", "ieee")]
 
 LOCAL = SMALL["local"]
+TILES = {**SMALL, "gemm": GEMM}
+EXCHANGING = ("grouped", "stepwise")  # the modes in which the programs of a head exchange h
 WITHOUT_CLIP_NORM = tuple(name for name in Problem.ALL if name != "clip_norm")
 
 
@@ -52,19 +66,37 @@ def check_against_dense(problem, tile, dtype=torch.float64, tolerance=FLOAT32):
     check(backward, whole.backward(reference, want.y, want.c, want.saved, dtype), tolerance)
 
 
-@pytest.mark.parametrize("mode", ["local", "gemm"])
+EXTRAS = {"local": WITHOUT_CLIP_NORM, "gemm": (*Problem.ALL, "layer_norm", "decay")}
+
+
+@pytest.mark.parametrize("mode", TILES)
 @pytest.mark.parametrize("cell", mostly_slow(CELLS, "lstm", "gru"))
 def test_it_is_the_dense_w_hh_with_zeros(cell, mode, device):
-    extras = WITHOUT_CLIP_NORM if mode == "local" else (*Problem.ALL, "layer_norm", "decay")
+    extras = EXTRAS.get(mode, Problem.ALL)
     problem = in_heads(cell, device, heads=3, units=2, extras=extras, reverse=cell == "gru")
-    check_against_dense(problem, LOCAL if mode == "local" else GEMM)
+    check_against_dense(problem, TILES[mode])
 
 
-@pytest.mark.parametrize("mode", ["local", "gemm"])
+@pytest.mark.parametrize("mode", TILES)
 @pytest.mark.parametrize("text", [TEXTS["leaky"], TEXTS["four"]], ids=["leaky", "four"])
 def test_users_cells(text, mode, device):
-    problem = in_heads(text, device, heads=2, units=3, extras=("flags", "norms", "recurrent_mask"))
-    check_against_dense(problem, LOCAL if mode == "local" else GEMM)
+    clip = ("clip_norm",) if mode in EXCHANGING else ()
+    problem = in_heads(text, device, heads=2, units=3, extras=("flags", "norms", "recurrent_mask", *clip))
+    check_against_dense(problem, TILES[mode])
+
+
+@pytest.mark.parametrize("mode", EXCHANGING)
+def test_several_programs_a_head(mode, device):
+    """Three tiles of units a head, of which the last is partly outside, and products over two."""
+    problem = in_heads("gru", device, heads=2, units=35, extras=("flags", "clip_norm", "norms"))
+    check_against_dense(problem, Tile(mode, 16, 16, 32, 4, 1))
+
+
+def test_three_modes_give_the_same_bits(device):
+    problem = in_heads("gru", device, heads=2, units=17, extras=WITHOUT_CLIP_NORM)
+    local = everything(problem, LOCAL)
+    for mode in EXCHANGING:
+        assert same_bits(everything(problem, SMALL[mode]), local)
 
 
 @pytest.mark.parametrize(("heads", "units"), [(2, 16), (2, 17), (3, 1)], ids=["whole", "two tiles", "one unit"])
@@ -138,7 +170,7 @@ def test_a_module_forced_to_this_backend(name, device):
         check((got,), (want,), FLOAT32)
 
 
-def test_clipping_by_norm_takes_all_heads_at_once(device):
+def test_clipping_by_norm_takes_all_heads_at_once(device, monkeypatch):
     problem = in_heads("lstm", device, heads=2, units=3, extras=("clip_norm",))
     inputs = problem.of(ScanInputs)
     assert launcher.tile_of(inputs, problem.walk()).mode == "gemm"
@@ -146,6 +178,8 @@ def test_clipping_by_norm_takes_all_heads_at_once(device):
     y, c, _, _, saved = problem.forward(launcher, tile=LOCAL)
     with pytest.raises(ValueError, match="needs all of H in one program"):
         problem.backward(launcher, y, c, saved, tile=LOCAL)
+    monkeypatch.setenv("FASTRNN_TRITON_MODE", "stepwise")  # whose programs exchange the norms of all heads
+    assert launcher.tile_of(inputs, problem.walk()).mode == "stepwise"
 
 
 def test_a_raw_op_refuses_what_the_kernels_would_misread(device):
@@ -164,8 +198,9 @@ def test_a_raw_op_refuses_what_the_kernels_would_misread(device):
             launcher.backward(IncomingGradients(y, None, None, None), Kept(y, c, saved), wrong, settings, False, GEMM)
 
 
-@pytest.mark.parametrize("tile", [LOCAL, GEMM], ids=["local", "gemm"])
-def test_an_empty_batch(tile, device):
+@pytest.mark.parametrize("mode", TILES)
+def test_an_empty_batch(mode, device):
+    tile = TILES[mode]
     problem = in_heads("lstm", device, heads=2, units=3, batch=0, extras=("norms",))
     y, c, _, _, saved = problem.forward(launcher, tile=tile)
     assert y.shape == (2, 0, 6)
@@ -178,14 +213,16 @@ def test_an_empty_batch(tile, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", TEXTS["leaky"]], ids=["lstm", "gru", "rnn", "leaky"])
 def test_heads_have_a_tile_or_a_reason(cell, dtype):
-    for units, mode in ((1, "local"), (64, "local"), (512, "gemm")):
+    for units, mode in ((1, "local"), (64, "local"), (512, "stepwise")):
         for precision in ("tf32", "ieee"):
             tile = tiles.choose(cell, dtype, 4 * units, 64, precision, heads=4)
             assert tile.mode == mode
-            assert mode == "gemm" or tile == tiles.choose(cell, dtype, units, 64, precision, "local")
-    for mode in ("grouped", "stepwise"):
-        with pytest.raises(ValueError, match=f"mode '{mode}' of the Triton scan has no heads"):
-            tiles.choose(cell, dtype, 64, 64, mode=mode, heads=4)
+            assert tile == tiles.choose(cell, dtype, units, 64, precision, mode)
+    assert tiles.choose(cell, dtype, 1024, 16, mode="grouped", heads=4).mode == "grouped"
+    # A head of its own would have a tile, but the programs of so many heads are more than there are multiprocessors.
+    assert tiles.choose(cell, dtype, 256, 16, mode="grouped").mode == "grouped"
+    with pytest.raises(ValueError, match=r"mode 'grouped' .* hidden size 8192 in 32 heads"):
+        tiles.choose(cell, dtype, 32 * 256, 64, mode="grouped", heads=32)
     with pytest.raises(ValueError, match="hidden size 2048 in 2 heads"):
         tiles.choose(cell, dtype, 2048, 64, mode="local", heads=2)
 
@@ -196,16 +233,16 @@ def request(*features, heads=2, hidden_size=6):
 
 def test_the_backend_and_its_modes_say_whether_they_can(monkeypatch):
     assert launcher.why_not(request()) is None
-    assert {name: MODES[f"triton:{name}"].reason(request()) for name in ("local", "gemm")} == {
-        "local": None, "gemm": None,
-    }  # fmt: skip
-    assert "has no heads" in MODES["triton:stepwise"].reason(request())
+    half = request()._replace(dtype=torch.bfloat16)
+    assert {name: MODES[f"triton:{name}"].reason(half) for name in tiles.MODES} == dict.fromkeys(tiles.MODES)
+    for mode in EXCHANGING:
+        assert MODES[f"triton:{mode}"].reason(half._replace(features=frozenset({"heads", "clip"}))) is None
     for feature in ("layer_norm", "clip", "decay"):
         assert "mode gemm has" in MODES["triton:local"].reason(request(feature))
         assert MODES["triton:gemm"].reason(request(feature)) is None
     assert "2048 in 2 heads" in MODES["triton:local"].reason(request(hidden_size=2048))
     monkeypatch.setenv("FASTRNN_TRITON_MODE", "stepwise")
-    assert "has no heads" in launcher.why_not(request())
+    assert launcher.why_not(request()) is None
 
 
 @pytest.mark.parametrize("mode", tiles.MODES)

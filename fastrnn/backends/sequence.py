@@ -49,18 +49,18 @@ def raise_after_timeout(x: Tensor):
 
 
 def grid_of(tile: tiles.Tile, h0: Tensor, recurrent: bool, heads: int = 1) -> tuple[int, int, int]:
-    """The programs of a launch: by tiles of the batch, of the hidden units (or by head), and by direction."""
+    """The programs of a launch: by tiles of the batch, tiles of the units (in mode local by head), and direction."""
     *D, B, H = h0.shape
-    H_tiles = heads if tile.mode == "local" and recurrent else -(-H // tile.block_h)
+    H_tiles = heads if tile.mode == "local" and recurrent else tile.across(H, heads)
     return -(-B // tile.block_b), H_tiles, *(D or [1])
 
 
-def step_ranges(tile: tiles.Tile, hidden_size: int, begin: int, end: int) -> list[tuple[int, int]]:
-    """The steps `[t_begin, t_end)` of each launch. In Triton's interpreter a program cannot wait for another."""
+def step_ranges(tile: tiles.Tile, programs: int, begin: int, end: int) -> list[tuple[int, int]]:
+    """The steps `[t_begin, t_end)` of each launch, in groups of so many programs. In Triton's interpreter a program
+    cannot wait for another."""
     if tile.mode == "local":
         return [(begin, end)]
-    alone = hidden_size <= tile.block_h
-    steps = MOST_STEPS if tile.mode == "grouped" and (alone or not interpreted()) else 1
+    steps = MOST_STEPS if tile.mode == "grouped" and (programs == 1 or not interpreted()) else 1
     return [(i, min(i + steps, end)) for i in range(begin, end, steps)]
 
 
@@ -86,7 +86,7 @@ class ScanKernel:
             from ..kernels.barrier import LINE
 
             self.counters = torch.empty(
-                self.grid[2], self.grid[0], LINE.value, dtype=torch.int32, device=inputs.h0.device
+                self.grid[2], self.grid[0], heads, LINE.value, dtype=torch.int32, device=inputs.h0.device
             )
             self.arguments |= dict(
                 arrived_ptr=self.counters, timeout_flag_ptr=timeout_flag(), launch_cooperative_grid=True
@@ -119,7 +119,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile) -> Sca
     """All tensors are contiguous."""
     from ..kernels.scan import forward_kernel
 
-    (*D, T, _, _), (B, H) = inputs.gx.shape, inputs.h0.shape[-2:]
+    (*D, T, _, _), (B, H), heads = inputs.gx.shape, inputs.h0.shape[-2:], number(inputs.w_hh, inputs.h0)
     outputs, operand = empty_outputs(inputs, walk, save), None
     if tile.mode != "local":
         operand = inputs.gx.new_empty(2, *D, B, H)
@@ -131,7 +131,7 @@ def forward(inputs: ScanInputs, walk: Walk, save: bool, tile: tiles.Tile) -> Sca
     states = dict(h_out_ptr=outputs.h_n, c_out_ptr=outputs.c_n)
     first = scan.between(h_in_ptr=inputs.h0, c_in_ptr=inputs.c0, **states)
     others = scan.between(h_in_ptr=outputs.h_n, c_in_ptr=outputs.c_n, **states)
-    for t_begin, t_end in step_ranges(tile, H, 0, T):
+    for t_begin, t_end in step_ranges(tile, tile.across(H // heads), 0, T):
         scan.run(others if t_begin else first, t_begin, t_end)
     return outputs
 
@@ -144,9 +144,10 @@ def backward(
 
     (*D, T, B, H), spec = kept.y.shape, spec_of(walk.cell)
     G, S, heads = len(spec.gates), len(spec.states), number(inputs.w_hh, inputs.h0)
-    H_tiles = heads * -(-(H // heads) // tile.block_h)
+    H_tiles = tile.across(H, heads)
     beside = len(spec.parameters) + len(spec.inputs)
-    if inputs.clip_norm is not None and H_tiles > 1 and (heads > 1 or not spec.recurrent):
+    groups = heads if inputs.clip_norm is None else 1  # under clipping by norm, a group has the programs of all heads
+    if inputs.clip_norm is not None and tile.mode == "local" and H_tiles > 1 and (heads > 1 or not spec.recurrent):
         raise ValueError(
             "in heads or without W_hh, clipping by norm needs all of H in one program: mode gemm of the Triton scan"
         )
@@ -175,7 +176,7 @@ def backward(
         return scan.between(dh_in_ptr=after[0], dc_in_ptr=after[1], dh_out_ptr=before[0], dc_out_ptr=before[1])
 
     begin, inner = 0 if tile.mode == "local" else -1, launch_between(carried, carried)
-    for t_begin, t_end in reversed(step_ranges(tile, H, begin, T)):
+    for t_begin, t_end in reversed(step_ranges(tile, H_tiles // groups, begin, T)):
         launch = inner
         if t_end == T or t_begin == begin:
             launch = launch_between(last if t_end == T else carried, first if t_begin == begin else carried)

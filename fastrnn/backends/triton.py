@@ -37,7 +37,7 @@ def why_not(request) -> str | None:
         )
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32, which is too coarse for {request.dtype}"
-    return tiles.why_not_mode(request.cell, _asked_mode(), request.heads)
+    return tiles.why_not_mode(request.cell, _asked_mode())
 
 
 def _processors(x: Tensor) -> int:
@@ -92,12 +92,13 @@ def _refuse(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.GemmTile):
 
 def tile_of(inputs: ScanInputs, walk: Walk, mode: str | None = None) -> tiles.Tile | tiles.GemmTile:
     """The tile of a call, in this mode, or in the one that suits it."""
-    # Clipping by norm reduces over H, too: the other modes have the norms from the programs that exchange gradients, of
-    # a W_hh without heads.
+    # Clipping by norm reduces over H, too: modes grouped and stepwise have the norms from the programs that exchange
+    # gradients. In mode local the programs of heads, and those of a cell without W_hh, exchange nothing.
     heads = number(inputs.w_hh, inputs.h0)
     alone = heads > 1 or not spec_of(walk.cell).recurrent
+    clips_alone = alone and inputs.clip_norm is not None and _asked_mode() not in ("grouped", "stepwise")
     hidden_size = (inputs.h0 if inputs.w_hr is None else inputs.w_hr).shape[-1]
-    if mode is None and (only_gemm(inputs) or (alone and inputs.clip_norm is not None)):
+    if mode is None and (only_gemm(inputs) or clips_alone):
         mode = "gemm"
     return choose_tile(walk.cell, inputs.h0, hidden_size, inputs.h0.shape[-2], mode, heads)
 
@@ -109,7 +110,7 @@ def takes_directions(inputs: ScanInputs, walk: Walk, tile: tiles.Tile | tiles.Ge
     if tile.mode != "grouped":
         return tile.mode != "gemm"
     # The programs of a grouped launch must all run at once.
-    return prod(sequence.grid_of(tile, inputs.h0, True)) <= _processors(inputs.h0)
+    return prod(sequence.grid_of(tile, inputs.h0, True, number(inputs.w_hh, inputs.h0))) <= _processors(inputs.h0)
 
 
 def _device(x: Tensor):

@@ -11,9 +11,9 @@ BATCHES = (8, 40, 100)
 """One B of each row of `tiles.STEPWISE`, for a call whose B is not known while it is traced."""
 
 
-def _only_gemm(request) -> str | None:
-    """The features of a call that only mode gemm has: most need all of H at once in a step."""
-    alone = request.heads > 1 or not spec_of(request.cell).recurrent
+def _only_gemm(request, mode: str | None) -> str | None:
+    """The features of a call that mode gemm has and this one has not: most need all of H at once in a step."""
+    alone = not spec_of(request.cell).recurrent or (request.heads > 1 and mode not in ("grouped", "stepwise"))
     features = ("layer_norm", "projection", "decay", "recurrent_dropout_per_gate")
     found = [name for name in features if name in request.features]
     found += ["clip"] if alone and "clip" in request.features else []
@@ -25,7 +25,7 @@ def tiles_of(request, mode: str | None = None) -> dict[str, int]:
 
     Raises ValueError where the mode cannot take the call.
     """
-    if _only_gemm(request):
+    if _only_gemm(request, mode):
         mode = mode or "gemm"
     device = {}
     if request.device == "cuda" and torch.cuda.is_available():
@@ -56,7 +56,7 @@ class Mode:
         reason = triton.why_not(request)
         if reason is not None:
             return reason
-        found = None if self.mode == "gemm" else _only_gemm(request)
+        found = None if self.mode == "gemm" else _only_gemm(request, self.mode)
         if found:
             return f"it has no {found} for this call; mode gemm has"
         if self.mode == "grouped" and torch.version.hip is not None:
