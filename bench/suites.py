@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cases, contestants, feature_cases, heads, memory, own_cells, packed, rivals, short, streams
+from . import busy, cases, contestants, feature_cases, heads, memory, own_cells, packed, rivals, short, streams
 from .contestants import LOOPS, Contestant
 from .problem import Model, Problem
 
@@ -68,6 +68,7 @@ SUITES = {
     "streams": streams.SUITE,
     "packed": packed.SUITE,
     "memory": memory.SUITE,
+    "busy": busy.SUITE,
     # FlashRNN runs nvcc several times per shape where `warm.py` has not done it: hence the long limit.
     "rivals": Suite(
         rivals.CASES, lambda case: rivals.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",

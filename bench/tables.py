@@ -79,6 +79,18 @@ def memory(records: list[dict]) -> str:
     return markdown(rows) if len(rows) > 1 else ""
 
 
+def busy(records: list[dict]) -> str:
+    """How many times longer a step takes beside busy processes, and that over the fair share."""
+    rows = [["case", "others", "fair share"]]
+    rows[0] += [f"{name}{what}" for name in measured(records, "slowdown") for what in ("", ", over the fair share")]
+    for record in records:
+        row = [title(record), f"{record['others']}, on {record['cores']} cores", f"{record['fair slowdown']:.2f}"]
+        for entry in record["contestants"].values():
+            row += [figure(entry, "slowdown", 2), figure(entry, "over fair share", 2)]
+        rows.append(row)
+    return markdown(rows)
+
+
 def faster_loop(entries: dict) -> dict:
     """The entry of the faster of the loops that were timed."""
     loops = [entry for name, entry in entries.items() if "loop" in name and "seconds" in entry]
@@ -123,6 +135,7 @@ TABLES = {
         "Time of packed batches, lengths from 1 to T, relative to torch.nn's (below 1 is faster; the limit is that of"
         " whole batches)": throughput,
     },
+    "busy": {"Times longer that a training step takes beside processes that keep the cores busy": busy},
     "memory": {"Peak memory of a training step relative to torch.nn's (below 1 is less)": memory},
     "rivals": {
         "Time relative to torch.nn (below 1 is faster), beside other projects' kernels": throughput,
