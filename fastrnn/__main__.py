@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except _BadOption as error:
+    except (_BadOption, OSError) as error:  # OSError: a file that cannot be written, a full disk
         print(f"fastrnn {options.command}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -20,7 +20,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 
 @pytest.fixture(scope="module")
 def forks():
-    found = Forks("import torch; from bench import contestants, measure, report, search, shipped", ROOT, ENVIRONMENT)
+    found = Forks("import torch; from bench import contestants, measure, report, search", ROOT, ENVIRONMENT)
     yield found
     found.close()
 
@@ -346,12 +346,3 @@ else:
     raise AssertionError
 """
     run(code)
-
-
-def test_the_shipped_record_is_made_of_the_committed_measurements(run):
-    code = """
-from bench import shipped
-from fastrnn.evidence import records
-print((records.SHIPPED / "cpu-2-threads.json").read_text() == shipped.record())
-"""
-    assert run(code) == "True\n"

@@ -45,6 +45,7 @@ REASONS = {
     "wrong": "y is wrong: error", "wrong_once": "after some calls, y is wrong: error", "nan": "y is wrong: error inf",
     "wrong_backward": "d x is wrong", "raises": "RuntimeError: out of", "hangs": "killed after 5 s",
     "crashes": "signal SIGSEGV", "exits": "exit code 7", "poison": "after it, aten is wrong",
+    "reuses": "is wrong: error",
     "threads": "it changes the number of threads",
 }  # fmt: skip
 

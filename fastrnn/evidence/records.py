@@ -8,7 +8,6 @@ should be is left out.
 """
 
 import json
-import math
 import os
 import platform
 import stat
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ FORM = 1
 LARGEST = 1 << 22  # bytes of a file that is read
 LONGEST = 300  # characters of a reason
 VERDICTS = ("measured", "verified", "broken")
+RIVALS = ("torch.nn", "reference")  # what a time is compared with
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
     candidate: str  # a backend, or a backend and a mode: "triton:grouped"
     verdict: str  # of VERDICTS
     date: str  # 2026-12-01
-    against: str = ""  # measured: what the time was compared with, "torch.nn" or "reference"
+    against: str = ""  # measured: of RIVALS
     ratio: tuple[float, float, float] | None = None  # measured: its time over the other's: median, 95 % interval
     reason: str = ""  # broken: why
 
@@ -175,7 +176,14 @@ def _is_count(value: Any) -> bool:
 
 def _is_ratio(value: Any) -> bool:
     numbers = isinstance(value, list) and len(value) == 3 and all(type(x) in (float, int) for x in value)
-    return numbers and all(math.isfinite(x) and 0 < x < 1e6 for x in value) and value[1] <= value[0] <= value[2]
+    return numbers and all(0 < x < 1e6 for x in value) and value[1] <= value[0] <= value[2]
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        return False
 
 
 def _key(value: Any) -> Key | None:
@@ -194,7 +202,9 @@ def _entry(value: Any) -> Entry | None:
     texts = [value.get(name, "") for name in ("candidate", "date", "against", "reason")]
     if key is None or verdict not in VERDICTS or not all(_is_text(text) for text in texts):
         return None
-    if not texts[0] or (verdict == "measured") != _is_ratio(ratio):
+    if not texts[0] or not _is_date(texts[1]) or (verdict == "measured") != _is_ratio(ratio):
+        return None
+    if verdict == "measured" and texts[2] not in RIVALS:
         return None
     return Entry(key, texts[0], verdict, texts[1], texts[2], tuple(ratio) if ratio else None, texts[3])
 
@@ -208,9 +218,11 @@ def read(file: Path) -> tuple[Where, list[Entry]] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or found.get("form") != FORM or not isinstance(found.get("entries"), list):
+    if not isinstance(found, dict) or not isinstance(found.get("entries"), list):
         return None
-    machine = found.get("where")
+    form, machine = found.get("form"), found.get("where")
+    if type(form) is not int or form != FORM:
+        return None
     if not isinstance(machine, dict) or set(machine) != set(Where._fields):
         return None
     place_of = Where(**machine)
@@ -280,16 +292,19 @@ def save(place_of: Where, entry: Entry) -> str | None:
 
 
 def forget() -> int:
-    """Removes all records from the cache folder; returns how many files that were."""
-    count = 0
+    """Removes all records from the cache folder, and nothing else that lies there; returns how many files that were.
+
+    Raises OSError where they cannot be removed.
+    """
     try:
         folders = [one for one in (folder() / "records").iterdir() if one.is_dir()]
     except OSError:
         return 0
+    count = 0
     for one in folders:
-        for file in files(one):
+        for file in one.glob(f"*-{'[0-9a-f]' * 8}.json"):  # as `_name` has it
             file.unlink(missing_ok=True)
             count += 1
-        if not any(one.iterdir()):
+        with suppress(OSError):  # something else is in it
             one.rmdir()
     return count

@@ -14,25 +14,25 @@ from ..evidence.records import Entry
 from .search import CELLS, Result, Results, Search, standard_set
 
 
-def _device(text: str) -> str:
-    """A device type that is there: on another one nothing can be measured, and nothing would be to blame for it."""
+def _device(text: str) -> torch.device:
+    """A device that is there: on another one nothing can be measured, and nothing would be to blame for it."""
     try:
-        torch.empty(1, device=text)
-        return torch.device(text).type
+        torch.zeros(1, device=text).item()
+        return torch.device(text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here: {str(error).splitlines()[0]}") from error
 
 
 def _file(text: str) -> Path:
-    """A file that can be written, which is found out before the measurement."""
+    """A file that can be written, which is found out before the measurement. Its folder is made when it is written."""
     path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error}") from error
     return path
 
 
@@ -54,6 +54,9 @@ def add_to(commands, formatter, count, positive) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.device.index is not None and options.device.type != "cpu":
+        torch.get_device_module(options.device.type).set_device(options.device.index)
+    options.device = options.device.type
     if options.forget:
         print(f"{records.forget()} records removed from {records.folder()}")
     elif options.show:

@@ -1,6 +1,7 @@
 """A call that `tune` tries: a job names it, `Call` makes it with random inputs, on fastrnn's module or torch.nn's."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +175,8 @@ class Call:
         shape = (walks, 2, states, job.steps, job.batch)
         return torch.zeros(shape, dtype=self.acc, device=job.device, requires_grad=True)
 
-    def __call__(self, module: torch.nn.Module, gradients: bool) -> Tensors:
+    def __call__(self, module: torch.nn.Module, gradients: bool, between: Callable[[], None] = lambda: None) -> Tensors:
+        """The results by name. `between` runs after the forward, before the backward."""
         job, tap = self.job, None
         keywords = self.keywords
         if "tap" in job.features:
@@ -187,6 +189,7 @@ class Call:
             y = y.data if isinstance(y, PackedSequence) else y
         hidden = hidden if isinstance(hidden, tuple) else (hidden,)
         found = {"y": y, **{f"state {k}": state for k, state in enumerate(hidden)}}
+        between()
         if gradients:
             leaves = {**self.leaves, **dict(module.named_parameters()), **({} if tap is None else {"tap": tap})}
             found |= zip(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .. import checks, evidence, modules, ranking
-from ..backend_table import BACKENDS, MODES
+from ..backend_table import BACKENDS, MODES, Request
 from ..cell_table import spec_of
 from ..evidence import records
 from ..evidence.records import Entry, Key
@@ -71,13 +71,19 @@ class Child:
             self.buffer += found
         line, _, self.buffer = self.buffer.partition(b"\n")
         try:
-            return json.loads(line)
+            found = json.loads(line)
         except ValueError:
             return None
+        return found if isinstance(found, dict) else None
 
-    def ask(self, job: Job, candidate: str, limit: float) -> dict[str, Any]:
-        """The answer of `trial.py`; or what happened to the process, blamed on what it was running."""
-        request = {"job": job._asdict(), "candidate": candidate, "seconds": SECONDS}
+    def ask(self, job: Job, candidate: str, limit: float, until: float) -> dict[str, Any]:
+        """The answer of `trial.py`; or what happened to the process, blamed on what it was running.
+
+        limit: seconds without a sign of life after which the process is killed. until: the time at which it is killed
+        in any case, which is no candidate's fault.
+        """
+        gpu = None if job.device == "cpu" else torch.get_device_module(job.device).current_device()
+        request = {"job": job._asdict(), "candidate": candidate, "seconds": SECONDS, "gpu": gpu}
         blame = candidate
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -85,7 +91,10 @@ class Child:
         except OSError:
             return {"broken": self.end(limit), "blame": blame}
         while True:
-            message = self.receive(limit)
+            message = self.receive(min(limit, until - time.monotonic()))
+            if message is None and time.monotonic() >= until:
+                self.close()
+                return {"cannot": "the time is up"}
             if message is None:
                 return {"broken": self.end(limit), "blame": blame}
             if "running" not in message:
@@ -99,14 +108,15 @@ class Child:
         except subprocess.TimeoutExpired:
             self.close()
             return f"killed after {limit:.0f} s"
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        names = {one.value: one.name for one in signal.Signals}  # the real-time signals have none
+        how = f"signal {names.get(-code, -code)}" if code < 0 else f"exit code {code}"
         said = self.last_words()
         self.close()
         return f"its process ended with {how}: {said}".rstrip(": ")
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # the compilers that it runs, too
             self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             with suppress(OSError):  # what was not yet written
@@ -198,13 +208,56 @@ def standard_set(
     return [ladder for ladder in ladders if ladder is not None]
 
 
-def of_call(module: modules._Recurrent, args: tuple, kwargs: dict[str, Any]) -> list[Ladder]:
+class _Listener:
+    """In the place of a monitor's watch (`monitoring/watch.py`): collects the calls of a module, which run as ever."""
+
+    def __init__(self, module: modules._Recurrent, calls: list[tuple[modules._Recurrent, Request]]):
+        self.module, self.calls = module, calls
+
+    def is_idle(self) -> bool:
+        return False
+
+    def begin(self, call: checks.Call) -> tuple[checks.Call, None]:
+        self.calls.append((self.module, call.request))
+        return call, None
+
+    def end(self, *results: Any) -> None:
+        pass
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Within it the module's buffers and torch's random numbers may change; afterwards they are as before."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def calls_of(module: nn.Module, example: tuple, call: dict[str, Any]) -> list[tuple[modules._Recurrent, Request]]:
+    """The calls of fastrnn's networks that `module(*example, **call)` makes."""
+    calls: list[tuple[modules._Recurrent, Request]] = []
+    networks = [one for one in module.modules() if isinstance(one, modules._Recurrent)]
+    watches = [one._watch for one in networks]
+    try:
+        for one in networks:
+            vars(one)["_watch"] = _Listener(one, calls)
+        with _as_it_was(module), torch.compiler.set_stance("force_eager"):
+            module(*example, **call)
+    finally:
+        for one, watch in zip(networks, watches, strict=True):
+            if watch is None:
+                del vars(one)["_watch"]
+            else:
+                vars(one)["_watch"] = watch
+    return calls
+
+
+def of_call(module: modules._Recurrent, request: Request) -> list[Ladder]:
     """The calls to try for a call of a module, with and without gradients; none for an empty batch."""
-    given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-    request = checks.check(
-        module._cell, given.pop("input"), given.pop("hx", None), module._parameters_by_name(), **given,
-        **module._arguments(),
-    ).request  # fmt: skip
     if not request.batch:
         return []
     filled = None
@@ -255,8 +308,10 @@ class Search:
     def _ask(self, job: Job, candidate: str) -> dict[str, Any]:
         if self.child is None:
             self.child = Child(self.command)
-        found = self.child.ask(job, candidate, LIMITS.get(job.device, LIMIT))
-        if "broken" in found:  # what it left in the process must not reach the next candidate
+        limit = LIMITS.get(job.device, LIMIT)
+        found = self.child.ask(job, candidate, limit, self.deadline + limit)
+        # What a broken one left in the process must not reach the next candidate.
+        if "broken" in found or self.child.process.poll() is not None:
             self.close()
         return found
 
@@ -341,6 +396,8 @@ class Results(list):
     """What `tune` found out; prints as a table."""
 
     def __str__(self) -> str:
+        if not self:
+            return "nothing was measured"
         rows = [("call", "candidate", "what came out")]
         rows += [(in_words(r.entry.key), r.entry.candidate, evidence.Finding(r.entry, None).words) for r in self]
         widths = [max(len(line[k]) for line in rows) for k in range(3)]
@@ -356,7 +413,8 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
     child process first, so that one which crashes or hangs does no harm. `explain` shows the evidence.
 
     Args:
-        module: a `fastrnn.LSTM`, `GRU`, `RNN` or `Recurrent`, or any module that has some inside.
+        module: a `fastrnn.LSTM`, `GRU`, `RNN` or `Recurrent`, or any module that has some inside. It is called once,
+            without gradients; its buffers and torch's random numbers are then as before.
         example, call: the arguments of its call; their values do not matter, but sizes, dtypes and options do.
         minutes: the most time to spend.
 
@@ -364,19 +422,17 @@ def tune(module: nn.Module, *example: Any, minutes: float = 2.0, **call: Any) ->
         The results, a list that prints as a table.
 
     Raises:
-        ValueError: no fastrnn network is called, or only with an empty batch; or `minutes` is not positive.
+        TypeError: `module` is not a module.
+        ValueError: no fastrnn network is called, or only with an empty batch or on meta tensors; or `minutes` is not
+            positive.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"tune takes a module and the arguments of its call, got {module!r}")
     if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 < minutes < math.inf:
         raise ValueError(f"minutes should be a positive number, got {minutes!r}")
-    calls: list[tuple] = []
-    networks = [one for one in module.modules() if isinstance(one, modules._Recurrent)]
-    hooks = [one.register_forward_pre_hook(lambda *seen: calls.append(seen), with_kwargs=True) for one in networks]
-    try:
-        with torch.no_grad():
-            module(*example, **call)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    calls = calls_of(module, example, call)
+    if any(request.device == "meta" for _, request in calls):
+        raise ValueError("tune: nothing can be measured on meta tensors, which hold no numbers")
     ladders = [ladder for seen in calls for ladder in of_call(*seen)]
     if not ladders:
         raise ValueError(

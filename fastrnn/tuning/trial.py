@@ -46,6 +46,7 @@ class Trial:
         self.job, self.say = job, say
         torch.set_num_threads(job.threads)
         self.dtype, self.call, self.module = getattr(torch, job.dtype), Call(job), build(job)
+        self.another = self.call.at(-self.call.x)
         self.plain = job.rival == "aten"
         self.eps = verification.eps_of(self.dtype, job.device)
         self.exact: agreement.Tensors | None = None
@@ -95,8 +96,23 @@ class Trial:
         return None
 
     def wrong(self, module: torch.nn.Module) -> str | None:
-        """What is wrong with a module's results, forward and backward; None where nothing is, or masks are drawn."""
-        return None if self.exact is None else self.disagreement(self.call(module, True))
+        """What is wrong with a module's results, forward and backward; None where nothing is, or masks are drawn.
+
+        Another call runs between forward and backward, and one after it: a candidate that uses the memory of its
+        results again shows.
+        """
+        if self.exact is None:
+            return None
+
+        def another() -> None:
+            self.another(module, gradients)
+
+        for gradients in dict.fromkeys((True, self.job.gradients)):
+            found = self.call(module, gradients, another)
+            another()
+            if (reason := self.disagreement(found)) is not None:
+                return reason
+        return None
 
     def changed(self) -> str | None:
         """What is no longer as it was in the whole process, where every further time and result would follow it."""
@@ -166,6 +182,8 @@ def answer(request: dict[str, Any], trials: dict[Job, Trial], say: Callable[[str
         return {"cannot": reason}
     say.last = None  # type: ignore[attr-defined]
     try:
+        if request["gpu"] is not None:
+            torch.get_device_module(job.device).set_device(request["gpu"])
         if job not in trials:
             trials.clear()
             trials[job] = Trial(job, say)
