@@ -28,20 +28,24 @@ CORES  ?= $(shell nproc)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo quick test guards lint format docs bench gpu wheels clean \
+.PHONY: base packages library demo quick test guards lint format docs bench gpu wheels clean \
     gpu-build gpu-kernels gpu-tune gpu-latency gpu-bench gpu-features gpu-rivals gpu-sanitize gpu-test
 
 VENV_BIN := $(abspath $(VENV))/bin
-RUN      := PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
+# Bytecode is kept even where the caller's environment says not to: the tests start many processes.
+RUN      := PYTHONDONTWRITEBYTECODE= PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
 SOURCES  := $(sort $(shell find csrc -path csrc/torch -prune -o -type f -print 2>/dev/null))
 CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu tests/emulator/*)
 
 # One stamp per value of TORCH, so that asking for another PyTorch installs it.
-BASE    := $(VENV)/.base
-LINTERS := $(VENV)/.linters
-RELEASE := $(VENV)/.release
-SPHINX  := $(VENV)/.sphinx
-READY   := $(VENV)/.ready-$(shell cksum <<<'$(TORCH) $(NUMPY)' | cut -d' ' -f1)
+ASKED    := $(shell cksum <<<'$(TORCH) $(NUMPY)' | cut -d' ' -f1)
+BASE     := $(VENV)/.base
+LINTERS  := $(VENV)/.linters
+RELEASE  := $(VENV)/.release
+PACKAGES := $(VENV)/.packages-$(ASKED)
+SPHINX   := $(VENV)/.sphinx-$(ASKED)
+LIBRARY  := $(VENV)/.library
+READY    := $(VENV)/.ready-$(ASKED)
 
 $(BASE):
 	$(PYTHON) -m venv $(VENV)
@@ -56,11 +60,28 @@ $(RELEASE): $(BASE) pyproject.toml
 	$(RUN) -m pip install --quiet --group release
 	touch $@
 
-$(READY): $(BASE) pyproject.toml setup.py $(SOURCES)
-	rm -f $(VENV)/.ready-*
-	$(RUN) -m pip install --quiet '$(TORCH)' '$(NUMPY)'
-	$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'
+# What fastrnn needs, and fastrnn without its libraries.
+$(PACKAGES): $(BASE) pyproject.toml
+	rm -f $(VENV)/.packages-* $(VENV)/.ready-*
+	FASTRNN_BUILD_CPU=0 FASTRNN_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-build-isolation \
+	    '$(TORCH)' '$(NUMPY)' -e '.[test]'
 	touch $@
+
+# The C++ library in fastrnn/, which needs no torch: .ci/run compiles it while pip installs.
+$(LIBRARY): $(BASE) setup.py $(SOURCES)
+	FASTRNN_BUILD_CUDA=0 $(RUN) setup.py --quiet build_ext --inplace
+	touch $@
+
+# The install keeps that library, and adds that of CUDA where it can be built.
+$(READY): $(PACKAGES) $(LIBRARY)
+	rm -f $(VENV)/.ready-*
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# The steps of .ci/run: what downloads, and what compiles.
+base: $(BASE)
+packages: $(PACKAGES) $(SPHINX)
+library: $(LIBRARY)
 
 demo: $(READY)
 	$(RUN) -m fastrnn train --out demo
@@ -87,11 +108,11 @@ format: $(LINTERS)
 	$(VENV_BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(VENV_BIN)/clang-format -i $(CXX_SOURCES))
 
-$(SPHINX): $(READY)
+$(SPHINX): $(PACKAGES)
 	$(RUN) -m pip install --quiet --group docs
 	touch $@
 
-docs: $(SPHINX)
+docs: $(READY) $(SPHINX)
 	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/build/html
 
 bench: $(READY)

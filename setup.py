@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def libraries() -> list[Extension]:
 
 
 class BuildLibraries(build_ext):
-    """One compiler call per library: torch's own builder would need torch, and refuse nvcc beside a CPU torch."""
+    """Calls the compilers itself: torch's own builder would need torch, and refuse nvcc beside a CPU torch."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"  # no tag of a Python: none imports it
@@ -152,13 +153,33 @@ class BuildLibraries(build_ext):
             print(f"fastrnn: keeping {known}: newer than its sources", file=sys.stderr)
             shutil.copy2(known, out)
             return
+        sources = list(ext.sources)
         if ext.name == CPU:
-            line = [*find_cxx(), *CXX_FLAGS.split(), *flags("CXXFLAGS")]
+            # Among the flags may be a further source (.ci/wheels.sh).
+            sources += [flag for flag in flags("CXXFLAGS") if flag.endswith(".cpp")]
+            given = [flag for flag in flags("CXXFLAGS") if not flag.endswith(".cpp")]
+            line = [*find_cxx(), *CXX_FLAGS.split(), *given]
         else:
             line = [find_nvcc(), *NVCC_FLAGS.split()]
-        line += [TARGET, f"-I{ROOT / 'csrc/torch/include'}", *ext.sources, "-o", str(out)]
+        line += [TARGET, f"-I{ROOT / 'csrc/torch/include'}"]
+        parts = compile_each(line, sources, Path(self.build_temp, "csrc")) if ext.name == CPU else sources
         with tempfile.TemporaryDirectory() as stubs:
-            run([*line, *link_options(ext.name, stubs)])
+            run([*line, *parts, "-o", str(out), *link_options(ext.name, stubs)])
+
+
+def compile_each(line: list[str], sources: list[str], folder: Path) -> list[str]:
+    """The object of each source, compiled side by side on all cores."""
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str) -> str:
+        made = str(folder / Path(source).with_suffix(".o").name)
+        run([*line, "-c", source, "-o", made])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The largest take longest, so they come first; after an error, `map` begins none of those that wait.
+        return list(pool.map(compile_one, sorted(sources, key=os.path.getsize, reverse=True)))
 
 
 def link_options(name: str, stubs: str) -> list[str]:

@@ -190,10 +190,11 @@ def library():
     return str(extension.path("_C"))
 
 
-@pytest.mark.parametrize("backend", [pytest.param(None, marks=needs_cpu_library), "reference"])
-def test_a_saved_program_runs_without_fastrnn(tmp_path, backend):
+# The ONNX file of `Beyond` holds each of its networks on backend `reference`.
+@pytest.mark.parametrize("kind, backend", [pytest.param(Beyond, None, marks=needs_cpu_library), (Whole, "reference")])
+def test_a_saved_program_runs_without_fastrnn(tmp_path, kind, backend):
     """With the C++ library alone, or on backend `reference` with PyTorch alone."""
-    model = Beyond().eval()
+    model = kind().eval()
     with fastrnn.backend(backend or "auto"):
         program = torch.export.export(model, inputs(model, T, B), dynamic_shapes=dynamic(model))
     ops = {str(node.target) for node in program.graph.nodes if "scan" in str(node.target)}
