@@ -92,34 +92,20 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
         return None
     if not takes(cell, dtype, rows, module.input_size, hidden_size, len(shapes) // module.num_layers):
         return None
-    weights, stored, differentiated = [], module._parameters, x.requires_grad
-    for layer in shapes:
-        for name, shape in layer:
-            weight = stored.get(name)  # a weight that is computed at every call is no parameter
-            if type(weight) is not Parameter or weight.shape != shape or weight.dtype != dtype or not weight.is_cpu:
-                return None
-            differentiated = differentiated or weight.requires_grad
-            weights.append(weight)
-    h0 = c0 = None
-    if hx is not None:
-        states = hx if pair else (hx,)
-        if type(states) not in (tuple, list) or len(states) != 1 + pair:
-            return None
-        shape = (len(shapes), batch, hidden_size) if batched else (len(shapes), hidden_size)
-        for state in states:
-            if type(state) is not Tensor or state.shape != shape or state.dtype != dtype or not state.is_cpu:
-                return None
-            differentiated = differentiated or state.requires_grad
-        h0, c0 = states if pair else (hx, None)
-    differentiated = differentiated and torch.is_grad_enabled()
+    weights = _weights_of(module, shapes, dtype)
+    states = _states_of(hx, pair, (len(shapes), batch, hidden_size) if batched else (len(shapes), hidden_size), dtype)
+    if weights is None or states is None:
+        return None
+    differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *weights, *states)])
     if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full) != "cpu":
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
     shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, False)
     if turned:
         x = x.transpose(0, 1).contiguous()
-    if order is not None and h0 is not None:
-        h0, c0 = h0.index_select(1, order), None if c0 is None else c0.index_select(1, order)
+    if order is not None:
+        states = [state.index_select(1, order) for state in states]
+    h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
     y, h_n, c_n = run(shape, x, batch_sizes, h0, c0, weights, differentiated)
     if turned:
         y.transpose_(0, 1)
@@ -128,6 +114,31 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     if back is not None:
         h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back) if pair else c_n
     return y, (h_n, c_n) if pair else h_n
+
+
+def _weights_of(module: nn.Module, shapes, dtype: torch.dtype) -> list[Parameter] | None:
+    """A network's parameters; None where one is not as a plain call needs it."""
+    weights, stored = [], module._parameters
+    for layer in shapes:
+        for name, shape in layer:
+            weight = stored.get(name)  # a weight that is computed at every call is no parameter
+            if type(weight) is not Parameter or weight.shape != shape or weight.dtype != dtype or not weight.is_cpu:
+                return None
+            weights.append(weight)
+    return weights
+
+
+def _states_of(hx, pair: bool, shape: tuple[int, ...], dtype: torch.dtype):
+    """The initial states, none for zeros; None where they are not as a plain call needs them."""
+    if hx is None:
+        return ()
+    states = hx if pair else (hx,)
+    if type(states) not in (tuple, list) or len(states) != 1 + pair:
+        return None
+    for state in states:
+        if type(state) is not Tensor or state.shape != shape or state.dtype != dtype or not state.is_cpu:
+            return None
+    return states
 
 
 def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None]):
