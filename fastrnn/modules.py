@@ -262,12 +262,15 @@ class _Recurrent(ForSubclasses, nn.Module):
             checks.check_defaults(self, defaults)
         watch = self._watch
         if (
-            lengths is None and reset_mask is None and decay is None and tap is None
+            reset_mask is None and decay is None and tap is None
             and not return_cells and not return_layers and (watch is None or watch.is_idle())
             and not tracing() and _extras(self) == _NO_EXTRAS
         ):  # fmt: skip
-            result = network.directly(self, input, hx, dispatch.chosen_for_plain)
-            if result is None and self.backend is None:
+            if lengths is None:
+                result = network.directly(self, input, hx, dispatch.chosen_for_plain)
+            else:
+                result = network.with_lengths(self, input, hx, lengths, dispatch.chosen_for_plain)
+            if result is None and lengths is None and self.backend is None:
                 result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
             if result is not None:
                 if watch is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, invert_permutation
 
 from .aten import KNOWN_CELLS
 from .backends import cpu
@@ -114,6 +114,39 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     if back is not None:
         h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back) if pair else c_n
     return y, (h_n, c_n) if pair else h_n
+
+
+def with_lengths(module: nn.Module, input, hx, lengths, chosen: Callable[..., str | None]):
+    """`directly` for a padded batch with `lengths`: it packs the rows of the input and pads those of the output.
+
+    None for other calls: also where a sequence is empty, or where `lengths` are not to be believed.
+    """
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 3 or _seen_by_others():
+        return None
+    if type(lengths) is not Tensor or not lengths.is_cpu or lengths.dtype not in (torch.int64, torch.int32):
+        return None
+    batch, steps = input.shape[:2] if module.batch_first else (input.shape[1], input.shape[0])
+    if lengths.shape != (batch,) or not batch or module._cell not in KNOWN_CELLS:
+        return None
+    gradients, hidden_size = torch.is_grad_enabled(), module.hidden_size
+    if chosen(module.backend, module._cell, gradients, input.dtype, hidden_size, steps, batch, None, True) != "cpu":
+        return None
+    ordered, order = lengths.long().sort(descending=True, stable=True)
+    longest, shortest = int(ordered[0]), int(ordered[-1])
+    if shortest < 1 or longest > steps:
+        return None
+    step = torch.arange(longest).unsqueeze(1)
+    runs = step < ordered  # [T, B]
+    places = (order * steps + step if module.batch_first else step * batch + order)[runs]
+    rows = input.reshape(batch * steps, -1).index_select(0, places)
+    packed = PackedSequence(rows, runs.sum(1), order, invert_permutation(order))
+    result = directly(module, packed, hx, lambda *call: "cpu")
+    if result is None:
+        return None
+    y, state = result
+    padded = y.data.new_zeros(batch * steps, y.data.shape[1]).index_copy_(0, places, y.data)
+    # No view, as nowhere else.
+    return torch.ops.aten._unsafe_view(padded, (*input.shape[:2], -1)), state
 
 
 def _weights_of(module: nn.Module, shapes, dtype: torch.dtype) -> list[Parameter] | None:

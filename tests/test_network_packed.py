@@ -3,7 +3,7 @@
 import pytest
 import torch
 from setups import needs_cpu_library
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
@@ -121,3 +121,49 @@ def test_the_operation_refuses_what_is_not_packed():
             torch.ops.fastrnn_c.network_forward(x, sizes, None, None, weights, *shape, True)
     with pytest.raises(RuntimeError, match="two if packed"):
         torch.ops.fastrnn_c.network_forward(x[None], torch.tensor([5]), None, None, weights, *shape, True)
+
+
+def with_lengths_by_torch(module, x, lengths):
+    time = 1 if module.batch_first else 0
+    packed = pack_padded_sequence(x, lengths, batch_first=module.batch_first, enforce_sorted=False)
+    y, hidden = module(packed)
+    padded, _ = pad_packed_sequence(y, batch_first=module.batch_first, total_length=x.shape[time])
+    return [padded, *tree_leaves(hidden)]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_plain_call_with_lengths_goes_by_packed_rows(kind, options, layout, dtype):
+    theirs, ours = twins(kind, **options, **layout)
+    lengths = torch.tensor([2, 5, 1, 5, 3], dtype=dtype)
+    x = torch.randn((5, 7, 3) if ours.batch_first else (7, 5, 3), dtype=torch.float64)
+    step = torch.arange(7)
+    after = step >= lengths.unsqueeze(1) if ours.batch_first else step.unsqueeze(1) >= lengths
+    padding = torch.where(after.unsqueeze(-1), torch.nan, x).requires_grad_()
+    x.requires_grad_()
+    found = []
+    for outputs, module, inputs in (
+        (tree_leaves(ours(padding, lengths=lengths)), ours, padding),
+        (with_lengths_by_torch(theirs, x, lengths), theirs, x),
+    ):
+        assert not outputs[0]._is_view()
+        generator = torch.Generator().manual_seed(3)
+        factors = [torch.randn(out.shape, dtype=torch.float64, generator=generator) for out in outputs]
+        loss = sum((out * factor).sum() for out, factor in zip(outputs, factors, strict=True))
+        found.append([*outputs, *torch.autograd.grad(loss, [inputs, *module.parameters()])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[2, 0], [2, 5], [-1, 2], [2]], ids=str)
+def test_other_lengths_are_left_to_the_general_path(monkeypatch, lengths):
+    monkeypatch.undo()
+    ours = fastrnn.GRU(3, 5, backend="cpu")
+    x, lengths = torch.randn(4, 2, 3), torch.tensor(lengths)
+    if lengths.tolist() == [2, 0]:
+        y, h_n = ours(x, lengths=lengths)
+        assert not y[:, 1].any() and not h_n[:, 1].any()
+    else:
+        with pytest.raises(ValueError, match="lengths should"):
+            ours(x, lengths=lengths)
