@@ -60,8 +60,10 @@ def test_every_option_trains(tmp_path, options):
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_result(tmp_path, capsys):
+def test_one_seed_gives_one_result(tmp_path, capsys, monkeypatch):
     results = []
+    for picture in ("learning_curves", "gradient_norms"):
+        monkeypatch.setattr(f"fastrnn.monitoring.plots.{picture}", lambda *arguments: None)
     for _ in range(2):
         main([*TINY, "--seed", "3", "--out", str(tmp_path)])
         results.append(capsys.readouterr().out.split("after training")[1].rsplit(" in ", 1)[0])
@@ -246,7 +248,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     """SIGINT once the first epoch is done, which the progress bar tells. Before, it may meet an import: Python ends a
     process by the signal, whatever was made of it, if it came while a string was executed, as in a dataclass."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastrnn.__file__).parents[1])}
-    command = [sys.executable, "-m", "fastrnn", "train", "--epochs", "1000", "--hidden", "8", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fastrnn", *TINY, "--epochs", "100000", "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         seen, until = b"", time.monotonic() + 120  # far beyond the import of torch on a busy machine
         while b"epoch" not in seen and time.monotonic() < until:
