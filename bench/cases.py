@@ -50,6 +50,7 @@ class Case:
     without: dict[str, str] = field(default_factory=dict, hash=False)
     bounds: tuple[Bound, ...] = ()
     suite: str = "throughput"  # a key of suites.SUITES
+    num_heads: int = 1  # of the contestant with the fewest products
 
     differentiated = ("y", "h_n", "c_n")  # the outputs that have a gradient where results are compared
 

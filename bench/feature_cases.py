@@ -58,7 +58,7 @@ class FeatureCase:
     dtype: torch.dtype = torch.float32
     tf32: bool = False
 
-    suite, mode, num_layers, bidirectional, bounds = "features", "train", 1, False, ()
+    suite, mode, num_layers, bidirectional, num_heads, bounds = "features", "train", 1, False, 1, ()
     without = MappingProxyType({})
     differentiated = ("y", "c")
 

@@ -46,4 +46,7 @@ CONTESTANTS = (
     Contestant(DENSE, _lstm(_with_zeros, "cpu"), yardstick=True),
     Contestant("heads", _lstm(_in_heads, "cpu")),
 )
-CASES = [Case("lstm", 32, 100, 64, 512, suite="heads", bounds=(Bound("heads", 0.4),)) for _ in range(DEVICE == "cpu")]
+CASES = [
+    Case("lstm", 32, 100, 64, 512, suite="heads", num_heads=HEADS, bounds=(Bound("heads", 0.4),))
+    for _ in range(DEVICE == "cpu")
+]

@@ -165,7 +165,8 @@ def cpu_floor(case, rate: float) -> dict:
     """The time of a case's products at this rate, in seconds; a backward has twice as many as the forward."""
     directions = 2 if case.bidirectional else 1
     widths = [case.I, *(directions * case.H for _ in range(case.num_layers - 1))]
-    forward = sum(2 * case.B * case.T * _gates(case.cell) * case.H * (width + case.H) * directions for width in widths)
+    steps, rows, recurrent = case.B * case.T * directions, _gates(case.cell) * case.H, case.H // case.num_heads
+    forward = sum(2 * steps * rows * (width + recurrent) for width in widths)
     work = forward * (3 if case.mode == "train" else 1)
     return {
         "seconds": work / rate,

@@ -29,7 +29,7 @@ from . import dispatch, distributed, init
 from .cell_table import NONLINEARITIES
 from .cells import WITHOUT_INPUTS
 from .monitoring import GradientMonitor, Report, flow, plots
-from .monitoring.doctor import doctor, load
+from .monitoring.doctor import doctor, errors_placed, load
 from .tasks import Digits, sequential_digits
 from .tuning import command as tune_command
 
@@ -400,11 +400,12 @@ def _doctor(options: argparse.Namespace) -> None:
     try:
         _check_writable(options.out)
         model, batch, loss_fn, held_out = load(options.script)
-        found = doctor(
-            model, batch, loss_fn, steps=options.steps, clip_grad_norm=options.clip_norm, seed=options.seed,
-            held_out=held_out,
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.lr),
-        )  # fmt: skip
+        with errors_placed(options.script):
+            found = doctor(
+                model, batch, loss_fn, steps=options.steps, clip_grad_norm=options.clip_norm, seed=options.seed,
+                held_out=held_out,
+                optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.lr),
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         raise _BadOption(str(error)) from error
     found.plot(options.out)

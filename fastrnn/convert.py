@@ -14,7 +14,7 @@ from .torch_nn import KINDS
 
 OURS = SimpleNamespace(**{kind: getattr(single_step if kind.endswith("Cell") else modules, kind) for kind in KINDS})
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
@@ -166,7 +166,7 @@ def convert(
         if reason is not None:
             warnings.warn(f"{type(module).__name__} {reason} and was left as it is", stacklevel=3)
         elif type(module) in kinds:
-            if any(getattr(module, hooks) for hooks in _HOOKS):
+            if any(getattr(module, hooks) for hooks in HOOKS):
                 warnings.warn(f"{type(module).__name__} has hooks, which its twin does not get", stacklevel=3)
             kind = kinds[type(module)]
             replaced[module] = _rebuilt(module, kind, target)

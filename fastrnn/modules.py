@@ -264,7 +264,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         if (
             reset_mask is None and decay is None and tap is None
             and not return_cells and not return_layers and (watch is None or watch.is_idle())
-            and not tracing() and _extras(self) == _NO_EXTRAS
+            and not tracing() and _extras(self) == _NO_EXTRAS and type(self.dropout) is float
         ):  # fmt: skip
             if lengths is None:
                 result = network.directly(self, input, hx, dispatch.chosen_for_plain)
@@ -300,7 +300,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         Raises:
             ValueError: the network is bidirectional, or x has other dimensions.
             TypeError: an argument that describes a sequence, such as lengths.
-            RuntimeError: of the module's call.
+            RuntimeError: of the module's call; or a forward hook leaves no state.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional network has no steps: it needs the whole sequence")
@@ -319,8 +319,13 @@ class _Recurrent(ForSubclasses, nn.Module):
                 if found is not None:
                     return found
             time = 1 if self.batch_first else 0
-            y, state = self(x.unsqueeze(time), state, **inputs)
-            return y.squeeze(time), state
+            result = self(x.unsqueeze(time), state, **inputs)
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise RuntimeError(
+                    f"step needs the output and the state of the module's call, and got a {type(result).__name__} from "
+                    "its forward hook or its subclass"
+                )
+            return result[0].squeeze(time), result[1]
         finally:
             torch._C._set_grad_enabled(with_gradients)
 

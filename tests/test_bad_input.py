@@ -490,3 +490,12 @@ def test_a_setting_that_equals_an_accepted_one_is_refused_all_the_same():
     module.zoneout = (True, 0.5)
     with pytest.raises(ValueError, match=r"zoneout should be a number in range \[0, 1\]"):
         module(x)
+
+
+@pytest.mark.parametrize("wrong", [True, "0.1", None, 1.5])
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_a_dropout_that_was_set_later_is_refused_on_every_path(wrong, backend):
+    module = fastrnn.GRU(2, 3, num_layers=2, backend=backend)
+    module.dropout = wrong
+    with pytest.raises((ValueError, RuntimeError), match="dropout"):
+        module(torch.zeros(4, 1, 2))

@@ -291,6 +291,8 @@ from bench.cases import Case
 assert limit.cpu_floor(Case("gru", 2, 3, 4, 5, mode="infer"), 1.0)["seconds"] == 2 * 2 * 3 * 15 * 9
 both = Case("lstm", 2, 3, 4, 5, 2, True)
 assert limit.cpu_floor(both, 1.0)["seconds"] == 3 * 2 * 2 * 3 * 20 * (9 + 15) * 2
+heads = Case("gru", 2, 3, 4, 6, mode="infer", num_heads=3)
+assert limit.cpu_floor(heads, 1.0)["seconds"] == 2 * 2 * 3 * 18 * (4 + 2)
 """
     run(code)
 

@@ -175,6 +175,15 @@ def test_hooks_of_the_module_are_called():
     assert torch.equal(module.step(torch.ones(1, 3))[0], want) and len(seen) == 2
 
 
+def test_a_hook_that_leaves_no_state_is_named():
+    module = fastrnn.GRU(3, 5)
+    module.register_forward_hook(lambda module, inputs, outputs: outputs[0])
+    with pytest.raises(
+        RuntimeError, match="step needs the output and the state of the module's call, and got a Tensor"
+    ):
+        module.step(torch.ones(1, 3))
+
+
 def moments_of_another_thread(call) -> list[float]:
     """When another Python thread ran during the call: 0 is its begin, 1 its end."""
     moments, done = [], threading.Event()

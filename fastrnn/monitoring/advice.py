@@ -37,7 +37,7 @@ class Facts:
     horizon: int | None
     growth: float
     clip_rate: float | None
-    start: float  # the norm at the step where the backward starts
+    start: float  # the norm at the first step, walking back, to which a gradient comes
     nonfinite: int | None  # the first step, walking back, whose norm was not finite
     forward: int | None  # the first step whose output was not finite
     finite_weights: bool  # of the weights that this process can read
@@ -269,7 +269,7 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
         horizon=record.horizon,
         growth=record.growth,
         clip_rate=record.clip_rate,
-        start=float(torch.stack([r.total[0 if reverse else -1] for r in states]).norm()),
+        start=_first_norm(torch.stack([r.total if reverse else r.total.flip(0) for r in states]).norm(dim=0)),
         forward=record.forward_nonfinite,
         finite_weights=all(bool(p.isfinite().all()) for p in module.parameters() if not hasattr(p, "full_tensor")),
         nonfinite=next((r.first_nonfinite for r in states if r.first_nonfinite is not None), None),
@@ -278,6 +278,11 @@ def facts_of(module: _Recurrent, states: list[Record]) -> Facts:
         ln_gain=math.nan if ln_hh is None else float(ln_hh.abs().mean()),
         memory=memory,
     )
+
+
+def _first_norm(walk: Tensor) -> float:
+    """Of the norms `[T]` on the way back the first that is not 0: there is one unless no gradient comes at all."""
+    return float(walk[walk > 0][0] if (walk > 0).any() else walk[0])
 
 
 def _readable(parameter: Tensor | None) -> Tensor | None:

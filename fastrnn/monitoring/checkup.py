@@ -55,6 +55,8 @@ class Trial:
 
 
 def _gravity(record: Record) -> tuple[int, float]:
+    if record.verdict == "unknown" and record.longest == 1 and record.forward_nonfinite is None:
+        return len(SEVERITY), 0.0  # it has no step to go, as one direction where the loss is at an end
     reach = 0.0 if record.horizon is None else record.horizon / max(record.longest, 1)
     return SEVERITY.index(record.verdict), reach
 

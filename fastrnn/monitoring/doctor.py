@@ -5,6 +5,7 @@ import importlib.util
 import math
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def doctor(
 
     Every trial starts with the weights of `model` and the same random numbers. The prescriptions are those of the
     report after the steps, or of the one before them where that one has none. `model`, its gradients and its mode, and
-    the random state of torch and Python, are as before when this returns. The tensors of a batch are detached.
+    the random state of torch, Python and NumPy, are as before when this returns. The tensors of a batch are detached.
 
     Args:
         model: with at least one fastrnn LSTM, GRU or RNN; compiled models have to be passed as they were before.
@@ -64,8 +65,18 @@ def doctor(
         A `Checkup`: print it, `plot(path)` it, take `prescriptions` from it.
 
     Raises:
-        ValueError: steps is below 1, or the model has no recurrent module of fastrnn's.
+        TypeError: an argument that should be a module or a function is none.
+        ValueError: steps is below 1, the model has no recurrent module of fastrnn's or cannot be copied, or the loss is
+            no scalar tensor with a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"doctor takes a module, got {model!r}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn should be a function (model, batch) -> loss, got {loss_fn!r}")
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(f"optimizer should be a function of the parameters, as torch.optim.SGD is, got {optimizer!r}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm should be a positive number or None, got {clip_grad_norm!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is a count and at least 1, got {steps!r}")
     make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
@@ -76,7 +87,7 @@ def doctor(
         results = _train(patient.train(), draw, loss_fn, make(patient.parameters()), steps, clip_grad_norm)
         return Trial(name, prescription, *results, _evaluated(patient, loss_fn, held_out))
 
-    with _random_state_kept():
+    with _random_state_kept(), torch.enable_grad():
         checkup = Checkup([trial_of(_copied(model), AS_IT_IS)])
         for prescription in prescribe(checkup.base.after) or prescribe(checkup.base.before):
             _seed(seed)
@@ -97,7 +108,16 @@ def doctor(
 
 @torch.no_grad()
 def _evaluated(model: nn.Module, loss_fn, batch) -> float | None:
-    return None if batch is None else float(loss_fn(model.eval(), batch))
+    return None if batch is None else float(_loss(model.eval(), batch, loss_fn))
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn) -> Tensor:
+    """The loss, which has to be one floating number."""
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        found = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss_fn should return a scalar tensor, got {found}")
+    return loss.reshape(())
 
 
 def constant_loss(model: nn.Module, batches: list, loss_fn) -> float:
@@ -113,7 +133,7 @@ def constant_loss(model: nn.Module, batches: list, loss_fn) -> float:
 
     def mean_loss() -> Tensor:
         model.zero_grad()
-        loss = torch.stack([loss_fn(model, _detached(batch)) for batch in batches]).mean()
+        loss = torch.stack([_loss(model, _detached(batch), loss_fn) for batch in batches]).mean()
         losses.append(loss.item())
         if loss.requires_grad:
             loss.backward()
@@ -143,12 +163,14 @@ def _train(model, draw, loss_fn, optimizer, steps: int, clip: float | None) -> t
         if observed:
             monitor.enable()
         try:
-            loss = loss_fn(model, batch)
+            loss = _loss(model, batch, loss_fn)
+            if not loss.requires_grad:
+                raise ValueError("the loss has no gradient: it depends on no parameter that requires one")
             losses.append(loss.item())
             finite = math.isfinite(losses[-1])
             if not finite and not observed:
                 monitor.enable()  # once more, for the report
-                loss = loss_fn(model, batch)
+                loss = _loss(model, batch, loss_fn)
             loss.backward()
         finally:
             monitor.disable()
@@ -169,24 +191,35 @@ def _detached(batch):
 
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy without gradients; `model` is not touched."""
-    patient = copy.deepcopy(model)
+    try:
+        patient = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"the {type(model).__name__} cannot be copied: {error}") from error
     patient.zero_grad(set_to_none=True)
+    for module in watched(patient).values():
+        if module.backend == "aten":  # which cannot report norms
+            module.backend = None
     return patient
 
 
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 @contextmanager
 def _random_state_kept():
-    state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    state, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
 
 def load(place: str) -> tuple[nn.Module, Any, Callable, Any]:
@@ -197,7 +230,7 @@ def load(place: str) -> tuple[nn.Module, Any, Callable, Any]:
     The script is imported, not run: what is under `if __name__ == "__main__"` is left out.
 
     Raises:
-        ValueError: there is no such file or function, or it returns something else.
+        ValueError: there is no such file or function, it raises an error, or it returns something else.
     """
     path, _, name = place.rpartition(":")
     file = Path(path)
@@ -209,16 +242,43 @@ def load(place: str) -> tuple[nn.Module, Any, Callable, Any]:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))  # as `python SCRIPT.py` does
     sys.modules.setdefault(file.stem, module)
-    spec.loader.exec_module(module)
+    with errors_placed(place):
+        spec.loader.exec_module(module)
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ValueError(f"{path} has no function {name!r}")
-    made = factory()
+    with errors_placed(place):
+        made = factory()
     if (
         not isinstance(made, tuple)
         or len(made) not in (3, 4)
         or not isinstance(made[0], nn.Module)
         or not callable(made[2])
     ):
-        raise ValueError(f"{name}() should return (model, batch, loss_fn[, held_out]), got {type(made).__name__}")
+        found = type(made).__name__
+        if isinstance(made, tuple):
+            found = f"({', '.join(type(part).__name__ for part in made)})"
+        raise ValueError(f"{name}() should return (model, batch, loss_fn[, held_out]), got {found}")
     return made if len(made) == 4 else (*made, None)
+
+
+@contextmanager
+def errors_placed(place: str):
+    """Within it an error in or below the script of `load` becomes a ValueError with its line; an ImportError stays."""
+    file = Path(place.rpartition(":")[0])
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() == file.resolve()
+        ]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        if isinstance(error, ImportError):
+            raise
+        if not lines and isinstance(error, ValueError):
+            raise  # of the doctor's own
+        where = f"{file}, line {lines[-1]}" if lines else place
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import init, modules
+from ..convert import HOOKS
 from ..modules import GRU, LSTM, RNN, _Recurrent
 from .diagnosis import Finding, Report
 
@@ -82,8 +83,12 @@ class Prescription:
             )
         if not self.in_place:
             for name in self._facts:
-                if type(places[name]) not in (LSTM, GRU, RNN):
-                    raise ValueError(f"{self.name}: {name} is a {type(places[name]).__name__}, which is not replaced")
+                kind = type(places[name])
+                if kind not in (LSTM, GRU, RNN):
+                    raise ValueError(
+                        f"{self.name}: {name} is a {kind.__module__}.{kind.__qualname__}, which is not replaced: only "
+                        "fastrnn.LSTM, GRU and RNN themselves are"
+                    )
             model = copy.deepcopy(model)
             places = watched(model)
         act = REMEDIES[self.name].act
@@ -183,7 +188,19 @@ def rebuilt(module: _Recurrent, kind: type[_Recurrent], **changes) -> _Recurrent
     settings |= {"device": module.weight_hh_l0.device, "dtype": module.weight_hh_l0.dtype} | changes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about options that do nothing in one layer: the old module has told
-        return kind(module.input_size, module.hidden_size, **settings).train(module.training)
+        new = kind(module.input_size, module.hidden_size, **settings).train(module.training)
+    for name in HOOKS:
+        setattr(new, name, getattr(module, name))
+    return new
+
+
+def extended(module: _Recurrent, **changes) -> _Recurrent:
+    """`rebuilt` of the same class, with the parameter objects of the old module beside new ones: what is tied to them,
+    or frozen, remains so."""
+    new = rebuilt(module, type(module), **changes)
+    new._parameters.update(module._parameters)
+    new.flatten_parameters()
+    return new
 
 
 # ------------------------------------------------------------------------------------------------------- the actions
@@ -206,9 +223,7 @@ def _gated(module, facts):
 
 
 def _biased(module, facts):
-    new = rebuilt(module, type(module), bias=True)
-    new.load_state_dict(module.state_dict(), strict=False)
-    return init.chrono_(new, max(2, facts.T))
+    return init.chrono_(extended(module, bias=True), max(2, facts.T))
 
 
 def _normed(module, facts):
@@ -216,9 +231,7 @@ def _normed(module, facts):
 
 
 def _layer_norm(module, facts):
-    new = rebuilt(module, type(module), layer_norm=True)
-    new.load_state_dict(module.state_dict(), strict=False)
-    return new
+    return extended(module, layer_norm=True)
 
 
 def _clip(module, facts):
