@@ -16,6 +16,7 @@ from . import aten, ranking, recomputation
 from .backend_table import BACKENDS, FEATURES, MODES, Backend, Request, launcher, row, takes_directions
 from .backends import cpu
 from .cell_table import spec_of
+from .linear import in_forward_mode
 
 __all__ = [
     "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain",
@@ -113,6 +114,8 @@ def _chosen(request: Request, argument: str | None) -> str:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
     names = ranking.order(request)
+    if in_forward_mode():  # which torch's kernels know, and the loop in torch's operations
+        names = [name for name in names if name in ("aten", "reference")]
     for name in names:
         if row(name).reason(request) is None:
             return name
@@ -140,7 +143,7 @@ def choose(request: Request, argument: str | None = None) -> str:
     if name in ("reference", "aten") and request.device != "meta" and forced(argument) is None:
         if name == "aten" and cpu.MISSING is not None and ranking.order(request)[0] == "cpu":
             _warn_of_torch(request)
-        if name == "reference" and request.steps > 1 and request.dtype != torch.float64:
+        if name == "reference" and request.steps > 1 and request.dtype != torch.float64 and not in_forward_mode():
             _warn_of_loop(request)
     return name
 

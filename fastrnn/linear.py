@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(*wide).to(x.dtype)
     *steps, size = x.shape
     # `tracing` comes first: comparing a size would specialise a compiled graph on it.
-    if tracing() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
+    if tracing() or in_forward_mode() or not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     if x.numel() * len(weight) < LEAST_WORK or not (size <= LONGEST_SUM or _is_own(x, weight)):
         return F.linear(x, weight, bias)

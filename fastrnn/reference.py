@@ -124,15 +124,18 @@ class _Steps:
         return self.written if self.kept is None else torch.stack(self.kept).to(self.dtype)
 
 
-def forward(inputs: ScanInputs, walk: Walk, save: bool) -> ScanOutputs:
-    """One layer in one direction. `save`: whether to keep the planes that the backward reads."""
+def forward(inputs: ScanInputs, walk: Walk, save: bool, followed: bool = False) -> ScanOutputs:
+    """One layer in one direction.
+
+    save: whether to keep the planes that the backward reads. followed: whether autograd follows, in forward mode.
+    """
     gx, h0, flags = inputs.gx, inputs.h0, inputs.flags
     T, acc, cell_forward = gx.shape[0], accumulate_dtype(gx.dtype), equations_of(walk.cell).forward
     w_hh, w_hr, b_hh, ln_hh = _to(acc, inputs.w_hh, inputs.w_hr, inputs.b_hh, inputs.ln_hh)
     beside = _beside(walk, inputs, T, acc)
     state, zones = by_state(walk.cell, h0, inputs.c0), by_state(walk.cell, inputs.zone_h, inputs.zone_c)
     factors = by_state(walk.cell, inputs.decay_h, inputs.decay_c)
-    y, c, saved = _Steps(T, gx.dtype), _Steps(T, acc), _Steps(T, gx.dtype)
+    y, c, saved = _Steps(T, gx.dtype, followed), _Steps(T, acc, followed), _Steps(T, gx.dtype, followed)
     pad, reset = _by_step(flags, PAD, T), _by_step(flags, RESET, T)
     per_gate = inputs.recurrent_mask is not None and inputs.recurrent_mask.shape[-1] != h0.shape[-1]
     groups, no_gx = _groups(walk), None if walk.ln_of == "separate" else torch.zeros_like(gx[0])

@@ -42,7 +42,7 @@ from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .equations import LayerNorm, lstm_carried, lstm_cell_state, lstm_output
 from .heads import of_each_head
-from .linear import linear, recorded, tracing, transformed
+from .linear import in_forward_mode, linear, recorded, tracing, transformed
 from .reference import previous_state
 from .vmapping import vmap
 
@@ -67,13 +67,34 @@ def scan(inputs: ScanInputs, walk: Walk, *, tap: Tensor | None = None, keep_c: b
 
 def _run(inputs: ScanInputs, walk: Walk, tap: Tensor | None, keep_c: bool) -> tuple[Tensor, ...]:
     """The function, where a derivative may be taken, or the raw op."""
+    if not torch.compiler.is_compiling() and in_forward_mode():
+        return _run_in_forward_mode(inputs, walk, tap, keep_c)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, tap))
     # Under vmap a tensor does not show that a tensor around it requires grad, and vmap's rule belongs to the function.
-    # The op would drop the tangent of a dual number; the function refuses it.
-    in_eager = not torch.compiler.is_compiling()
-    if differentiated or (in_eager and (transformed() or torch.autograd.forward_ad._current_level >= 0)):
+    if differentiated or (not torch.compiler.is_compiling() and transformed()):
         return _apply(Scan, *inputs, *walk, tap, keep_c)
     return ops.call_forward(*inputs, *walk, keep_c)
+
+
+def _run_in_forward_mode(inputs: ScanInputs, walk: Walk, tap: Tensor | None, keep_c: bool) -> tuple[Tensor, ...]:
+    """torch itself differentiates the loop of the reference, in forward mode and any other, where the gradient is that
+    of the outputs: a tap and clipping are of the function's own backward, which has no such mode."""
+    clips = inputs.clip_norm is not None or walk.clip_value is not None
+    if walk.backend == "reference" and tap is None and not clips:
+
+        def one(inputs, reverse):
+            return reference.forward(inputs, walk._replace(reverse=reverse), True, followed=True)
+
+        both = has_directions(inputs.gx)
+        found = each_direction(one, len(inputs.gx), walk.reverse, inputs) if both else one(inputs, walk.reverse)
+        return as_tensors(found, inputs.gx)
+    try:
+        return _apply(Scan, *inputs, *walk, tap, keep_c)
+    except NotImplementedError:  # an input has a tangent
+        what = "clipping and norms of the gradient have" if walk.backend == "reference" else f"{walk.backend!r} has"
+        raise NotImplementedError(
+            f"{what} no derivative in forward mode; backend 'reference', without them, has"
+        ) from None
 
 
 def _apply(function: type[Function], *flat):
