@@ -107,7 +107,7 @@ BELOW = {
     "monitoring.diagnosis": {"cell_table", "modules", "monitoring.listing"},
     "monitoring.advice": {"cell_table", "modules", "monitoring.diagnosis"},
     "monitoring.history": {"monitoring.diagnosis"},
-    "monitoring.prescription": {"monitoring.advice", "init", "modules", "monitoring.diagnosis"},
+    "monitoring.prescription": {"monitoring.advice", "convert", "init", "modules", "monitoring.diagnosis"},
     "monitoring.checkup": {
         *(f"monitoring.{name}" for name in ("diagnosis", "listing", "plots", "prescription")),
     },
