@@ -97,8 +97,9 @@ def test_whatever_the_numbers_are_there_are_words_for_them():
     """Over a grid of facts: one summary at least, every text can be written, and no rule is never said."""
     nan, inf = math.nan, math.inf
     grid = itertools.product(
-        ("rnn_tanh", "rnn_relu", "lstm", "gru", "cell own"), (True, False), (True, False), (nan, 0.0, 0.5, 1.0, 1.5),
-        (3.0, inf), (None, 0.1, 1.0), ((None, None), (3, None), (3, 2)), (nan, 0.5, 2.0), (nan, 2.0, 500.0), (0, 1, 100),
+        ("rnn_tanh", "rnn_relu", "lstm", "gru", "cell own"), (True, False), (True, False),
+        (nan, 0.0, 0.5, 1.0, 1.5), (3.0, inf),
+        (None, 0.1, 1.0), ((None, None), (3, None), (3, 2)), (nan, 0.5, 2.0), (nan, 2.0, 500.0), (0, 1, 100),
     )  # fmt: skip
     said = set()
     for cell, bias, layer_norm, gain, half_life, clip_rate, (nonfinite, forward), sigma, memory, steps in grid:
