@@ -76,7 +76,8 @@ def check_states(cell: str, x: Tensor, hx, expected, batched: bool) -> tuple[Ten
         states = tuple(hx)
     else:
         name = "an LSTM" if cell == "lstm" else spec_of(cell).name
-        raise RuntimeError(f"hx of {name} should be {tuple_of_states(cell, '0')}, got {type(hx).__name__}")
+        length = f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+        raise RuntimeError(f"hx of {name} should be {tuple_of_states(cell, '0')}, got {type(hx).__name__}{length}")
     for k, (state, shape) in enumerate(zip(states, expected, strict=True)):
         if not isinstance(state, Tensor):
             raise TypeError(f"hx[{k}] should be a tensor, got {type(state).__name__}")

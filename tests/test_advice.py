@@ -63,6 +63,8 @@ CASES = {
     "lstm": (lambda: fastrnn.LSTM(I, H), (), "vanishing", ["layer_norm=True", "chrono_"]),
     "no bias": (lambda: fastrnn.LSTM(I, H, bias=False), (), "vanishing", ["bias=True"]),
     "gru": (lambda: fastrnn.GRU(I, H), (), "vanishing", ["layer_norm=True", "chrono_"]),
+    "user's": (lambda: fastrnn.Recurrent(fastrnn.cells.slstm, I, H), (), "vanishing", ["orthogonal_", "log 100"]),
+    "user's, unconnected": (lambda: fastrnn.Recurrent(fastrnn.cells.min_gru, I, H), (), "vanishing", ["log 100"]),
     "chrono": (lambda: fastrnn.LSTM(I, H), (patient,), "healthy", []),
     "large": (lambda: fastrnn.RNN(I, H), (large,), "exploding", ["clip_state_grad_norm=", "orthogonal_"]),
 }
@@ -95,7 +97,8 @@ def test_whatever_the_numbers_are_there_are_words_for_them():
     """Over a grid of facts: one summary at least, every text can be written, and no rule is never said."""
     nan, inf = math.nan, math.inf
     grid = itertools.product(
-        ("rnn_tanh", "rnn_relu", "lstm", "gru"), (True, False), (True, False), (nan, 0.0, 0.5, 1.0, 1.5), (3.0, inf),
+        ("rnn_tanh", "rnn_relu", "lstm", "gru", "cell own"), (True, False), (True, False),
+        (nan, 0.0, 0.5, 1.0, 1.5), (3.0, inf),
         (None, 0.1, 1.0), ((None, None), (3, None), (3, 2)), (nan, 0.5, 2.0), (nan, 2.0, 500.0), (0, 1, 100),
     )  # fmt: skip
     said = set()

@@ -343,7 +343,7 @@ OWN = [
     ("cell: hx of an LSTM as a triple", call("LSTMCell", x(B, I), (x(B, H),) * 3), RuntimeError, "got 3 states"),
     ("cell: hx of another shape", call("GRUCell", x(B, I), x(B, 2)), RuntimeError, "hx[0] of shape [3, 6], got [3, 2]"),
     ("cell: hx of an unbatched one", call("RNNCell", x(I), x(2)), RuntimeError, "Expected hx[0] of shape [6], got [2]"),
-    ("hx of an LSTM as a triple", call("LSTM", x(), (x(1, B, H),) * 3), RuntimeError, "should be a pair (h0, c0)"),
+    ("hx of an LSTM as a triple", call("LSTM", x(), (x(1, B, H),) * 3), RuntimeError, "(h0, c0), got tuple of 3"),
     ("h0 on another device", call("GRU", x(), x(1, B, H, device="meta")), RuntimeError, "hx[0] is on meta"),
     (
         "h0 of float64, GRU",

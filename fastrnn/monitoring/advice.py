@@ -64,6 +64,7 @@ class Rule(NamedTuple):
 
 
 ANY, GATED, ONE_SIDED = "", ("lstm", "gru"), ("rnn_relu", "rnn_leaky_relu", "rnn_elu")
+USERS = "cell "  # the beginning of the text of a cell that a user wrote
 VANISHING, EXPLODING, HEALTHY, UNKNOWN = "vanishing", "exploding", "healthy", "unknown"
 
 
@@ -164,6 +165,18 @@ RULES = (
         "the biases alone would remember {f.memory:.4g} steps, so input and state close the gates (largest singular "
         "value of W_hh {f.sigma:.2f}): smaller inputs, or layer_norm=True",
         "layer_norm", "sigma",
+    ),
+    # What a user's cell does with its states is not known here, only that it is no built-in one.
+    Rule(
+        VANISHING, USERS, lambda f: f.mean_sigma < KEEPS_LENGTH and not f.layer_norm,
+        "W_hh shortens a vector to {f.mean_sigma:.2f} of its length a step (mean singular value; the largest is "
+        "{f.sigma:.2f}): fastrnn.init.orthogonal_ makes them all 1",
+        "orthogonal", "mean_sigma",
+    ),
+    Rule(
+        VANISHING, USERS, _always,
+        "over {f.T} steps a state lasts by what multiplies it in the cell: start a forget gate near 1 by its bias, "
+        "about log {f.T}, or a leak near 1 / {f.T}",
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.nonfinite is None and f.clip_rate is None,
