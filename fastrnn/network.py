@@ -25,7 +25,7 @@ LARGEST_PRODUCT = 1 << 23
 than the C++ library."""
 
 
-STEP_DTYPES = (torch.float32, torch.float64)
+FULL_DTYPES = (torch.float32, torch.float64)
 
 
 class Shape(NamedTuple):
@@ -119,9 +119,12 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
 def with_lengths(module: nn.Module, input, hx, lengths, chosen: Callable[..., str | None]):
     """`directly` for a padded batch with `lengths`: it packs the rows of the input and pads those of the output.
 
-    None for other calls: also where a sequence is empty, or where `lengths` are not to be believed.
+    None for other calls: also where a sequence is empty, where `lengths` are not to be believed, and in a half type:
+    autocast, which takes the general path, gives the bits of the half module.
     """
-    if type(input) is not Tensor or not input.is_cpu or input.dim() != 3 or _seen_by_others():
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 3 or input.dtype not in FULL_DTYPES:
+        return None
+    if _seen_by_others():
         return None
     if type(lengths) is not Tensor or not lengths.is_cpu or lengths.dtype not in (torch.int64, torch.int32):
         return None
@@ -187,7 +190,7 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None])
         chosen: `dispatch.chosen_for_step`.
     """
     cell, dtype = module._cell, x.dtype
-    if type(x) is not Tensor or not x.is_cpu or dtype not in STEP_DTYPES or cell not in KNOWN_CELLS:
+    if type(x) is not Tensor or not x.is_cpu or dtype not in FULL_DTYPES or cell not in KNOWN_CELLS:
         return None
     if cpu.MISSING is not None or _seen_by_others() or (module.dropout and module.training):
         return None

@@ -164,7 +164,8 @@ def test_what_the_operation_leaves_to_the_general_path(monkeypatch):
     monkeypatch.setattr(network, "run", None)
     with torch.autocast("cpu", torch.bfloat16):
         ours(x)
-    ours(x, lengths=torch.tensor([4, 2]))
+    ours(x, lengths=torch.tensor([4, 0]))
+    fastrnn.GRU(3, 5, dtype=torch.bfloat16)(x.bfloat16(), lengths=torch.tensor([4, 2]))
     torch.func.functional_call(ours, dict(ours.named_parameters()), (x,), {"reset_mask": torch.zeros(4, 2).bool()})
     torch.vmap(ours)(x.unsqueeze(0))
     with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
