@@ -38,6 +38,7 @@ SOURCES = {
     "test_grouped_programs": (*_BOTH, *_TRITON),
     "test_kernels": (*_BOTH, *_TRITON),
     "test_kernels_gemm": (*_BOTH, *_TRITON),
+    "test_latency_kernels": ("bench/latency.cu", "bench/latency.py", "csrc/cells", "csrc/common", "csrc/cuda"),
     "test_launch": (*_BOTH, *_TRITON),
     "test_triton_decay": (*_BOTH, *_TRITON, *_MODULE, "tests/cell_texts.py"),
     "test_triton_heads": (

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 
 T, B, I, H = 5, 3, 4, 6
+NO_PROBABILITY = "dropout should be a number in range [0, 1]"
 
 
 def x(*shape, dtype=torch.float32, device=None):
@@ -42,14 +43,9 @@ SHARED = [
     ("num_layers no int", build("LSTM", I, H, 2.0), TypeError, ""),
     ("bias no bool", build("LSTM", I, H, bias=1), TypeError, "bias should be of type bool, got: int"),
     ("batch_first no bool", build("LSTM", I, H, batch_first="yes"), TypeError, "batch_first should be of type bool"),
-    (
-        "dropout negative",
-        build("LSTM", I, H, 2, dropout=-0.1),
-        ValueError,
-        "dropout should be a number in range [0, 1]",
-    ),
-    ("dropout above one", build("GRU", I, H, 2, dropout=1.5), ValueError, "dropout should be a number in range [0, 1]"),
-    ("dropout bool", build("RNN", I, H, 2, dropout=True), ValueError, "dropout should be a number in range [0, 1]"),
+    ("dropout negative", build("LSTM", I, H, 2, dropout=-0.1), ValueError, NO_PROBABILITY),
+    ("dropout above one", build("GRU", I, H, 2, dropout=1.5), ValueError, NO_PROBABILITY),
+    ("dropout bool", build("RNN", I, H, 2, dropout=True), ValueError, NO_PROBABILITY),
     ("dropout string", build("LSTM", I, H, 2, dropout="half"), ValueError, ""),
     ("proj_size negative", build("LSTM", I, H, proj_size=-1), ValueError, "proj_size should be a positive integer"),
     (

@@ -1,8 +1,6 @@
 """The benchmarks, as far as they can be tested without timing anything."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,18 +29,8 @@ def run(forks):
     return forks.run
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_the_latency_kernels_compile(architecture, tmp_path, run):
-    code = (
-        f"from bench import latency; import json; print(json.dumps(latency.compile_line('x.so', ('{architecture}',))))"
-    )
-    subprocess.run([*json.loads(run(code))[:-1], str(tmp_path / "x.so")], check=True)
-
-
 def test_measured_latencies_replace_the_estimates(tmp_path, run):
     code = f"""
-import json
 from pathlib import Path
 from bench import latency, limit
 folder = Path({str(tmp_path)!r})
