@@ -182,3 +182,20 @@ def test_a_subclass_is_named_where_it_is_not_replaced():
     asked = prescription.Prescription("biased", "", "", 0.0, ("gru.l0",), False, {"gru": None})
     with pytest.raises(ValueError, match=r"gru is a fastrnn\.compat\.GRU, which is not replaced: only fastrnn.LSTM"):
         asked.apply(model)
+
+
+def test_the_bound_of_a_stack_leaves_the_top_layer_its_gradient():
+    """The lower layer explodes, and what comes to it is a billionth of what comes to the upper one."""
+    rnn = fastrnn.RNN(I, H, 2)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.zero_()
+        rnn.weight_hh_l0.copy_(2 * torch.eye(H))
+        rnn.weight_hh_l1.copy_(torch.eye(H))
+        rnn.weight_ih_l1.copy_(1e-9 * torch.eye(H))
+    with fastrnn.GradientMonitor(rnn) as monitor:
+        rnn(X)[0][-1].sum().backward()
+    report = monitor.report()
+    assert [record.verdict for record in report] == ["exploding", "healthy"]
+    first, *_ = fastrnn.prescribe(report)
+    assert first.name == "clip" and first.layers == ("rnn.l0",) and first.number == pytest.approx(H**0.5)

@@ -6,7 +6,7 @@ the model, it names one of `prescription.REMEDIES`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Facts:
     horizon: int | None
     growth: float
     clip_rate: float | None
-    start: float  # the norm at the first step, walking back, to which a gradient comes
+    start: float  # the norm at the first step, walking back, to which a gradient comes; exploding: of any layer
     nonfinite: int | None  # the first step, walking back, whose norm was not finite
     forward: int | None  # the first step whose output was not finite
     finite_weights: bool  # of the weights that this process can read
@@ -180,7 +180,8 @@ RULES = (
     ),
     Rule(
         EXPLODING, ANY, lambda f: f.nonfinite is None and f.clip_rate is None,
-        "clip inside the recursion: clip_state_grad_norm={f.start:.1e} is the norm before it grew {f.growth:.1e}-fold",
+        "clip inside the recursion: clip_state_grad_norm={f.start:.1e} is the norm where it starts, before it grew "
+        "{f.growth:.1e}-fold",
         "clip", "start",
     ),
     Rule(
@@ -226,10 +227,13 @@ def findings(modules: dict[str, _Recurrent], records: list[Record]) -> list[Find
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record.name, []).append(record)
+    all_facts = {name: facts_of(modules[states[0].module], states) for name, states in by_name.items()}
     found = []
     for name, states in by_name.items():
-        facts = facts_of(modules[states[0].module], states)
-        verdict = states[0].verdict
+        facts, verdict = all_facts[name], states[0].verdict
+        if verdict == EXPLODING:  # a bound is for all layers, and in the lower ones the gradient is the smaller
+            same = [all_facts[other].start for other in by_name if by_name[other][0].module == states[0].module]
+            facts = replace(facts, start=max(filter(math.isfinite, same), default=facts.start))
         summary, *_ = matching(SUMMARIES, verdict, facts)
         rules = matching(RULES, verdict, facts)
         text = summary.text.format(f=facts) + (CUT if states[0].cut else "")

@@ -9,6 +9,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class GradientMonitor:
     Raises:
         ValueError: the model holds no fastrnn LSTM, GRU or RNN, only one of max_steps and batch is given, a count is
             below 1, or loss_scale is not a positive number.
-        TypeError: a count is not an int.
+        TypeError: `model` is no module, or a count is not an int.
     """
 
     def __init__(
@@ -104,7 +105,11 @@ class GradientMonitor:
                 raise TypeError(f"{name} should be of type int, got: {type(count).__name__}")
             if count is not None and count < 1:
                 raise ValueError(f"{name} is a count and at least 1, got {count}")
-        if not hasattr(loss_scale, "get_scale") and not 0 < float(loss_scale) < math.inf:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"GradientMonitor takes a module, got {model!r}")
+        if not hasattr(loss_scale, "get_scale") and not (
+            isinstance(loss_scale, (Real, Tensor)) and 0 < loss_scale < math.inf
+        ):
             raise ValueError(f"loss_scale should be a positive number or a GradScaler, got {loss_scale!r}")
         self.every, self.accumulate, self.loss_scale = every, accumulate, loss_scale
         self._sizes = None if max_steps is None else (max_steps, batch)

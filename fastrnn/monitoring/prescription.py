@@ -120,7 +120,12 @@ def prescribe(report: Report) -> list[Prescription]:
 
     Returns:
         A list of `Prescription`, empty where nothing is wrong or nothing can be done.
+
+    Raises:
+        TypeError: `report` is none.
     """
+    if not isinstance(report, Report):
+        raise TypeError(f"prescribe takes what GradientMonitor.report() returns, got {report!r}")
     modules_of = {record.name: record.module for record in report}
     asked: dict[str, list[tuple[Finding, int]]] = {}
     for finding in sorted(report.findings, key=lambda found: SEVERITY.index(found.verdict)):

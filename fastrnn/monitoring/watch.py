@@ -22,9 +22,12 @@ class Watch:
         self.monitor, self.name = monitor, name  # a GradientMonitor, and the module's name there
         self.leaf = leaf  # [L*D, 2, S, max_steps, batch], of which calls get a part; None: each call gets its own tap
 
+    def has_room(self, T: int, B: int) -> bool:
+        return self.leaf is not None and T <= self.leaf.shape[-2] and B <= self.leaf.shape[-1]
+
     def slice(self, T: int, B: int) -> Tensor:
-        max_steps, batch = self.leaf.shape[-2:]
-        if T > max_steps or B > batch:
+        if not self.has_room(T, B):
+            max_steps, batch = self.leaf.shape[-2:]
             raise ValueError(f"the monitor has room for T = {max_steps}, B = {batch}; this call has {T}, {B}")
         return self.leaf[..., :T, :B]
 
@@ -51,8 +54,11 @@ class Watches:
             return self._begin(call)
         T, B = steps_and_batch(call)
         for watch in self.watches:
-            if watch.leaf is None:
-                torch._dynamo.graph_break("a GradientMonitor in a compiled graph needs max_steps= and batch=")
+            if not watch.has_room(T, B):
+                # An error that is raised here would only make the compiler give up.
+                torch._dynamo.graph_break(
+                    "a GradientMonitor in a compiled graph needs max_steps= and batch= for the call"
+                )
                 return _begin_uncompiled(self, call)
             if call.tap is None and torch.is_grad_enabled():
                 call = with_tap(call, watch.slice(T, B))
