@@ -28,7 +28,7 @@ from .call_tensors import (
     check_tap,
     tuple_of_states,
 )
-from .cell_table import NONLINEARITIES, spec_of
+from .cell_table import CELLS, NONLINEARITIES, spec_of
 from .dispatch import Request
 from .equations import LN_EPS
 from .linear import in_forward_mode, recorded, tracing
@@ -239,18 +239,18 @@ def _options_known(*settings) -> tuple[Options, tuple[str, ...]]:
 
 def refuse_script(module: torch.nn.Module) -> None:
     """torch.jit.script compiles source, and fastrnn's is beyond it."""
-    raise TypeError(
-        f"torch.jit.script cannot compile fastrnn.{type(module).__name__}: script fastrnn.convert(model, to='torch', "
-        "copy=True), or use torch.export (docs/deployment.md)"
-    )
+    name = type(module).__name__
+    raise TypeError(f"torch.jit.script cannot compile fastrnn.{name}: {_instead(module._cell, 'script')}")
 
 
 def refuse_proxy(cell: str) -> None:
     """torch.fx runs a forward on proxies, which have no shape to check."""
-    raise TypeError(
-        f"torch.fx cannot trace fastrnn's {cell}: trace fastrnn.convert(model, to='torch', copy=True), or use "
-        "torch.export (docs/deployment.md)"
-    )
+    raise TypeError(f"torch.fx cannot trace fastrnn's {spec_of(cell).name}: {_instead(cell, 'trace')}")
+
+
+def _instead(cell: str, action: str) -> str:
+    converted = f"{action} fastrnn.convert(model, to='torch', copy=True), or use " if cell in CELLS else "use "
+    return f"{converted}torch.export (docs/deployment.md)"
 
 
 def check_defaults(module: torch.nn.Module, defaults: tuple) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .arguments import ScanInputs, ScanOutputs, Walk, has_directions
-from .cell_table import PAD
+from .cell_table import PAD, spec_of
 from .directions import each_direction
 from .dispatch import Request
 from .linear import recorded
@@ -48,8 +48,8 @@ def choose(request: Request, argument: str | None) -> str:
     name = dispatch.choose(request, argument)
     if name != "aten" and recorded() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
-            f"torch.onnx.export with dynamo=False has no operator for this {request.cell} (on backend {name!r}): use "
-            "dynamo=True (docs/deployment.md)"
+            f"torch.onnx.export with dynamo=False has no operator for this {spec_of(request.cell).name} (on backend "
+            f"{name!r}): use dynamo=True (docs/deployment.md)"
         )
     return name
 

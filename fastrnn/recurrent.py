@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, functional
@@ -55,7 +56,7 @@ class Recurrent(_Recurrent):
                 nn.init.constant_(parameter, first)
 
     def forward(
-        self, input, hx=None, *, lengths=None, reset_mask=None, decay=None, tap=None, return_cells=False,
+        self, input, hx=None, *defaults, lengths=None, reset_mask=None, decay=None, tap=None, return_cells=False,
         return_layers=False, **inputs: Tensor,
     ):  # fmt: skip
         """Runs the network.
@@ -74,6 +75,10 @@ class Recurrent(_Recurrent):
         Raises:
             ValueError, RuntimeError, TypeError: an argument does not fit, or a forced backend cannot run the call.
         """
+        if isinstance(input, torch.fx.Proxy):  # before `inputs` is read, which is a proxy, too
+            checks.refuse_proxy(self._cell)
+        if defaults:
+            checks.check_defaults(self, defaults)
         return functional.recurrent(
             self._cell, input, hx, self._parameters_by_name(), self.backend, lengths=lengths, reset_mask=reset_mask,
             decay=decay, tap=tap, return_cells=return_cells, return_layers=return_layers, watch=self._watch, **inputs,

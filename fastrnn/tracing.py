@@ -225,7 +225,8 @@ def _traced(name: str, function: Callable, arguments, inputs: int, states: int) 
     builder, places = Builder(inputs), iter(range(inputs))
     given = arguments(lambda: Plane(next(places), is_input=True))
     try:
-        with torch.enable_grad(), _Recorder(builder):
+        # On the CPU a constant has a value, also where the model is made on device meta.
+        with torch.enable_grad(), torch.device("cpu"), _Recorder(builder):
             results = function(*given)
     except Exception as error:
         where = _line(function, error.__traceback__)

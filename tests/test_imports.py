@@ -32,7 +32,7 @@ BELOW = {
     "tiles": {"cell_table"},
     "tasks": set(),
     "packing": set(),
-    "linear": {"backends"},
+    "linear": {"aten", "backends"},
     "heads": set(),
     "equations": {"adjoint", "cell_table", "program"},
     "arguments": {"cell_table", "equations"},

@@ -76,3 +76,28 @@ def test_explain_gives_no_rank_to_a_backend_that_cannot_run_the_call():
     assert ranks["aten"] == ranks["cuda"] == "no"
     able = [ranks[name] for name, reason, _ in rows if reason == "yes" and ranks[name] != "no"]
     assert able == [str(k) for k in range(1, len(able) + 1)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_exporters_are_refused_by_the_cell_s_name_with_what_can_be_done(tmp_path):
+    """Not by the cell's text, and without the copy for torch.nn, which has no such cell."""
+    module, x = fastrnn.Recurrent(lstm, 2, H).eval(), torch.zeros(3, 1, 2)
+    for run, error, reason in (
+        (lambda: torch.fx.symbolic_trace(torch.nn.Sequential(module)), TypeError, "fastrnn's lstm: use torch.export"),
+        (lambda: torch.jit.script(module), TypeError, "fastrnn.Recurrent: use torch.export"),
+        (
+            lambda: torch.onnx.export(module, (x,), tmp_path / "a.onnx", dynamo=False),
+            RuntimeError,
+            "no operator for this lstm .* use dynamo=True",
+        ),
+        (lambda: module(x, None, 1), TypeError, "takes input and hx, and its options by name"),
+    ):
+        with pytest.raises(error, match=reason):
+            run()
+
+
+def test_a_cell_can_be_defined_where_tensors_have_no_values():
+    with torch.device("meta"):
+        cell = fastrnn.cell(gates="n")(lambda x, u, state: (torch.tanh(x.n + u.n) * torch.tensor(0.5),))
+        assert fastrnn.Recurrent(cell, 2, H).weight_ih_l0.is_meta
+    assert "0x1.0000000000000p-1" in cell.text

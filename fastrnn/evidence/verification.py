@@ -203,7 +203,7 @@ def _check_once(request, name: str, launcher, kernel: str, key: Key, batch: int,
     reason = records.printable(wrong) if wrong else ""
     entry = Entry(key, name, "broken" if wrong else "verified", records.today(), reason=reason)
     unkept = evidence.keep(entry, torch.get_num_threads())
-    seconds, subject = time.perf_counter() - begin, f"{request.cell} of {key.dtype} on {name} ({kernel})"
+    seconds, subject = time.perf_counter() - begin, f"{spec_of(request.cell).name} of {key.dtype} on {name} ({kernel})"
     note = "" if unkept is None else f"; this is not kept for the next process: {unkept}"
     if wrong:
         warnings.warn(f"fastrnn does not use {subject}: {reason}{note}", stacklevel=2)
