@@ -177,7 +177,13 @@ struct BackwardScan : Scan {
                 int64_t b, const Work& work, const Buffer<A>& to) const {
     const Runs& runs = work.running;
     int64_t t = step(i);
-    i > 0 ? read(runs, width, states, step(i - 1), b, to) : read(runs, width, initial, 0, b, to);
+    const Steps<const X>& from = i > 0 ? states : initial;
+    const Read<X, A> row{width, from.at(i > 0 ? step(i - 1) : 0, b), from.j_stride, to};
+    for (auto [begin, end] : runs) {
+      // In packed rows a sequence has no row before it begins.
+      if (i > 0 && batch_sizes != nullptr) end = std::min(end, batch_sizes[step(i - 1)] - b);
+      if (begin < end) walk_rows(row, begin, end);
+    }
     each_flagged(runs, t, b, start, [&](int64_t r) { read({{r, r + 1}}, width, initial, 0, b, to); });
     each_flagged(runs, t, b, reset, [&](int64_t r) { std::fill_n(to[r], width, A(0)); });
   }
