@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -168,8 +169,8 @@ def _ladder(
 ) -> Ladder | None:
     extras = bool(kind.get("features"))
     rungs = []
-    # Packed and projected calls of fewer steps are left to torch.nn.
-    for steps in evidence.STEPS if extras or not kind else [steps for steps in evidence.STEPS if steps >= 8]:
+    # Projected calls of fewer steps are left to torch.nn.
+    for steps in [steps for steps in evidence.STEPS if steps >= 8] if kind.get("proj") else evidence.STEPS:
         corners = zip(CORNERS_B[batch], CORNERS_H[hidden], strict=True)
         jobs = tuple(
             Job(
@@ -184,7 +185,7 @@ def _ladder(
             rungs.append(Bucket(jobs))
     if not rungs:
         return None
-    start = 0 if extras else 1 if kind else evidence.STEPS.index(8)
+    start = 0 if extras else 1 if kind.get("proj") else evidence.STEPS.index(8)
     return Ladder(tuple(rungs), min(start, len(rungs) - 1))
 
 
@@ -194,16 +195,13 @@ def standard_set(
     """The calls that `python -m fastrnn tune` asks for: the most usual ones first, because time may run out."""
     found = []
     for dtype in dtypes:
-        for place in range(max(len(_kinds(cell)) for cell in cells)):
-            for hidden in (128, 512, 32, evidence.LARGER):
-                for batch in (16, 1, 64, 256):
-                    for cell in cells:
-                        kind = _kinds(cell)[place : place + 1]
-                        found += [
-                            (device, dtype, threads, cell, kind[0], mode, batch, hidden)
-                            for mode in (True, False)
-                            if kind
-                        ]
+        for hiddens in (128, 512, 32), (evidence.LARGER,):
+            for place, hidden, batch in product(range(max(map(len, map(_kinds, cells)))), hiddens, (16, 1, 64, 256)):
+                for cell in cells:
+                    kind = _kinds(cell)[place : place + 1]
+                    found += [
+                        (device, dtype, threads, cell, kind[0], mode, batch, hidden) for mode in (True, False) if kind
+                    ]
     ladders = [_ladder(*asked) for asked in found]
     return [ladder for ladder in ladders if ladder is not None]
 
