@@ -148,6 +148,22 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
     return y, tuple(states) if pair else states[0]
 
 
+def packed(module: nn.Module, x: Tensor, batch_sizes: Tensor, states, weights: list[Parameter]):
+    """A plain call of packed rows `x [rows, I]`, all of it valid: `(y, h_n, c_n)`, c_n None where the cell has no c.
+
+    states: `[L*D, B, H]` each, in the order of the rows; none for zeros. weights: in torch.nn's order.
+    """
+    pair = module._cell == "lstm"
+    if not states:
+        walks = module.num_layers * (1 + module.bidirectional)
+        states = (x.new_zeros(walks, int(batch_sizes[0]), module.hidden_size),) * (1 + pair)
+    y, *found = getattr(torch, module._cell)(
+        x, batch_sizes, tuple(states) if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
+        module.training, module.bidirectional,
+    )  # fmt: skip
+    return y, found[0], found[1] if pair else None
+
+
 def flatten_weights(module: nn.Module) -> None:
     """Lays the weights of a fastrnn LSTM, GRU or RNN out in the one chunk that cuDNN wants, where it can run them."""
     # Only stored weights: a computed one may not exist yet, or change when it is read (spectral norm).

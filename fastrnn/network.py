@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, invert_permutation
 
+from . import aten
 from .aten import KNOWN_CELLS
 from .backends import cpu
 from .cell_table import spec_of
@@ -65,6 +66,8 @@ def run(shape: Shape, x: Tensor, batch_sizes: Tensor | None, h0, c0, weights: li
 def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     """Runs a valid plain call at once if backend `cpu` is to run it and `takes` it; None for any other.
 
+    Also a packed call that `takes` but that is torch's: `functional` takes as long before it as a short one itself.
+
     Args:
         module: a fastrnn LSTM, GRU or RNN whose extras, but for `backend`, are off.
         input, hx: as of its forward, unchecked.
@@ -97,7 +100,8 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     if weights is None or states is None:
         return None
     differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *weights, *states)])
-    if chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full) != "cpu":
+    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full)
+    if name != "cpu" and not (name == "aten" and packed):
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
     shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, False)
@@ -105,8 +109,11 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
         x = x.transpose(0, 1).contiguous()
     if order is not None:
         states = [state.index_select(1, order) for state in states]
-    h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
-    y, h_n, c_n = run(shape, x, batch_sizes, h0, c0, weights, differentiated)
+    if name == "aten":
+        y, h_n, c_n = aten.packed(module, x, batch_sizes, states, weights)
+    else:
+        h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
+        y, h_n, c_n = run(shape, x, batch_sizes, h0, c0, weights, differentiated)
     if turned:
         y.transpose_(0, 1)
     if packed:

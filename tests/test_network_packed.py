@@ -167,3 +167,15 @@ def test_other_lengths_are_left_to_the_general_path(monkeypatch, lengths):
     else:
         with pytest.raises(ValueError, match="lengths should"):
             ours(x, lengths=lengths)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+def test_a_packed_call_that_is_torchs_runs_torchs_kernel_at_once(kind, options, given):
+    """The same bits as torch.nn, and without the general path."""
+    theirs, ours = twins(kind, **options, num_layers=2, bidirectional=True)
+    ours.backend = "aten"
+    packed = packed_rows([1, 6, 3])
+    states = states_of(theirs, 3) if given else ()
+    for got, want in zip(results(ours, packed, states), results(theirs, packed, states), strict=True):
+        assert torch.equal(got, want)
