@@ -31,6 +31,7 @@ def run(forks):
 
 def test_measured_latencies_replace_the_estimates(tmp_path, run):
     code = f"""
+import json
 from pathlib import Path
 from bench import latency, limit
 folder = Path({str(tmp_path)!r})

@@ -182,7 +182,7 @@ def answer(request: dict[str, Any], trials: dict[Job, Trial], say: Callable[[str
         return {"cannot": reason}
     say.last = None  # type: ignore[attr-defined]
     try:
-        if request["gpu"] is not None:
+        if request.get("gpu") is not None:
             torch.get_device_module(job.device).set_device(request["gpu"])
         if job not in trials:
             trials.clear()
