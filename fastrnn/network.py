@@ -148,7 +148,7 @@ def with_lengths(module: nn.Module, input, hx, lengths, chosen: Callable[..., st
     step = torch.arange(longest).unsqueeze(1)
     runs = step < ordered  # [T, B]
     places = (order * steps + step if module.batch_first else step * batch + order)[runs]
-    rows = input.reshape(batch * steps, -1).index_select(0, places)
+    rows = input.reshape(batch * steps, input.shape[2]).index_select(0, places)
     packed = PackedSequence(rows, runs.sum(1), order, invert_permutation(order))
     result = directly(module, packed, hx, lambda *call: "cpu")
     if result is None:
