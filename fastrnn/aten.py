@@ -12,6 +12,8 @@ KNOWN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _halves_without_onednn() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()  # torch then has not even the question; it runs every LSTM step by step
     known = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
@@ -42,8 +44,8 @@ def refused_by_cudnn(x: Tensor, training: bool) -> bool:
 
 def refused_by_onednn(cell: str, x: Tensor, proj_size: int, packed: bool) -> bool:
     """Whether torch hands the call to oneDNN in a half type that it does not have here, by autocast."""
-    if not torch._C._is_any_autocast_enabled() or not torch.backends.mkldnn.is_available():
-        return False  # without oneDNN, torch runs every LSTM step by step
+    if not torch._C._is_any_autocast_enabled() or not HALVES_WITHOUT_ONEDNN:
+        return False
     if cell != "lstm" or proj_size or packed or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in HALVES_WITHOUT_ONEDNN

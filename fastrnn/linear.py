@@ -61,7 +61,7 @@ def in_forward_mode() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: `x [.., K]`, `weight [N, K]`, `bias [N]` or None -> `[.., N]`. Differentiable any number of times."""
     if x.device.type == "cpu" and x.dtype in HALVES_WITHOUT_ONEDNN:
-        # torch's own product takes 2 to 15 times as long as that of float32 (measured with AVX2).
+        # torch's own product takes several times as long as that of float32 there.
         wide = (None if one is None else one.float() for one in (x, weight, bias))
         return linear(*wide).to(x.dtype)
     *steps, size = x.shape

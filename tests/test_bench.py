@@ -48,6 +48,15 @@ assert limit.device_model("some CPU") is None
     run(code)
 
 
+def test_the_fair_share_beside_busy_processes(run):
+    run("""
+from bench import busy
+assert busy.fair_slowdown(cores=2, threads=2, others=5) == 3.5
+assert busy.fair_slowdown(cores=4, threads=2, others=1) == 1
+assert busy.fair_slowdown(cores=2, threads=4, others=4) == 2
+""")
+
+
 def test_a_wavefront_needs_the_matrices_of_both_layers_on_the_chip(run):
     code = """
 from bench import limit

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastrnn import aten
 from fastrnn.linear import LEAST_WORK, LONGEST_SUM, ONEDNN, linear
 
 M = 259
@@ -138,3 +139,10 @@ def test_half_types_that_the_processor_does_not_multiply_go_by_way_of_float32(mo
     found = [y, *torch.autograd.grad(y, leaves, dy)]
     for ours, right in zip(found, [exact, *torch.autograd.grad(exact, wide, dy.float())], strict=True):
         assert ours.dtype == dtype and torch.equal(ours, right.to(dtype))
+
+
+def test_without_onednn_no_half_type_is_asked_for(monkeypatch):
+    """Builds without oneDNN, as those for macOS, have no operation that could be asked."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert aten._halves_without_onednn() == frozenset()
