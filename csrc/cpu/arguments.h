@@ -166,8 +166,7 @@ struct Call {
   }
 
   // Whether the tensors that depend on the cell are there.
-  template <class Cell>
-  void check_cell(const Cell& cell, const ScanInputs& inputs) const {
+  void check_cell(const CellTraits& cell, const ScanInputs& inputs) const {
     check((cell.states > 1) == inputs.c0.has_value(), "c0 is for the cells with a c, and needed there");
     check(cell.recurrent == inputs.w_hh.has_value(), "w_hh is for the recurrent cells, and needed there");
     check(cell.recurrent || !(inputs.b_hh.has_value() || inputs.ln_hh.has_value()),
@@ -176,9 +175,9 @@ struct Call {
           "parameters is for the cells with parameters, and needed there");
     check((cell.inputs > 0) == inputs.step_inputs.has_value(),
           "step_inputs is for the cells with inputs, and needed there");
-    check(Cell::built_in || !inputs.w_hr.has_value(), "w_hr is for the built-in cells");
-    check(Cell::built_in || P == H, "h0 must have shape [", B, ", ", H, "], got ", shape_of(inputs.h0));
-    check(Cell::built_in || !inputs.ln_c_weight.has_value(), "ln_c_weight is for the built-in cells");
+    check(cell.built_in || !inputs.w_hr.has_value(), "w_hr is for the built-in cells");
+    check(cell.built_in || P == H, "h0 must have shape [", B, ", ", H, "], got ", shape_of(inputs.h0));
+    check(cell.built_in || !inputs.ln_c_weight.has_value(), "ln_c_weight is for the built-in cells");
   }
 
   // The forward multiplies with the transposes of w_hh and w_hr [P, H].

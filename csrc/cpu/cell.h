@@ -1,8 +1,12 @@
 // What a scan asks of a cell: a step of some rows forward, the total gradients of its states, and backward.
 //
-// A cell of the scans is an object with these functions and the numbers of its planes. BuiltInCell knows its
-// equations when it is compiled; ProgramCell (program_cell.h) reads them from a text.
+// The scans call a cell once for a step of many rows, through an interface, so that they are compiled once
+// for all cells. Two kinds implement it: those of csrc/cells, whose equations are compiled (built_in_cell.h),
+// and those of users, whose equations are read from a text (program_cell.cpp).
 #pragma once
+
+#include <memory>
+#include <string>
 
 #include "cell_rows.h"
 #include "runs.h"
@@ -42,70 +46,42 @@ struct BackwardStep {
   RowView<double> dln_c_weight, dln_c_bias;  // [B, H], sums over the steps
 };
 
-template <class Cell, class S>
-struct BuiltInCell {
-  using Storage = S;
-  using A = typename Arithmetic<S>::type;
-
-  static constexpr int64_t gates = Cell::gates, states = Cell::states, saved = Cell::saved;
-  static constexpr int64_t parameters = 0, inputs = 0;
-  static constexpr bool recurrent = true, distinct_dgh = Cell::distinct_dgh;
-  // Whether the backward reads h_prev, and gives it a gradient that does not pass through W_hh: only the GRU.
-  static constexpr bool reads_h_prev = distinct_dgh, gives_h_prev = distinct_dgh;
-  static constexpr bool adds_to_dh = false;  // whether `total` changes dh
-  // Whether `backward` can do the work of `total`, too, unless c has a layer norm.
-  static constexpr bool joins = states == 2;
-  static constexpr bool always_saves = true;  // whether `saved` has to exist
-  static constexpr bool built_in = true;      // which has projections, and a layer norm of c
-
-  struct Memory {};  // of one thread
-
-  void forward(const Runs& runs, const ForwardStep<S>& step, Memory&) const {
-    // A cell with a c reads no h, which a projection makes narrower than H.
-    const RowView<const A>& h_prev = states == 2 ? step.c_prev : step.h_prev;
-    walk<ForwardRow>(runs, step.H, step.ln_c, step.gx, step.gh, h_prev, step.c_prev, step.ln_c, step.h,
-                     step.c, step.saved);
-  }
-
-  void total(const Runs& runs, const BackwardStep<S>& step, Memory&) const {
-    if constexpr (states == 2)
-      walk<TotalRow>(runs, step.H, step.ln_c, step.saved, step.c_prev, step.dh, step.dc, step.ln_c,
-                     step.c_hat, step.total_c);
-  }
-
-  void backward(const Runs& runs, const BackwardStep<S>& step, bool joined, Memory&) const {
-    const RowView<const A>& h_prev = reads_h_prev ? step.h_prev : step.dh;
-    if constexpr (joins) {
-      if (joined)
-        return walk_runs(runs, BackwardRow<Cell, S, A, false, true>{step.H, step.saved, h_prev, step.c_prev,
-                                                                    step.dh, step.dc, step.ln_c, step.dgx,
-                                                                    step.dgh, step.dh_past_w, step.dc_prev});
-    }
-    walk<BackwardOfTotal>(runs, step.H, step.ln_c, step.saved, h_prev, step.c_prev, step.dh,
-                          read_only(step.total_c), step.ln_c, step.dgx, step.dgh, step.dh_past_w,
-                          step.dc_prev);
-    if constexpr (states == 2) {
-      if (step.ln_c.weight != nullptr)
-        walk_runs(runs, CellNormGradients<Cell, S, A>{step.H, step.saved, read_only(step.c_hat), step.dh,
-                                                      read_only(step.total_c), step.ln_c, step.dln_c_weight,
-                                                      step.dln_c_bias});
-    }
-  }
-
- private:
-  template <class C, class Memory, class Number, bool layer_norm>
-  using BackwardOfTotal = BackwardRow<C, Memory, Number, layer_norm, false>;
-
-  static RowView<const A> read_only(const RowView<A>& rows) { return {rows.data, rows.stride}; }
-
-  // Row<Cell, Storage, A, whether c has a layer norm>{H, fields...} over the runs.
-  template <template <class, class, class, bool> class Row, class... Fields>
-  static void walk(const Runs& runs, int64_t H, const Affine<A>& ln_c, const Fields&... fields) {
-    if constexpr (states == 2) {
-      if (ln_c.weight != nullptr) return walk_runs(runs, Row<Cell, S, A, true>{H, fields...});
-    }
-    walk_runs(runs, Row<Cell, S, A, false>{H, fields...});
-  }
+// The planes of a cell, [B, H] each, and what its functions do.
+struct CellTraits {
+  int64_t gates = 0, states = 0, saved = 0;
+  int64_t parameters = 0, inputs = 0;
+  bool recurrent = true;
+  bool distinct_dgh = false;  // whether dgx and dgh differ
+  // Whether the backward reads h_prev, and whether it gives it a gradient that does not pass through W_hh.
+  bool reads_h_prev = false, gives_h_prev = false;
+  bool adds_to_dh = false;    // whether `total` changes dh
+  bool joins = false;         // whether `backward` can do the work of `total`, too, unless c has a layer norm
+  bool always_saves = false;  // whether `saved` has to exist
+  bool built_in = false;      // which has projections, and a layer norm of c
 };
+
+template <class S>
+class Cell : public CellTraits {
+ public:
+  // What one thread needs for its calls.
+  struct Memory {
+    virtual ~Memory() = default;
+  };
+
+  virtual ~Cell() = default;
+  virtual std::unique_ptr<Memory> memory() const { return nullptr; }
+  virtual void forward(const Runs& runs, const ForwardStep<S>& step, Memory* memory) const = 0;
+  virtual void total(const Runs& runs, const BackwardStep<S>& step, Memory* memory) const = 0;
+  // dh and dc of the step: the totals, unless `joined`.
+  virtual void backward(const Runs& runs, const BackwardStep<S>& step, bool joined, Memory* memory) const = 0;
+};
+
+// The cell of csrc/cells with this name, for tensors of type S. Raises std::runtime_error for another name.
+template <class S>
+const Cell<S>& built_in_cell(const std::string& name);
+
+// The user's cell with this text, which is parsed once.
+template <class S>
+std::shared_ptr<const Cell<S>> program_cell(const std::string& text);
 
 }  // namespace fastrnn

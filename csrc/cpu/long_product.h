@@ -66,6 +66,9 @@ struct RowsOfProduct {
   }
 };
 
+extern template void walk_widest(const RowsOfProduct<float>& body, int64_t begin, int64_t end);
+extern template void walk_widest(const RowsOfProduct<double>& body, int64_t begin, int64_t end);
+
 // out [M, N] = x [M, K] times the packed matrix [K, N], plus what `out` holds if `adds`. Threads share the
 // rows; which thread computes a row does not change its bits.
 template <class A>

@@ -10,20 +10,19 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-template <class Cell>
+template <class Storage>
 class Network {
  public:
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
-  static constexpr int64_t gates = Cell::gates;
-  static constexpr bool has_c = Cell::states > 1;
+  using A = typename Arithmetic<Storage>::type;
 
-  Network(const Tensor& x, const std::vector<Tensor>& weights, NetworkSizes sizes)
-      : x_(x),
+  Network(const Cell<Storage>& cell, const Tensor& x, const std::vector<Tensor>& weights, NetworkSizes sizes)
+      : cell_(cell),
+        has_c_(cell.states > 1),
+        x_(x),
         weights_(weights),
         sizes_(sizes),
-        call_(x, sizes.T, sizes.B, sizes.H, Cell::states),
-        width_(gates * sizes.H),
+        call_(x, sizes.T, sizes.B, sizes.H, cell.states),
+        width_(cell.gates * sizes.H),
         unbatched_(x.dim() == 2 && !sizes.packed()),
         no_h_(sizes.H),
         no_c_(sizes.H) {
@@ -32,12 +31,12 @@ class Network {
 
   Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
     expect_states("h0", h0, "c0", c0);
-    NetworkMemory<Cell> memory(sizes_, save);
+    NetworkMemory<Storage> memory(sizes_, cell_, save);
     const int64_t bytes = sizes_.layers * memory.of_layer;
     Tensor kept = call_.frame.template empty<uint8_t>({save ? bytes : 0});
     Aligned<char> scratch(save ? 0 : bytes);
     memory.data = save ? static_cast<char*>(kept.mutable_data_ptr()) : scratch.data();
-    Tensor y = like_input(sizes_.outputs()), h_n = state<Storage>(), c_n = has_c ? state<A>() : none();
+    Tensor y = like_input(sizes_.outputs()), h_n = state<Storage>(), c_n = has_c_ ? state<A>() : none();
     for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
       const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
       Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
@@ -61,12 +60,12 @@ class Network {
                 (x_.dim() == 2 || dy->size(1) == x_.size(1)) && dy->size(x_.dim() - 1) == sizes_.outputs() &&
                 dy->scalar_type() == x_.scalar_type(),
             "dy must be as the output, got ", shape_of(*dy));
-    NetworkMemory<Cell> memory(sizes_, true);
+    NetworkMemory<Storage> memory(sizes_, cell_, true);
     check(kept.numel() == sizes_.layers * memory.of_layer && kept.scalar_type() == ScalarType::Byte,
           "kept must be that of the forward");
     memory.data = static_cast<char*>(kept.mutable_data_ptr());  // read only
     Tensor dx = needs_dx ? like_input(sizes_.I) : none();
-    Tensor dh0 = state<Storage>(), dc0 = has_c ? state<A>() : none();
+    Tensor dh0 = state<Storage>(), dc0 = has_c_ ? state<A>() : none();
     std::vector<Tensor> found = {dx, dh0, dc0};
     for (const Tensor& weight : weights_) found.push_back(like(weight));
     const int64_t of_layer = sizes_.layers > 1 ? sizes_.rows() * sizes_.outputs() : 0;
@@ -76,13 +75,13 @@ class Network {
       Storage* to = layer > 0 ? below : needs_dx ? static_cast<Storage*>(dx.mutable_data_ptr()) : nullptr;
       for (int64_t d = 0; d < sizes_.directions; ++d) {
         const int64_t k = layer * sizes_.directions + d;
-        BackwardScan<Cell> scan(cell_);
+        BackwardScan<Storage> scan(cell_);
         fill(scan, d);
         scan.norms = nullptr;
         if (dh_n.has_value()) scan.dh_n = state_of<Storage>(dh_n, k, no_h_);
         if (dc_n.has_value()) scan.dc_n = state_of<A>(dc_n, k, no_c_);
         scan.dh0 = {state_rows<Storage>(dh0, k), 0, sizes_.H, 1};
-        if (has_c) scan.dc0 = {state_rows<A>(dc0, k), 0, sizes_.H, 1};
+        if (has_c_) scan.dc0 = {state_rows<A>(dc0, k), 0, sizes_.H, 1};
         Steps<const Storage> dy_of_layer;
         if (layer < sizes_.layers - 1)
           dy_of_layer = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs(), 0);
@@ -126,25 +125,25 @@ class Network {
 
   // One layer in one direction. `input`: all rows of the layer's input.
   void walk_forward(int64_t layer, int64_t d, RowView<const A> input, const Optional& h0, const Optional& c0,
-                    const NetworkMemory<Cell>& memory, bool save, const Tensor& h_n,
+                    const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
                     const Tensor& c_n) const {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H;
     NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
     std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih), b_hh = widened_vector<Storage>(weights.b_hh);
-    if (!Cell::distinct_dgh)  // only the sum is used
+    if (!cell_.distinct_dgh)  // only the sum is used
       for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
     MatrixProduct<Storage> product(transposed(matrix_of<Storage>(weights.w_ih)),
                                    b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows());
-    ForwardScan<Cell> scan(cell_);
+    ForwardScan<Storage> scan(cell_);
     fill(scan, d);
     scan.h0 = state_of<Storage>(h0, k, no_h_);
-    if (has_c) scan.c0 = state_of<A>(c0, k, no_c_);
+    if (has_c_) scan.c0 = state_of<A>(c0, k, no_c_);
     scan.h_n = {state_rows<Storage>(h_n, k), 0, H, 1};
-    if (has_c) scan.c_n = {state_rows<A>(c_n, k), 0, H, 1};
-    const A* bias = Cell::distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
+    if (has_c_) scan.c_n = {state_rows<A>(c_n, k), 0, H, 1};
+    const A* bias = cell_.distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
     scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
     // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
-    const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= Cell::saved * H;
+    const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= cell_.saved * H;
     Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows_, width_);
     Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows_ * width_);
     for (size_t number = 0; number < chunks_.size(); ++number) {
@@ -152,14 +151,14 @@ class Network {
       set_steps(scan, now);
       if (save) {
         scan.saved =
-            sizes_.steps(memory.saved(layer, d) + now.first * Cell::saved * H, Cell::saved * H, now.time);
-        if (has_c) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H, now.time);
+            sizes_.steps(memory.saved(layer, d) + now.first * cell_.saved * H, cell_.saved * H, now.time);
+        if (has_c_) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H, now.time);
       }
       scan.y =
           sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * H, sizes_.outputs(), now.time);
       RowView<A> gx = gx_of_chunk;
       if constexpr (std::is_same_v<Storage, A>)
-        if (in_saved) gx = {scan.saved.data, Cell::saved * H};
+        if (in_saved) gx = {scan.saved.data, cell_.saved * H};
       product({input[now.first], input.stride}, 1, now.rows, gx);
       if constexpr (std::is_same_v<Storage, A>) {
         scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride, now.time);
@@ -167,66 +166,66 @@ class Network {
         walk_rows(Write<Storage, A>{width_, {gx.data, gx.stride}, {narrowed.data(), width_}}, 0, now.rows);
         scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_, now.time);
       }
-      call_.run(scan, gates);
+      call_.run(scan, cell_.gates);
       scan.h0 = {scan.h_n.data, 0, H, 1}, scan.c0 = {scan.c_n.data, 0, H, 1};
     }
   }
 
   // One layer in one direction, with its scan ready but for the steps. `dy`: of all its steps. `to`: the
   // gradient of the layer's input, or null; `found`: the weights' gradients.
-  void walk_backward(int64_t layer, int64_t d, BackwardScan<Cell>& scan, const Steps<const Storage>& dy,
-                     const Optional& h0, const Optional& c0, const NetworkMemory<Cell>& memory, Storage* to,
-                     const Tensor* found) const {
+  void walk_backward(int64_t layer, int64_t d, BackwardScan<Storage>& scan, const Steps<const Storage>& dy,
+                     const Optional& h0, const Optional& c0, const NetworkMemory<Storage>& memory,
+                     Storage* to, const Tensor* found) const {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, inputs = sizes_.inputs(layer);
     const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
     NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
     scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr);
     MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0);
-    Aligned<Storage> dgx(most_rows_ * width_), dgh(Cell::distinct_dgh ? most_rows_ * width_ : 0);
+    Aligned<Storage> dgx(most_rows_ * width_), dgh(cell_.distinct_dgh ? most_rows_ * width_ : 0);
     Buffer<A> h_prev(most_rows_, H);
     const Steps<const Storage> first_h = state_of<Storage>(h0, k, no_h_);
-    const Steps<const A> first_c = has_c ? state_of<A>(c0, k, no_c_) : Steps<const A>{};
+    const Steps<const A> first_c = has_c_ ? state_of<A>(c0, k, no_c_) : Steps<const A>{};
     std::vector<Storage> h_before;
     std::vector<A> c_before;
-    std::vector<double> db_ih(width_), db_hh(Cell::distinct_dgh ? width_ : 0);
+    std::vector<double> db_ih(width_), db_hh(cell_.distinct_dgh ? width_ : 0);
     const Storage* y = memory.y(layer) + d * H;
     for (size_t number = chunks_.size(); number-- > 0;) {
       const Chunk& now = chunk(number, d);
       const bool adds = number + 1 < chunks_.size();
       set_steps(scan, now);
       scan.dgx = sizes_.steps(dgx.data(), width_, now.time);
-      if (Cell::distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_, now.time);
+      if (cell_.distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_, now.time);
       if (dy) scan.dy = dy.from(now.time);
-      scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d) + now.first * Cell::saved * H,
-                                                        Cell::saved * H, now.time);
+      scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d) + now.first * cell_.saved * H,
+                                                        cell_.saved * H, now.time);
       scan.y =
           sizes_.template steps<const Storage>(y + now.first * sizes_.outputs(), sizes_.outputs(), now.time);
-      if (has_c) scan.c = sizes_.template steps<const A>(memory.c(layer, d) + now.first * H, H, now.time);
+      if (has_c_) scan.c = sizes_.template steps<const A>(memory.c(layer, d) + now.first * H, H, now.time);
       scan.h0 = first_h, scan.c0 = first_c;
       if (number > 0) {
         const int64_t before = d == 0 ? now.time - 1 : now.time + now.steps;
         scan.h0 = states_after<Storage>(before, y, sizes_.outputs(), first_h, h_before);
-        if (has_c) scan.c0 = states_after<A>(before, memory.c(layer, d), H, first_c, c_before);
+        if (has_c_) scan.c0 = states_after<A>(before, memory.c(layer, d), H, first_c, c_before);
       }
-      call_.run(scan, gates);
+      call_.run(scan, cell_.gates);
       scan.dh_n = {scan.dh0.data, 0, H, 1}, scan.dc_n = {scan.dc0.data, 0, H, 1};
       previous_states(scan, now, h_prev);
       Widened<Storage> of_x(dgx.data(), now.rows, width_), of_h(dgh.data(), dgh_rows(now), width_);
-      const RowView<const A> dgh_of_chunk = Cell::distinct_dgh ? of_h.rows() : of_x.rows();
+      const RowView<const A> dgh_of_chunk = cell_.distinct_dgh ? of_h.rows() : of_x.rows();
       of_matrix(of_x.rows(), matrix_of<Storage>(input + now.first * inputs, now.rows, inputs), found[0],
                 adds);
       of_matrix(dgh_of_chunk, Matrix<A>{h_prev[0], now.rows, H, padded<A>(H), 1}, found[1], adds);
       if (sizes_.bias) add_rows(of_x.rows(), now.rows, db_ih);
-      if (sizes_.bias && Cell::distinct_dgh) add_rows(of_h.rows(), now.rows, db_hh);
+      if (sizes_.bias && cell_.distinct_dgh) add_rows(of_h.rows(), now.rows, db_hh);
       if (to != nullptr)
         product_into(to_input, of_x.rows(), 1, now.rows, inputs, to + now.first * inputs, d > 0);
     }
     if (!sizes_.bias) return;
     store_sums<Storage>(db_ih, found[2]);
-    store_sums<Storage>(Cell::distinct_dgh ? db_hh : db_ih, found[3]);
+    store_sums<Storage>(cell_.distinct_dgh ? db_hh : db_ih, found[3]);
   }
 
-  static int64_t dgh_rows(const Chunk& now) { return Cell::distinct_dgh ? now.rows : 0; }
+  int64_t dgh_rows(const Chunk& now) const { return cell_.distinct_dgh ? now.rows : 0; }
 
   // The states of all sequences after step t of a walk, from rows `stride` apart; of those that it has not
   // begun, the initial ones. `merged` holds the states where they come from both.
@@ -308,7 +307,7 @@ class Network {
   }
 
   // The state that each step of the chunk starts from, [rows, H].
-  void previous_states(const BackwardScan<Cell>& scan, const Chunk& now, const Buffer<A>& to) const {
+  void previous_states(const BackwardScan<Storage>& scan, const Chunk& now, const Buffer<A>& to) const {
     for (int64_t i = 0; i < scan.T; ++i) {
       const int64_t t = scan.step(i), time = now.time + t, running = sizes_.running(time);
       // Of a walk back in time, the sequences from `old` on begin at this step.
@@ -320,6 +319,8 @@ class Network {
     }
   }
 
+  const Cell<Storage>& cell_;
+  const bool has_c_;
   const Tensor& x_;
   const std::vector<Tensor>& weights_;
   NetworkSizes sizes_;
@@ -330,7 +331,6 @@ class Network {
   int64_t most_rows_ = 0;
   std::vector<Storage> no_h_;
   std::vector<A> no_c_;
-  Cell cell_;
 };
 
 ScalarType arithmetic_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
@@ -389,19 +389,17 @@ auto with_network(Tensor& x, const Optional& batch_sizes, const std::vector<Tens
   if (batch_sizes.has_value()) set_packed(sizes, *batch_sizes, x.size(0));
   return with_dtype("x", x, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
-    return with_cell_of_torch(cell, [&](auto tag) {
-      using Cell = BuiltInCell<decltype(tag), Storage>;
-      Frame frame(x, sizes.B, sizes.H);
-      const int64_t width = Cell::gates * sizes.H;
-      for (int64_t k = 0; k < layers * directions; ++k) {
-        NetworkWeights w = weights_of(weights, k, bias);
-        frame.expect<Storage>("w_ih", w.w_ih, {width, sizes.inputs(k / directions)});
-        frame.expect<Storage>("w_hh", w.w_hh, {width, sizes.H});
-        if (bias) frame.expect<Storage>("b_ih", *w.b_ih, {width});
-        if (bias) frame.expect<Storage>("b_hh", *w.b_hh, {width});
-      }
-      return f(Network<Cell>(x, weights, sizes));
-    });
+    const Cell<Storage>& equations = built_in_cell<Storage>(cell);
+    Frame frame(x, sizes.B, sizes.H);
+    const int64_t width = equations.gates * sizes.H;
+    for (int64_t k = 0; k < layers * directions; ++k) {
+      NetworkWeights w = weights_of(weights, k, bias);
+      frame.expect<Storage>("w_ih", w.w_ih, {width, sizes.inputs(k / directions)});
+      frame.expect<Storage>("w_hh", w.w_hh, {width, sizes.H});
+      if (bias) frame.expect<Storage>("b_ih", *w.b_ih, {width});
+      if (bias) frame.expect<Storage>("b_hh", *w.b_hh, {width});
+    }
+    return f(Network<Storage>(equations, x, weights, sizes));
   });
 }
 

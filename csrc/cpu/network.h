@@ -78,16 +78,6 @@ Matrix<Storage> transposed(const Matrix<Storage>& m) {
   return {m.data, m.N, m.K, m.n_stride, m.k_stride};
 }
 
-// f(cell) with one of torch's.
-template <class F>
-auto with_cell_of_torch(const std::string& name, const F& f) {
-  if (name == "lstm") return f(LSTM{});
-  if (name == "gru") return f(GRU{});
-  if (name == "rnn_tanh") return f(RNN<Tanh>{});
-  if (name == "rnn_relu") return f(RNN<Relu>{});
-  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
-}
-
 // Products with one matrix [K, N], whose threads share the rows: the short ones pack it as they read it, the
 // long ones beforehand.
 template <class Storage>
@@ -192,18 +182,17 @@ void store_sums(const std::vector<double>& sums, const Tensor& to) {
 
 // What the backward needs, in one piece of memory: of each layer y [rows, D * H] in the storage type, and of
 // each layer and direction `saved` [rows, saved * H], and c [rows, H] in the type of the arithmetic.
-template <class Cell>
+template <class Storage>
 struct NetworkMemory {
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
+  using A = typename Arithmetic<Storage>::type;
 
   int64_t of_y, of_saved, of_c, of_walk, of_layer, directions;  // bytes
   char* data = nullptr;
 
-  NetworkMemory(const NetworkSizes& sizes, bool keeps)
+  NetworkMemory(const NetworkSizes& sizes, const CellTraits& cell, bool keeps)
       : of_y(aligned(sizes.rows() * sizes.outputs() * sizeof(Storage))),
-        of_saved(keeps ? aligned(sizes.rows() * Cell::saved * sizes.H * sizeof(Storage)) : 0),
-        of_c(keeps && Cell::states > 1 ? aligned(sizes.rows() * sizes.H * sizeof(A)) : 0),
+        of_saved(keeps ? aligned(sizes.rows() * cell.saved * sizes.H * sizeof(Storage)) : 0),
+        of_c(keeps && cell.states > 1 ? aligned(sizes.rows() * sizes.H * sizeof(A)) : 0),
         of_walk(of_saved + of_c),
         of_layer(of_y + sizes.directions * of_walk),
         directions(sizes.directions) {}

@@ -112,34 +112,21 @@ struct Matrix {
   FASTRNN_INLINE void square(int64_t k, int64_t count, int64_t n, A* to) const {
     constexpr int lanes = Square<A, bytes>::lanes;
     Square<A, bytes> numbers;
-    bool whole = count == lanes && n + lanes <= N;
-    FASTRNN_UNROLL
-    for (int i = 0; i < lanes; ++i) {
-      const Storage* column = data + (n + i) * n_stride + k;
-      if (whole)
-        read(column, numbers.row[i]);
-      else
-        read_some(column, n + i < N ? count : 0, numbers.row[i]);
+    const Storage* first = data + n * n_stride + k;
+    if (std::is_same_v<Storage, A> && count == lanes && n + lanes <= N) {
+      FASTRNN_UNROLL
+      for (int i = 0; i < lanes; ++i) std::memcpy(&numbers.row[i], first + i * n_stride, bytes);
+    } else {
+      alignas(64) A converted[lanes * lanes] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(lanes, N - n); ++i)
+        for (int64_t j = 0; j < count; ++j) converted[i * lanes + j] = widen(first[i * n_stride + j]);
+      FASTRNN_UNROLL
+      for (int i = 0; i < lanes; ++i) std::memcpy(&numbers.row[i], converted + i * lanes, bytes);
     }
     numbers.transpose();
     FASTRNN_UNROLL
     for (int i = 0; i < lanes; ++i)
-      if (whole || i < count) std::memcpy(to + i * panel_width<A>, &numbers.row[i], bytes);
-  }
-
-  template <class Vector>
-  static FASTRNN_INLINE void read(const Storage* from, Vector& to) {
-    if constexpr (std::is_same_v<Storage, A>)
-      std::memcpy(&to, from, sizeof(to));
-    else
-      read_some(from, sizeof(to) / sizeof(A), to);
-  }
-
-  // Reads the first `count` numbers; the rest are zeros.
-  template <class Vector>
-  static FASTRNN_INLINE void read_some(const Storage* from, int64_t count, Vector& to) {
-    to = Vector{};
-    for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
+      if (i < count) std::memcpy(to + i * panel_width<A>, &numbers.row[i], bytes);
   }
 };
 

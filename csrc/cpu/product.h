@@ -6,8 +6,9 @@
 
 #include <cstring>
 
-#include "row_ops.h"
+#include "instances.h"
 #include "panels.h"
+#include "row_ops.h"
 
 namespace fastrnn {
 
@@ -96,5 +97,11 @@ struct Multiply {
     }
   }
 };
+
+#define FASTRNN_INSTANCE(S)                                                          \
+  extern template void walk_widest(const Pack<S>& body, int64_t begin, int64_t end); \
+  extern template void walk_widest(const Multiply<S>& body, int64_t begin, int64_t end);
+FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
+#undef FASTRNN_INSTANCE
 
 }  // namespace fastrnn

@@ -6,7 +6,6 @@
 
 #include "../common/switches.h"
 #include "arguments.h"
-#include "program_cell.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
 
@@ -23,16 +22,14 @@ auto with_cell_of(const std::string& cell, const char* name, const Tensor& t, co
   check(t.dim() == 3, name, " must have shape [T, B, planes * H], got ", shape_of(t));
   return with_dtype(name, t, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
-    if (cell.rfind("cell ", 0) == 0) return f(*ProgramCell<Storage>::of(cell));
-    return with_cell(cell, [&](auto tag) { return f(BuiltInCell<decltype(tag), Storage>()); });
+    return cell.rfind("cell ", 0) == 0 ? f(*program_cell<Storage>(cell)) : f(built_in_cell<Storage>(cell));
   });
 }
 
-template <class Cell>
-ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool reverse,
+template <class Storage>
+ScanOutputs forward(const Cell<Storage>& cell, Tensor& gx, const ScanInputs& inputs, bool reverse,
                     const LayerNorms& layer_norms, bool save) {
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
+  using A = typename Arithmetic<Storage>::type;
   Call<Storage, A> call("gx", gx, cell.gates, inputs.h0, cell.states);
   call.check_cell(cell, inputs);
   auto [T, B, H, P, C] = std::tuple(call.T, call.B, call.H, call.P, call.C);
@@ -43,7 +40,7 @@ ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool
   Tensor h_n = call.template output<Storage>(true, {B, P}), c_n = call.template output<A>(has_c, {B, C});
   Tensor saved = call.template output<Storage>(save, {T, B, cell.saved * H});
 
-  ForwardScan<Cell> scan(cell);
+  ForwardScan<Storage> scan(cell);
   call.fill(scan, inputs, true, reverse, layer_norms);
   scan.gx = call.template view<Storage>("gx", gx, {T, B, cell.gates * H});
   scan.y = output_view<Storage>(y);
@@ -55,12 +52,11 @@ ScanOutputs forward(const Cell& cell, Tensor& gx, const ScanInputs& inputs, bool
   return ScanOutputs(y, c, h_n, c_n, saved);
 }
 
-template <class Cell>
-ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, const Kept& kept,
+template <class Storage>
+ScanGradients backward(const Cell<Storage>& cell, const IncomingGradients& incoming, const Kept& kept,
                        const Optional& gx, const ScanInputs& inputs, bool reverse,
                        std::optional<double> clip_value, const LayerNorms& layer_norms, bool with_norms) {
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
+  using A = typename Arithmetic<Storage>::type;
   Call<Storage, A> call("saved", kept.saved, cell.saved, inputs.h0, cell.states);
   call.check_cell(cell, inputs);
   const bool has_c = cell.states > 1, ln_hh = inputs.ln_hh.has_value(), ln_c = inputs.ln_c_weight.has_value();
@@ -81,7 +77,7 @@ ScanGradients backward(const Cell& cell, const IncomingGradients& incoming, cons
          ddecay_c = call.template output<Storage>(inputs.decay_c.has_value(), {T, B, C});
   Tensor norms = call.template output<A>(with_norms, {2, cell.states, T, B});
 
-  BackwardScan<Cell> scan(cell);
+  BackwardScan<Storage> scan(cell);
   call.fill(scan, inputs, false, reverse, layer_norms);
   scan.clip_norm = call.number("clip_norm", inputs.clip_norm);
   if (clip_value.has_value()) scan.clip_value = static_cast<A>(*clip_value);

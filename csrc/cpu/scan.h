@@ -11,6 +11,7 @@
 #include "cell.h"
 #include "gate_masks.h"
 #include "heads.h"
+#include "instances.h"
 
 namespace fastrnn {
 

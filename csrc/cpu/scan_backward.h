@@ -9,12 +9,12 @@
 
 namespace fastrnn {
 
-template <class Cell>
+template <class S>
 struct BackwardScan : Scan {
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
+  using Storage = S;
+  using A = typename Arithmetic<S>::type;
 
-  const Cell& cell;
+  const Cell<S>& cell;
   Steps<const Storage> dy;        // [T, B, P]; none of the incoming gradients need exist
   Steps<const A> dc;              // [T, B, C]
   Steps<const Storage> dh_n;      // [1, B, P]
@@ -39,13 +39,10 @@ struct BackwardScan : Scan {
   Steps<Storage> ddecay_h, ddecay_c;  // [T, B, P], [T, B, C], may not exist
   A* norms;                           // [2, states, T, B] or null
 
-  explicit BackwardScan(const Cell& cell) : cell(cell) {}
+  explicit BackwardScan(const Cell<S>& cell) : cell(cell) {}
 
   // Sequences from begin to end.
-  void operator()(int64_t begin, int64_t end) const {
-    Work work(*this, std::min(block, end - begin));
-    for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
-  }
+  void operator()(int64_t begin, int64_t end) const;
 
  private:
   bool has_c() const { return cell.states > 1; }
@@ -54,7 +51,7 @@ struct BackwardScan : Scan {
 
   // Whether `cell.backward` does the work of `cell.total`: where nothing between them reads the totals.
   bool joined() const {
-    return Cell::joins && norms == nullptr && !clip_value && !clip_norm && weights.ln_c_weight.empty();
+    return cell.joins && norms == nullptr && !clip_value && !clip_norm && weights.ln_c_weight.empty();
   }
 
   // One thread's rows.
@@ -77,7 +74,7 @@ struct BackwardScan : Scan {
     // Sums over the steps, of which there may be many.
     Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
     Buffer<A> norm_of_state, norms_of_row, factor;  // of clipping by norm
-    typename Cell::Memory of_cell;
+    std::unique_ptr<typename Cell<S>::Memory> of_cell;
     Runs all, running, ended;
 
     Work(const BackwardScan& scan, int64_t rows)
@@ -115,7 +112,8 @@ struct BackwardScan : Scan {
           dln_c_bias(rows, scan.dln_c_weight ? scan.H : 0),
           norm_of_state(scan.cell.states, rows),
           norms_of_row(rows, scan.cell.states),
-          factor(1, rows) {}
+          factor(1, rows),
+          of_cell(scan.cell.memory()) {}
   };
 
   // All steps of `rows` sequences from b on.
@@ -229,7 +227,7 @@ struct BackwardScan : Scan {
     if (zone_h) elementwise(runs, P, ToNewState{}, work.dh_new, work.dh, work.zone_h);
     if (weights.w_hr) multiply(runs, *weights.w_hr, dh_new_of(work), work.dh_cell);
     if (zone_c) elementwise(runs, C, ToNewState{}, work.dc_new, work.dc, work.zone_c);
-    if (!joined()) cell.total(runs, step_of(t, b, work), work.of_cell);
+    if (!joined()) cell.total(runs, step_of(t, b, work), work.of_cell.get());
   }
 
   BackwardStep<Storage> step_of(int64_t t, int64_t b, Work& work) const {
@@ -306,7 +304,7 @@ struct BackwardScan : Scan {
 
   // dgx, dgh, dh_past_w, dcell; carried_c becomes the gradient of c_prev.
   void backward_of_cell(int64_t t, int64_t b, Work& work) const {
-    cell.backward(work.running, step_of(t, b, work), joined(), work.of_cell);
+    cell.backward(work.running, step_of(t, b, work), joined(), work.of_cell.get());
   }
 
   // In float32 and float64 dgx is computed in the output itself.
@@ -411,5 +409,15 @@ struct BackwardScan : Scan {
           std::fill(norms_at(part, state, t, b + begin), norms_at(part, state, t, b + end), A(0));
   }
 };
+
+template <class S>
+void BackwardScan<S>::operator()(int64_t begin, int64_t end) const {
+  Work work(*this, std::min(block, end - begin));
+  for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
+}
+
+#define FASTRNN_INSTANCE(S) extern template struct BackwardScan<S>;
+FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
+#undef FASTRNN_INSTANCE
 
 }  // namespace fastrnn

@@ -5,12 +5,12 @@
 
 namespace fastrnn {
 
-template <class Cell>
+template <class S>
 struct ForwardScan : Scan {
-  using Storage = typename Cell::Storage;
-  using A = typename Cell::A;
+  using Storage = S;
+  using A = typename Arithmetic<S>::type;
 
-  const Cell& cell;
+  const Cell<S>& cell;
   Steps<const Storage> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, C]
   Steps<const Storage> decay_h, decay_c;    // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;         // [T, B, inputs * H]
@@ -22,13 +22,10 @@ struct ForwardScan : Scan {
   Steps<Storage> h_n;       // [1, B, P]
   Steps<A> c_n;             // [1, B, C]
 
-  explicit ForwardScan(const Cell& cell) : cell(cell) {}
+  explicit ForwardScan(const Cell<S>& cell) : cell(cell) {}
 
   // Sequences from begin to end.
-  void operator()(int64_t begin, int64_t end) const {
-    Work work(*this, std::min(block, end - begin));
-    for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
-  }
+  void operator()(int64_t begin, int64_t end) const;
 
  private:
   bool has_c() const { return cell.states > 1; }
@@ -43,7 +40,7 @@ struct ForwardScan : Scan {
     // Where W_ih x is inside the layer norm: its rows, and the zeros that the cell gets for them.
     Buffer<A> gx;
     Buffer<Storage> no_gx;
-    typename Cell::Memory of_cell;
+    std::unique_ptr<typename Cell<S>::Memory> of_cell;
     Runs all, running, ended;
 
     Work(const ForwardScan& scan, int64_t rows)
@@ -60,7 +57,8 @@ struct ForwardScan : Scan {
           zone_c(rows, scan.zone_c ? scan.C : 0),
           decay_h(rows, scan.decay_h ? scan.P : 0),
           decay_c(rows, scan.decay_c ? scan.C : 0),
-          unsaved(rows, !scan.saved && Cell::always_saves ? scan.cell.saved * scan.H : 0),
+          unsaved(rows, !scan.saved && scan.cell.always_saves ? scan.cell.saved * scan.H : 0),
+          of_cell(scan.cell.memory()),
           gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
           no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0) {
       if (scan.weights.ln_of_sum) std::fill_n(no_gx[0], scan.cell.gates * scan.H, Storage{});
@@ -137,7 +135,7 @@ struct ForwardScan : Scan {
   // c is updated in place.
   void run_cell(int64_t t, int64_t b, Work& work) const {
     RowView<Storage> unsaved = work.unsaved;
-    if (!Cell::always_saves) unsaved.data = nullptr;
+    if (!cell.always_saves) unsaved.data = nullptr;
     ForwardStep<Storage> step{H,
                               weights.ln_of_sum ? RowView<const Storage>{work.no_gx[0], 0} : gx.at(t, b),
                               work.gates,
@@ -149,7 +147,7 @@ struct ForwardScan : Scan {
                               work.cell_h,
                               work.c,
                               saved ? saved.at(t, b) : unsaved};
-    cell.forward(work.running, step, work.of_cell);
+    cell.forward(work.running, step, work.of_cell.get());
   }
 
   // After the end of a sequence its outputs are zero; its state stays.
@@ -159,5 +157,15 @@ struct ForwardScan : Scan {
     if (c) fill_zero(ended, C, c.at(t, b));
   }
 };
+
+template <class S>
+void ForwardScan<S>::operator()(int64_t begin, int64_t end) const {
+  Work work(*this, std::min(block, end - begin));
+  for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
+}
+
+#define FASTRNN_INSTANCE(S) extern template struct ForwardScan<S>;
+FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
+#undef FASTRNN_INSTANCE
 
 }  // namespace fastrnn

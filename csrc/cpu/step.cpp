@@ -21,6 +21,16 @@ void share(int64_t count, int64_t work, const F& f) {
       [&](int64_t begin, int64_t end) { f(begin * unit, std::min(end * unit, count)); });
 }
 
+// f(cell) with one of torch's.
+template <class F>
+auto with_cell_of_torch(const std::string& name, const F& f) {
+  if (name == "lstm") return f(LSTM{});
+  if (name == "gru") return f(GRU{});
+  if (name == "rnn_tanh") return f(RNN<Tanh>{});
+  if (name == "rnn_relu") return f(RNN<Relu>{});
+  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
+}
+
 // One layer, with a cell of csrc/cells. Which thread computes a hidden unit does not change its bits.
 template <class Cell, class A>
 struct StepOfLayer {
@@ -45,7 +55,6 @@ struct StepOfLayer {
     for (int64_t j = begin; j < end; j += lanes) {
       const int64_t count = std::min(lanes, end - j);
       for (int64_t b = 0; b < B; ++b) {
-        FASTRNN_UNROLL
         for (int64_t g = 0; g < gates; ++g) gate<bytes>(g, j, count, b, gx + g * lanes, gh + g * lanes);
         if constexpr (states == 1) std::copy_n(h_prev[b] + j, count, before);
         if constexpr (states == 2) std::copy_n(c_prev[b] + j, count, before + lanes);
