@@ -267,13 +267,12 @@ struct Call {
     const int64_t terms = scan.weights.w_hh.in_heads() ? scan.weights.w_hh.units : P;
     int64_t step_work = std::max<int64_t>(gates * H * (terms + 16), 1);
     std::vector<int64_t> before = steps_before(scan);
-    torch::stable::parallel_for(
-        0, before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {
-          auto first = [&](int64_t steps) {
-            return std::lower_bound(before.begin(), before.end(), steps) - before.begin();
-          };
-          if (first(from) < first(to)) scan(first(from), first(to));
-        });
+    share(before[B], (grain + step_work - 1) / step_work, [&](int64_t from, int64_t to) {
+      auto first = [&](int64_t steps) {
+        return std::lower_bound(before.begin(), before.end(), steps) - before.begin();
+      };
+      if (first(from) < first(to)) scan(first(from), first(to));
+    });
   }
 };
 

@@ -76,9 +76,8 @@ void multiply_rows(const Matrix<A>& x, const Packed<A>& packed, RowView<A> out, 
   constexpr int64_t grain = 1 << 21;  // multiplications that are worth waking a thread
   constexpr int64_t unit = 12;        // rows
   RowsOfProduct<A> product{packed, x, out, adds};
-  torch::stable::parallel_for(
-      0, (x.K + unit - 1) / unit, grain / (unit * std::max<int64_t>(packed.matrix.N * x.N, 1)) + 1,
-      [&](int64_t begin, int64_t end) { walk_widest(product, begin * unit, std::min(end * unit, x.K)); });
+  share((x.K + unit - 1) / unit, grain / (unit * std::max<int64_t>(packed.matrix.N * x.N, 1)) + 1,
+        [&](int64_t begin, int64_t end) { walk_widest(product, begin * unit, std::min(end * unit, x.K)); });
 }
 
 // The same with a matrix that is packed here, plus the bias [N] or null unless it `adds`.

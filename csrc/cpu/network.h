@@ -98,10 +98,9 @@ class MatrixProduct {
     if constexpr (std::is_same_v<Storage, A>)
       if (long_) return multiply_rows({in.data, rows, matrix.K, in.stride, in_stride}, packed_, out, adds);
     constexpr int64_t grain = 1 << 20;  // multiplications that are worth waking a thread
-    torch::stable::parallel_for(
-        0, rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1, [&](int64_t begin, int64_t end) {
-          walk_widest(Multiply<Storage>{packed_, in, in_stride, out, adds}, begin, end);
-        });
+    share(rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1, [&](int64_t begin, int64_t end) {
+      walk_widest(Multiply<Storage>{packed_, in, in_stride, out, adds}, begin, end);
+    });
   }
 
  private:
@@ -168,9 +167,8 @@ struct AddRows {
 template <class A>
 void add_rows(RowView<const A> in, int64_t rows, std::vector<double>& sums) {
   constexpr int64_t grain = 1 << 17;  // additions that are worth waking a thread
-  torch::stable::parallel_for(
-      0, sums.size(), grain / std::max<int64_t>(rows, 1) + 1,
-      [&](int64_t begin, int64_t end) { walk_widest(AddRows<A>{in, rows, sums.data()}, begin, end); });
+  share(sums.size(), grain / std::max<int64_t>(rows, 1) + 1,
+        [&](int64_t begin, int64_t end) { walk_widest(AddRows<A>{in, rows, sums.data()}, begin, end); });
 }
 
 template <class Storage>

@@ -1,8 +1,6 @@
 // A matrix packed into panels of a fixed number of columns, so that a product reads it sequentially.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -10,6 +8,7 @@
 #include <utility>
 
 #include "../common/storage.cuh"
+#include "threads.h"
 #include "vectors.h"
 
 namespace fastrnn {
@@ -165,9 +164,8 @@ struct Packed {
         once(once) {
     constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
     if (!once)
-      torch::stable::parallel_for(
-          0, padded<A>(matrix.N) / panel_width<A>,
-          grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
+      share(
+          padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
           [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage>{matrix, panels.data()}, begin, end); });
     for (int64_t n = 0; n < padded<A>(matrix.N); ++n)
       start.data()[n] = n < matrix.N && bias != nullptr ? bias[n] : A(0);

@@ -12,13 +12,11 @@ namespace {
 constexpr int64_t unit = 16;        // hidden units that a thread takes at once: a cache line of results
 constexpr int64_t grain = 1 << 18;  // multiplications that are worth waking a thread
 
-// f(begin, end) over [0, count) in whole units, shared among the threads; work: multiplications of each.
+// f(begin, end) over [0, count) in whole units; work: multiplications of each.
 template <class F>
-void share(int64_t count, int64_t work, const F& f) {
-  if (count * work <= grain) return f(int64_t(0), count);
-  torch::stable::parallel_for(
-      0, (count + unit - 1) / unit, grain / (unit * work) + 1,
-      [&](int64_t begin, int64_t end) { f(begin * unit, std::min(end * unit, count)); });
+void share_units(int64_t count, int64_t work, const F& f) {
+  share((count + unit - 1) / unit, grain / (unit * work) + 1,
+        [&](int64_t begin, int64_t end) { f(begin * unit, std::min(end * unit, count)); });
 }
 
 // f(cell) with one of torch's.
@@ -154,11 +152,11 @@ std::vector<Tensor> step_of_network(const StepSizes& sizes, const Frame& frame, 
                               bias ? data_of<A>(own[3]) : zeros,
                               projects ? RowView<A>{zeros + longest, H} : h,
                               Cell::states == 2 ? rows_of_state(found.back(), layer) : RowView<A>{}};
-    share(H, Cell::gates * (step.I + P) * B,
-          [&](int64_t begin, int64_t end) { walk_widest(step, begin, end); });
+    share_units(H, Cell::gates * (step.I + P) * B,
+                [&](int64_t begin, int64_t end) { walk_widest(step, begin, end); });
     if (projects) {
       const TimesRows<A> times{B, H, P, {step.h.data, H}, rows_of<A>(own[2 + 2 * bias]), h};
-      share(P, H * B, [&](int64_t begin, int64_t end) { walk_widest(times, begin, end); });
+      share_units(P, H * B, [&](int64_t begin, int64_t end) { walk_widest(times, begin, end); });
     }
     input = {h.data, P};
   }
