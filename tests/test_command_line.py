@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ import fastrnn
 from fastrnn.__main__ import main, parser
 from fastrnn.monitoring import flow
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
+for package in ("matplotlib", "sklearn", "tqdm"):
+    if find_spec(package) is None:  # no import: it takes seconds, also where these tests are only collected
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 TINY = ("train", "--epochs", "1", "--hidden", "4", "--batch", "512")
 
