@@ -250,7 +250,11 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     process by the signal, whatever was made of it, if it came while a string was executed, as in a dataclass."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastrnn.__file__).parents[1])}
     command = [sys.executable, "-m", "fastrnn", *TINY, "--epochs", "1000", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # What runs in the background of a shell script ignores SIGINT, unless it is told to heed it.
+    with subprocess.Popen(
+        command, **pipes, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as process:
         seen, until = b"", time.monotonic() + 120  # far beyond the import of torch on a busy machine
         while b"epoch" not in seen and time.monotonic() < until:
             seen += process.stderr.read1()
