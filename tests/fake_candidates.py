@@ -1,10 +1,14 @@
-"""Candidates that misbehave, for the tests of `tune`: each is the reference with one fault.
+"""Candidates that misbehave, for the tests of `tune`: each is the C++ scan with one fault.
 
-Run as a program it is the child process of `tune` with these candidates in its table.
+Run as a program with the path of a socket it serves `forked_child.py`, the child process of `tune`: for each it forks a
+process that has these candidates in its table. An import of torch in each child would take seconds.
 """
 
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 
 import torch
@@ -105,6 +109,38 @@ FAKES = {
     for name in (*FAULTS, "good")
 }
 
+
+def serve(path):
+    """Forks a process for each connection, until it is killed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the forks
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        while True:
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                run_for(connection)
+            connection.close()
+
+
+def run_for(connection):
+    """Runs the child process of `tune` on the files that arrive, and answers how it ended; kills it when left alone."""
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    child = os.fork()
+    if child == 0:
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        trial.main()
+        os._exit(0)
+    for file in files:
+        os.close(file)
+    threading.Thread(target=lambda: connection.recv(1) or os.kill(child, signal.SIGKILL), daemon=True).start()
+    _, status = os.waitpid(child, 0)
+    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
 if __name__ == "__main__":
     backend_table.BACKENDS.update(FAKES)
-    trial.main()
+    serve(sys.argv[1])

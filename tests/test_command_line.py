@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 import fastrnn
 from fastrnn.__main__ import main, parser
 from fastrnn.monitoring import flow
+from fastrnn.tasks import sequential_digits
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
+for package in ("matplotlib", "sklearn", "tqdm"):
+    if find_spec(package) is None:  # no import: it takes seconds, also where these tests are only collected
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 TINY = ("train", "--epochs", "1", "--hidden", "4", "--batch", "512")
 
@@ -27,6 +29,15 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The first 16 of the 64 steps of the images, since a Python loop takes them one by one; one picture less."""
+    digits = sequential_digits()
+    cut = digits._replace(x_train=digits.x_train[:16], x_test=digits.x_test[:16])
+    monkeypatch.setattr("fastrnn.__main__.sequential_digits", lambda: cut)
+    monkeypatch.setattr("fastrnn.monitoring.plots.learning_curves", lambda *arguments: None)
 
 
 def test_train_writes_both_pictures_and_reports(tmp_path, capsys):
@@ -54,16 +65,15 @@ def test_train_writes_both_pictures_and_reports(tmp_path, capsys):
         "--cell leaky_rnn --init default",
     ],
 )
-def test_every_option_trains(tmp_path, options):
+def test_every_option_trains(short, tmp_path, options):
     assert main([*TINY, *options.split(), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "gradient_norms.png").exists()
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_result(tmp_path, capsys, monkeypatch):
+def test_one_seed_gives_one_result(short, tmp_path, capsys, monkeypatch):
     results = []
-    for picture in ("learning_curves", "gradient_norms"):
-        monkeypatch.setattr(f"fastrnn.monitoring.plots.{picture}", lambda *arguments: None)
+    monkeypatch.setattr("fastrnn.monitoring.plots.gradient_norms", lambda *arguments: None)
     for _ in range(2):
         main([*TINY, "--seed", "3", "--out", str(tmp_path)])
         results.append(capsys.readouterr().out.split("after training")[1].rsplit(" in ", 1)[0])
@@ -249,7 +259,11 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     process by the signal, whatever was made of it, if it came while a string was executed, as in a dataclass."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastrnn.__file__).parents[1])}
     command = [sys.executable, "-m", "fastrnn", *TINY, "--epochs", "1000", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # What runs in the background of a shell script ignores SIGINT, unless it is told to heed it.
+    with subprocess.Popen(
+        command, **pipes, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as process:
         seen, until = b"", time.monotonic() + 120  # far beyond the import of torch on a busy machine
         while b"epoch" not in seen and time.monotonic() < until:
             seen += process.stderr.read1()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 from setups import agree, every_backend, flat, random_inputs

@@ -1,12 +1,16 @@
 """Two processes over gloo: DDP and FSDP2 train as one process does on the whole batch, and the monitor sees all ranks.
 
-The file is its own worker: the tests start it twice as a script, and it runs every scenario of `SCENARIOS` once.
+The file is its own worker: the tests start it as a script, which forks a process for each rank, since the imports take
+seconds; each rank runs every scenario of `SCENARIOS` once.
 """
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -193,19 +197,16 @@ def ranks(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
+    worker = subprocess.Popen(
+        [sys.executable, __file__, str(folder)], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        printed = [worker.communicate(timeout=SECONDS)[0] for worker in workers]
+        printed, _ = worker.communicate(timeout=SECONDS)
     finally:
-        for worker in workers:
-            worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(printed)
+        with suppress(ProcessLookupError):  # none of them is left
+            os.killpg(worker.pid, signal.SIGKILL)
+    assert worker.returncode == 0, printed
     found = [torch.load(folder / str(rank), weights_only=False) for rank in range(RANKS)]
 
     def results(name):
@@ -314,4 +315,13 @@ def test_all_ranks_without_a_process_group_is_refused():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    import torch.distributed.fsdp
+    import torch.nn.parallel.distributed
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(rank, sys.argv[1])) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes))

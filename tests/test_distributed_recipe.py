@@ -21,17 +21,30 @@ ROOT = Path(__file__).parents[1]
 ROUNDING = 3e-6
 
 
-def torchrun(ranks, *command, folder):
-    """What a command prints under torchrun."""
+def printed_by(*command, folder):
+    """What Python prints, given these arguments."""
     package = str(Path(fastrnn.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    run = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *command)
+    run = (sys.executable, *command)
     done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=folder, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+FORKED = """
+import sys
+import matplotlib.figure, sklearn.datasets, torch._dynamo, torch.nn.parallel.distributed
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from fastrnn.__main__ import main
+
+standalone = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "forked"}
+codes = elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **standalone), main)(sys.argv[1:])
+sys.exit(max(codes.values()))
+"""
+"""As torchrun on two ranks, which are forks: their imports take as long as their training."""
 
 
 def alone(monkeypatch):
@@ -60,7 +73,7 @@ def test_train_resumes_on_another_number_of_ranks(tmp_path, capsys, monkeypatch)
         pytest.importorskip(package, reason=f"{package} is not installed")
     options = ["train", "--hidden", "4", "--batch", "512", "--epochs", "2", "--lr", "0.1", "--layers", "2"]
     options += ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path)]
-    printed = torchrun(2, "-m", "fastrnn", *options, "--distributed", "ddp", folder=tmp_path)
+    printed = printed_by("-c", FORKED, *options, "--distributed", "ddp", folder=tmp_path)
     assert "before training" in printed and "rnn.l1" in printed
     shutil.rmtree(tmp_path / "run" / "epoch-0002")
     alone(monkeypatch)
@@ -75,7 +88,8 @@ def test_streams_resume_on_another_number_of_ranks(tmp_path, capsys, monkeypatch
     """From two ranks to one, which is this process."""
     (program,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/distributed.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "stream.py").write_text(program)
-    printed = torchrun(2, "stream.py", folder=tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = printed_by(*torchrun, "stream.py", folder=tmp_path)
     assert sorted(losses(printed)) == list(range(6)) and "rnn.l0" in printed
     alone(monkeypatch)
     monkeypatch.chdir(tmp_path)

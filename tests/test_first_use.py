@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 
+import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 from setups import mostly_slow
@@ -220,7 +221,7 @@ from fastrnn.dispatch import BACKENDS
 ranking.FIRST_USE = ("cpu",)
 BACKENDS["cpu"] = replace(BACKENDS["cpu"], why_not=lambda request: "it was not built")
 sys.stdin.readline()
-model = fastrnn.LSTM(2, 3, zoneout=0.1).eval()
+model = fastrnn.RNN(2, 3, zoneout=0.1).eval()
 print("chosen", fastrnn.explain(model, torch.randn(3, 2, 2)).chosen)
 """
 
@@ -235,7 +236,7 @@ def test_processes_of_one_machine_check_a_kernel_once(gpu):
     ]
     said = [rank.communicate("go\n", timeout=180)[0] for rank in ranks]
     assert all("chosen triton" in text for text in said)
-    assert sum(text.count("verified lstm") for text in said) == 1
+    assert sum(text.count("verified rnn_tanh") for text in said) == 1
     assert not list(gpu.rglob("*.claim"))
 
 

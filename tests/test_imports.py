@@ -2,7 +2,6 @@
 
 import ast
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import fastrnn
+from scripts import Forks
 
 PACKAGE = Path(fastrnn.__file__).parent
 # installed beside each other in a wheel, side by side in the repository
@@ -287,19 +287,27 @@ def test_kernels_import_only_triton_and_themselves():
                 assert {n.name.split(".")[0] for n in node.names} <= {"triton"}, f"{path.name}: {node.names[0].name}"
 
 
-def fresh(code, **environment):
-    """stdout of a Python process that can import this fastrnn."""
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """`fresh(code)`: what a program prints that can import this fastrnn and has torch, nothing of fastrnn.
+
+    The programs are forks of one process, since an import of torch takes seconds. They may write the bytecode, which an
+    installed package has, whatever the environment says.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("the programs are forked")
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+    forks = Forks("import torch", tmp_path_factory.mktemp("fresh"), environment)
+    yield lambda code: forks.run(code).strip()
+    forks.close()
 
 
-def test_import_loads_nothing_heavy_and_touches_no_device():
+def test_import_loads_nothing_heavy_and_touches_no_device(fresh):
     code = """
 import sys, torch
 before = set(sys.modules)
+assert "fastrnn" not in before
 import fastrnn
 fastrnn.LSTM(2, 3)(torch.zeros(2, 2, 2))
 new = {name.split(".")[0] for name in set(sys.modules) - before}
@@ -309,7 +317,7 @@ print(sorted(heavy), torch.cuda.is_initialized(), "fastrnn.kernels" in sys.modul
     assert fresh(code) == "[] False False"
 
 
-def test_the_scan_runs_without_the_compiler():
+def test_the_scan_runs_without_the_compiler(fresh):
     """Whose import takes a second or two, in the first call of every process that only computes."""
     code = """
 import sys, torch, fastrnn
@@ -320,29 +328,20 @@ print("torch._dynamo" in sys.modules)
     assert fresh(code) == "False"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures in forked processes")
-def test_import_is_light():
-    """Under 0.1 s of processor time on top of `import torch`, the best of three.
-
-    Three children of one process that has torch, so that nothing of fastrnn is there yet in any of them. The first may
-    write the bytecode, which an installed package has, whatever the environment says.
-    """
+def test_import_is_light(fresh):
+    """Under 0.1 s of processor time on top of `import torch`, the best of three."""
     code = """
-import os, time, torch
-for _ in range(3):
-    if os.fork() == 0:
-        begin = time.process_time()
-        import fastrnn
-        print(time.process_time() - begin, flush=True)
-        os._exit(0)
-    os.wait()
+import time
+begin = time.process_time()
+import fastrnn
+print(time.process_time() - begin)
 """
-    seconds = min(map(float, fresh(code, PYTHONDONTWRITEBYTECODE="").split()))
+    seconds = min(float(fresh(code)) for _ in range(3))
     assert seconds < 0.1, f"import fastrnn took {seconds:.3f} s"
 
 
 @pytest.mark.skipif(KERNELS is None, reason="the kernels are not installed beside the package")
-def test_kernels_refuse_to_be_a_top_level_package():
+def test_kernels_refuse_to_be_a_top_level_package(fresh):
     code = f"""
 import sys
 sys.path.insert(0, {str(KERNELS.parent)!r})

@@ -1,6 +1,9 @@
 """What a candidate of `tune` may do wrong in its child process: none is ever chosen, and the record says why."""
 
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,27 @@ from fastrnn.evidence import records
 from fastrnn.tuning import search as tuning
 from fastrnn.tuning.job import Job
 
-CHILD = (sys.executable, str(Path(__file__).parent / "fake_candidates.py"))
+FOLDER = Path(__file__).parent
 JOB = Job("cpu", "gru", "float32", 8, 8, 2, True, torch.get_num_threads())
 pytestmark = needs_cpu_library
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory):
+def child():
+    """The command of a child process with the fakes."""
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has some hundred characters at most
+        path = Path(short, "socket")
+        server = subprocess.Popen([sys.executable, str(FOLDER / "fake_candidates.py"), str(path)])
+        until = time.monotonic() + 120  # far beyond the import of torch on a busy machine
+        while not path.exists() and server.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        yield sys.executable, str(FOLDER / "forked_child.py"), str(path)
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def tried(child, tmp_path_factory):
     """One search over all fakes, in one cache folder: each one's result, and the folder."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache")
     patch.setenv("FASTRNN_CACHE", str(folder))
@@ -30,7 +47,7 @@ def tried(tmp_path_factory):
     patch.setattr(tuning, "SECONDS", 0.0)
     evidence.clear()
     ranking.renew()
-    search = tuning.Search(300.0, evidence.keep, CHILD)
+    search = tuning.Search(300.0, evidence.keep, child)
     bucket = tuning.Bucket((JOB,))
     found = {name: search.bucket(bucket, name) for name in FAKES}
     search.close()

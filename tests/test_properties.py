@@ -7,6 +7,7 @@ import dataclasses
 import math
 from functools import partial
 
+import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 import user_cells
@@ -87,7 +88,7 @@ BOUND = st.sampled_from((None, 0.01, 0.3))  # loss gradients are of order one: 0
 
 
 @st.composite
-def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE):
+def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch.bfloat16), size=SIZE, layers=3):
     kind, flag = draw(kinds), st.booleans()
     T, B, I, H = (draw(size) for _ in range(4))
     lstm, zoneout = kind == "lstm", PROBABILITY
@@ -95,7 +96,7 @@ def problems(draw, kinds=EVERY_KIND, dtypes=(torch.float64, torch.float32, torch
     if lstm or user:
         zoneout = st.one_of(zoneout, st.tuples(*(PROBABILITY for _ in (user or CELLS[kind]).states)))
     network = {
-        "num_layers": draw(st.integers(1, 3)),
+        "num_layers": draw(st.integers(1, layers)),
         "bias": draw(flag),
         "batch_first": draw(flag),
         "dropout": draw(PROBABILITY),
@@ -384,9 +385,10 @@ def test_the_triton_backend_equals_the_reference(kind, device, ieee):
     if reason is not None:
         pytest.skip(f"backend triton: {reason}")
 
-    # A launch takes some 60 ms in the interpreter, and there are two to twelve for each layer and direction.
+    # A launch takes some 30 ms in the interpreter, and there are two to twelve for each layer and direction. One layer,
+    # because each is a scan of its own: what a network does between them knows nothing of the backend.
     @examples(4)
-    @given(problems(kinds=st.just(kind), dtypes=(torch.float32,), size=st.integers(1, 3)))
+    @given(problems(kinds=st.just(kind), dtypes=(torch.float32,), size=st.integers(1, 3), layers=1))
     def holds(problem):
         got, expected = (results(problem, backend, device=device) for backend in ("triton", "reference"))
         finite(expected)

@@ -1,9 +1,8 @@
 """Records: what is written is read back, whatever else lies there; full disks; processes side by side."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -163,29 +162,24 @@ def test_a_full_disk_leaves_the_old_record(file, monkeypatch):
     assert [path for path in file.parent.iterdir()] == [file]
 
 
-WRITER = """
-import sys, torch
-from fastrnn.evidence import records
-from fastrnn.evidence.records import Entry, Key
-torch.set_num_threads({threads})
-where = records.where("cpu", {threads})
-for k in range(60):
-    for batch in (1, 16):
-        key = Key("cpu", "gru", "float32", "plain", True, 8, batch, 32)
-        ratio = (0.5 + k / 1000, 0.4, 0.7)
-        assert records.save(where, Entry(key, "cpu", "measured", "2026-12-01", "torch.nn", ratio)) is None
-"""
+def write_often():
+    for k in range(60):
+        for batch in (1, 16):
+            key = Key("cpu", "gru", "float32", "plain", True, 8, batch, 32)
+            ratio = (0.5 + k / 1000, 0.4, 0.7)
+            assert records.save(HERE, Entry(key, "cpu", "measured", "2026-12-01", "torch.nn", ratio)) is None
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked, since another import of torch takes long")
 def test_processes_that_write_at_once_leave_whole_records(evidence_in):
-    code = WRITER.format(threads=torch.get_num_threads())
-    writers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
-    while any(writer.poll() is None for writer in writers):
+    writers = [multiprocessing.get_context("fork").Process(target=write_often) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.exitcode is None for writer in writers):
         assert len(records.load(HERE)) in (0, 1, 2)
         assert all(records.read(file) for file in evidence_in.rglob("*.json"))
-        time.sleep(0.01)
-    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
+        time.sleep(0.001)
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(known()) == 2 and len(list(evidence_in.rglob("*"))) == 4  # two folders, two files, nothing left over
 
 

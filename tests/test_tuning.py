@@ -12,10 +12,13 @@ from setups import needs_cpu_library
 
 import fastrnn
 from fastrnn import evidence
+from fastrnn.__main__ import main
 from fastrnn.tuning import search as tuning
 from fastrnn.tuning.job import Job
 
-JOB = Job("cpu", "gru", "float32", 8, 8, 2, True, torch.get_num_threads())
+COUNT = torch.get_num_threads()
+THREADS = f"{COUNT} thread{'s' * (COUNT > 1)}"
+JOB = Job("cpu", "gru", "float32", 8, 8, 2, True, COUNT)
 pytestmark = needs_cpu_library
 
 
@@ -121,21 +124,23 @@ def command(*arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "fastrnn", "tune", *arguments], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What runs in the background of a shell script ignores SIGINT, unless it is told to heed it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_command_measures_shows_and_forgets(tmp_path):
-    cache = {"FASTRNN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    tune = command("--minutes", "0.05", "--cell", "gru", **cache)
+def test_the_command_measures_shows_and_forgets(evidence_in, capsys):
+    tune = command("--minutes", "0.05", "--cell", "gru")
     out, err = tune.communicate(timeout=120)
     assert tune.returncode == 0, err
     assert "the time is up" in out and "gru float32 plain training" in out
-    count = len(list(tmp_path.rglob("*.json")))
-    out, _ = command("--show", **cache).communicate(timeout=60)
-    assert "1 thread, torch" in out and out.count("measured here") >= 1 and count >= 1
-    out, _ = command("--forget", **cache).communicate(timeout=60)
-    assert f"{count} records removed" in out and not list(tmp_path.rglob("*.json"))
+    count = len(list(evidence_in.rglob("*.json")))
+    assert main(["tune", "--show"]) == 0
+    out = capsys.readouterr().out
+    assert f"{THREADS}, torch" in out and out.count("measured here") >= 1 and count >= 1
+    assert main(["tune", "--forget"]) == 0
+    assert f"{count} records removed" in capsys.readouterr().out and not list(evidence_in.rglob("*.json"))
 
 
 @pytest.mark.slow
