@@ -110,20 +110,21 @@ struct Call {
 
   // The matrix [rows, columns], or its transpose, as the right operand of products.
   std::unique_ptr<Packed<Storage>> packed(const char* name, const Tensor& t, int64_t rows, int64_t columns,
-                                          bool transposed, bool once, const std::vector<A>& bias) const {
+                                          bool transposed, bool once, const std::vector<A>& bias,
+                                          bool exact = false) const {
     frame.expect<Storage>(name, t, {rows, columns});
     Matrix<Storage> matrix{static_cast<const Storage*>(t.const_data_ptr()), rows, columns, t.stride(0),
                            t.stride(1)};
     if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
-    return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data());
+    return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data(), exact);
   }
 
   // W_hh [gates * H, P], or in heads [N, gates * H / N, H / N], as `packed`; `bias` [gates * H] or empty.
   Recurrence<Storage> recurrence(const Tensor& t, int64_t width, bool transposed, bool once,
-                                 const std::vector<A>& bias) const {
+                                 const std::vector<A>& bias, bool exact) const {
     Recurrence<Storage> found;
     if (t.dim() != 3) {
-      found.heads.push_back(packed("w_hh", t, width, P, transposed, once, bias));
+      found.heads.push_back(packed("w_hh", t, width, P, transposed, once, bias, exact));
       return found;
     }
     const int64_t N = t.size(0), gates = width / H;
@@ -138,7 +139,7 @@ struct Call {
       Matrix<Storage> matrix{data + n * t.stride(0), gates * K, K, t.stride(1), t.stride(2)};
       if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
       found.heads.push_back(
-          std::make_unique<Packed<Storage>>(matrix, once, own.empty() ? nullptr : own.data()));
+          std::make_unique<Packed<Storage>>(matrix, once, own.empty() ? nullptr : own.data(), exact));
     }
     return found;
   }
@@ -200,8 +201,12 @@ struct Call {
       if (!forward && normalised)
         found.forward_masked_gates = masked_gates(*inputs.w_hh, width, true, once, {});
     } else if (inputs.w_hh.has_value()) {
-      found.w_hh = recurrence(*inputs.w_hh, width, forward, once, bias);
-      if (!forward && normalised) found.forward_w_hh = recurrence(*inputs.w_hh, width, true, once, {});
+      // A mask or a decay rounds its product with h to the type of the arithmetic only; dgates are never
+      // rounded to storage before they are multiplied.
+      const bool exact_h = !inputs.recurrent_mask.has_value() && !inputs.decay_h.has_value();
+      found.w_hh = recurrence(*inputs.w_hh, width, forward, once, bias, forward && exact_h);
+      if (!forward && normalised)
+        found.forward_w_hh = recurrence(*inputs.w_hh, width, true, once, {}, exact_h);
     }
     if (inputs.w_hr.has_value()) found.w_hr = packed("w_hr", *inputs.w_hr, P, H, forward, once, {});
     return found;

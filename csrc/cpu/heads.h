@@ -13,7 +13,7 @@ namespace fastrnn {
 template <class Storage>
 void multiply(const Runs& runs, const Packed<Storage>& matrix, RowView<const typename Packed<Storage>::A> in,
               RowView<typename Packed<Storage>::A> out) {
-  for (auto [begin, end] : runs) walk_widest(Multiply<Storage>{matrix, in, 1, out}, begin, end);
+  for (auto [begin, end] : runs) multiply_rows_of(matrix, in, 1, out, false, begin, end);
 }
 
 // W_hh as one direction of the scan multiplies with it. Each of N heads has K = H / N units of h and of every

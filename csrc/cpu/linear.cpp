@@ -45,15 +45,27 @@ bool prefers_linear() {
 #endif
 }
 
+// Chooses, for all later calls, how the products that may go by pairs are computed: PairProducts, as a
+// number. Returns the choice before. For tests, which reach the code around an instruction that few
+// processors have.
+int64_t choose_pair_products(int64_t chosen) {
+  const bool portable = chosen == static_cast<int64_t>(PairProducts::portable);
+  const bool known = chosen == 0 || portable || chosen == static_cast<int64_t>(fastest_pair_products());
+  check(known, "this processor has no pair products of kind ", chosen);
+  return static_cast<int64_t>(pair_products().exchange(static_cast<PairProducts>(chosen)));
+}
+
 }  // namespace
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("prefers_linear() -> bool");
+  m.def("choose_pair_products(int chosen) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) { m.impl("linear", TORCH_BOX(&fastrnn::linear)); }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CompositeExplicitAutograd, m) {
   m.impl("prefers_linear", TORCH_BOX(&fastrnn::prefers_linear));
+  m.impl("choose_pair_products", TORCH_BOX(&fastrnn::choose_pair_products));
 }

@@ -133,7 +133,7 @@ class Network {
     if (!cell_.distinct_dgh)  // only the sum is used
       for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
     MatrixProduct<Storage> product(transposed(matrix_of<Storage>(weights.w_ih)),
-                                   b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows());
+                                   b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows(), true);
     ForwardScan<Storage> scan(cell_);
     fill(scan, d);
     scan.h0 = state_of<Storage>(h0, k, no_h_);
@@ -141,7 +141,7 @@ class Network {
     scan.h_n = {state_rows<Storage>(h_n, k), 0, H, 1};
     if (has_c_) scan.c_n = {state_rows<A>(c_n, k), 0, H, 1};
     const A* bias = cell_.distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
-    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias);
+    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias, true);
     // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
     const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= cell_.saved * H;
     Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows_, width_);
@@ -179,7 +179,7 @@ class Network {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, inputs = sizes_.inputs(layer);
     const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
     NetworkWeights weights = weights_of(weights_, k, sizes_.bias);
-    scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr);
+    scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr, false);
     MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0);
     Aligned<Storage> dgx(most_rows_ * width_), dgh(cell_.distinct_dgh ? most_rows_ * width_ : 0);
     Buffer<A> h_prev(most_rows_, H);
@@ -285,10 +285,10 @@ class Network {
     return static_cast<X*>(t.mutable_data_ptr()) + k * sizes_.B * sizes_.H;
   }
 
-  Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias) const {
+  Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias, bool exact) const {
     Recurrence<Storage> found;
     found.heads.push_back(
-        std::make_unique<Packed<Storage>>(matrix, sizes_.T == 1 && sizes_.B <= Scan::block, bias));
+        std::make_unique<Packed<Storage>>(matrix, sizes_.T == 1 && sizes_.B <= Scan::block, bias, exact));
     return found;
   }
 

@@ -85,10 +85,10 @@ class MatrixProduct {
  public:
   using A = typename Matrix<Storage>::A;
 
-  // `rows`: of all products with this matrix. `bias` [N] or null.
-  MatrixProduct(const Matrix<Storage>& matrix, const A* bias, int64_t rows)
+  // `rows`: of all products with this matrix. `bias` [N] or null. `exact`: as of Packed.
+  MatrixProduct(const Matrix<Storage>& matrix, const A* bias, int64_t rows, bool exact = false)
       : long_(std::is_same_v<Storage, A> && rows * matrix.K * matrix.N > longest_short),
-        packed_(matrix, !long_, bias) {}
+        packed_(matrix, !long_, bias, exact) {}
 
   // out [rows, padded(N)] = in [rows, K] times the matrix, plus the bias, or plus what `out` holds if `adds`.
   // The elements of a row of `in` are in_stride apart.
@@ -99,7 +99,7 @@ class MatrixProduct {
       if (long_) return multiply_rows({in.data, rows, matrix.K, in.stride, in_stride}, packed_, out, adds);
     constexpr int64_t grain = 1 << 20;  // multiplications that are worth waking a thread
     share(rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1, [&](int64_t begin, int64_t end) {
-      walk_widest(Multiply<Storage>{packed_, in, in_stride, out, adds}, begin, end);
+      multiply_rows_of(packed_, in, in_stride, out, adds, begin, end);
     });
   }
 

@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "../common/storage.cuh"
+#include "pairs.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace fastrnn {
 
@@ -84,62 +84,85 @@ struct Matrix {
   const Storage* data;
   int64_t K, N, k_stride, n_stride;
 
-  // Packs rows k to k_end of the panel whose first column is n into `to` [k_end - k, panel_width]; zeros
-  // after the last column.
-  template <int bytes>
-  FASTRNN_INLINE void panel(int64_t n, int64_t k, int64_t k_end, A* to) const {
-    constexpr int64_t lanes = Square<A, bytes>::lanes;
+  // A word is what a product reads at once of a column: a number of type A, or a Pair, with zero after an odd
+  // last number.
+  template <class Word>
+  static constexpr int64_t terms = std::is_same_v<Word, A> ? 1 : 2;
+
+  template <class Word>
+  int64_t words() const {
+    return (K + terms<Word> - 1) / terms<Word>;
+  }
+
+  // Packs the rows of words k to k_end of the panel whose first column is n into `to` [k_end - k,
+  // panel_width]; zeros after the last column.
+  template <int bytes, class Word>
+  FASTRNN_INLINE void panel(int64_t n, int64_t k, int64_t k_end, Word* to) const {
+    constexpr int64_t lanes = Square<Word, bytes>::lanes, width = panel_width<Word>;
     if (k_stride == 1) {  // each column is contiguous
-      for (int64_t j = 0; j < panel_width<A>; j += lanes)
+      for (int64_t j = 0; j < width; j += lanes)
         for (int64_t i = k; i < k_end; i += lanes)
-          square<bytes>(i, std::min(lanes, k_end - i), n + j, to + (i - k) * panel_width<A> + j);
+          square<bytes>(i, std::min(lanes, k_end - i), n + j, to + (i - k) * width + j);
       return;
     }
-    int64_t columns = std::min(panel_width<A>, N - n);
-    for (int64_t i = k; i < k_end; ++i, to += panel_width<A>) {
-      const Storage* from = data + i * k_stride + n * n_stride;
+    int64_t columns = std::min(width, N - n);
+    for (int64_t i = k; i < k_end; ++i, to += width) {
+      const Storage* from = data + i * terms<Word> * k_stride + n * n_stride;
       const Storage* next = from + columns * n_stride;  // of the next panel
       __builtin_prefetch(next), __builtin_prefetch(next + 64 / sizeof(Storage));
-      for (int64_t j = 0; j < columns; ++j) to[j] = widen(from[j * n_stride]);
-      std::fill_n(to + columns, panel_width<A> - columns, A(0));
+      for (int64_t j = 0; j < columns; ++j) to[j] = word<Word>(from + j * n_stride, i);
+      std::fill_n(to + columns, width - columns, Word(0));
     }
   }
 
  private:
-  // Packs `count` rows from k on, of as many columns from n on as a vector has lanes.
-  template <int bytes>
-  FASTRNN_INLINE void square(int64_t k, int64_t count, int64_t n, A* to) const {
-    constexpr int lanes = Square<A, bytes>::lanes;
-    Square<A, bytes> numbers;
-    const Storage* first = data + n * n_stride + k;
-    if (std::is_same_v<Storage, A> && count == lanes && n + lanes <= N) {
+  // The k-th word of a column, whose first number is at `from`.
+  template <class Word>
+  FASTRNN_INLINE Word word(const Storage* from, int64_t k) const {
+    if constexpr (std::is_same_v<Word, A>) {
+      return widen(*from);
+    } else {
+      Pair second = 2 * k + 1 < K ? static_cast<Pair>(from[k_stride]) : 0;
+      return static_cast<Pair>(*from) | second << 16;
+    }
+  }
+
+  // Packs `count` rows of words from k on, of as many columns from n on as a vector has lanes.
+  template <int bytes, class Word>
+  FASTRNN_INLINE void square(int64_t k, int64_t count, int64_t n, Word* to) const {
+    constexpr int lanes = Square<Word, bytes>::lanes;
+    constexpr bool as_they_are = sizeof(Word) == terms<Word> * sizeof(Storage);  // in memory
+    Square<Word, bytes> numbers;
+    const Storage* first = data + n * n_stride + k * terms<Word>;
+    if (as_they_are && count == lanes && (k + count) * terms<Word> <= K && n + lanes <= N) {
       FASTRNN_UNROLL
       for (int i = 0; i < lanes; ++i) std::memcpy(&numbers.row[i], first + i * n_stride, bytes);
     } else {
-      alignas(64) A converted[lanes * lanes] = {};
+      alignas(64) Word converted[lanes * lanes] = {};
       for (int64_t i = 0; i < std::min<int64_t>(lanes, N - n); ++i)
-        for (int64_t j = 0; j < count; ++j) converted[i * lanes + j] = widen(first[i * n_stride + j]);
+        for (int64_t j = 0; j < count; ++j)
+          converted[i * lanes + j] = word<Word>(first + i * n_stride + j * terms<Word>, k + j);
       FASTRNN_UNROLL
       for (int i = 0; i < lanes; ++i) std::memcpy(&numbers.row[i], converted + i * lanes, bytes);
     }
     numbers.transpose();
     FASTRNN_UNROLL
     for (int i = 0; i < lanes; ++i)
-      if (i < count) std::memcpy(to + i * panel_width<A>, &numbers.row[i], bytes);
+      if (i < count) std::memcpy(to + i * panel_width<Word>, &numbers.row[i], bytes);
   }
 };
 
 // Packs the panels from begin to end, in the order of the matrix in memory, into
-// `panels` [padded(N) / panel_width, K, panel_width].
-template <class Storage>
+// `panels` [padded(N) / panel_width, words, panel_width].
+template <class Storage, class Word = typename Matrix<Storage>::A>
 struct Pack {
   Matrix<Storage> matrix;
-  typename Matrix<Storage>::A* panels;
+  Word* panels;
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    constexpr int64_t width = panel_width<typename Matrix<Storage>::A>;
-    int64_t K = matrix.K, rows = matrix.k_stride == 1 ? std::max<int64_t>(K, 1) : 1;
+    constexpr int64_t width = panel_width<Word>;
+    int64_t K = matrix.template words<Word>(), rows = matrix.k_stride == 1 ? std::max<int64_t>(K, 1) : 1;
     for (int64_t k = 0; k < K; k += rows)
       for (int64_t n = begin * width; n < end * width; n += width)
         matrix.template panel<bytes>(n, k, k + rows, panels + n * K + k * width);
@@ -153,33 +176,43 @@ struct Packed {
   using A = typename Matrix<Storage>::A;
 
   Matrix<Storage> matrix;
-  Aligned<A> panels;  // see `Pack`; empty if it is read once
-  Aligned<A> start;   // [padded(N)], what is added to each row of the product
+  const bool by_pairs;  // whether the words are pairs, which are as long as the numbers of type A
+  Aligned<A> panels;    // see `Pack`; empty if it is read once
+  Aligned<A> start;     // [padded(N)], what is added to each row of the product
 
-  // `bias` [N] or null.
-  Packed(const Matrix<Storage>& matrix, bool once, const A* bias)
+  // `bias` [N] or null. `exact`: the matrix is multiplied only with numbers that the storage type holds.
+  Packed(const Matrix<Storage>& matrix, bool once, const A* bias, bool exact = false)
       : matrix(matrix),
-        panels(once ? 0 : padded<A>(matrix.N) * matrix.K),
+        by_pairs(std::is_same_v<Storage, BFloat16> && exact && pair_products() != PairProducts::none),
+        panels(once ? 0 : padded<A>(matrix.N) * (by_pairs ? (matrix.K + 1) / 2 : matrix.K)),
         start(padded<A>(matrix.N)),
         once(once) {
-    constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
-    if (!once)
-      share(
-          padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
-          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage>{matrix, panels.data()}, begin, end); });
+    if (!once && !by_pairs) pack(panels.data());
+    if constexpr (std::is_same_v<Storage, BFloat16>)
+      if (!once && by_pairs) pack(reinterpret_cast<Pair*>(panels.data()));
     for (int64_t n = 0; n < padded<A>(matrix.N); ++n)
       start.data()[n] = n < matrix.N && bias != nullptr ? bias[n] : A(0);
   }
 
-  // Rows k to k_end of the panel whose first column is n; packed into `scratch` if they are not packed yet.
-  template <int bytes>
-  FASTRNN_INLINE const A* panel(int64_t n, int64_t k, int64_t k_end, A* scratch) const {
-    if (!once) return panels.data() + n * matrix.K + k * panel_width<A>;
+  // Rows of words k to k_end of the panel whose first column is n; packed into `scratch` if they are not
+  // packed yet.
+  template <int bytes, class Word>
+  FASTRNN_INLINE const Word* panel(int64_t n, int64_t k, int64_t k_end, Word* scratch) const {
+    if (!once)
+      return reinterpret_cast<const Word*>(panels.data()) + n * matrix.template words<Word>() +
+             k * panel_width<Word>;
     matrix.template panel<bytes>(n, k, k_end, scratch);
     return scratch;
   }
 
  private:
+  template <class Word>
+  void pack(Word* to) const {
+    constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
+    share(padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
+          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage, Word>{matrix, to}, begin, end); });
+  }
+
   bool once;
 };
 

@@ -8,6 +8,12 @@ namespace fastrnn {
   template void walk_widest(const Multiply<S>&, int64_t, int64_t);
 FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
 
+template void walk_widest(const Pack<BFloat16, Pair>&, int64_t, int64_t);
+template void walk_widest(const MultiplyPairs<PortablePairs>&, int64_t, int64_t);
+#ifdef FASTRNN_AVX512_BF16
+template void walk_avx512_bf16(const MultiplyPairs<Avx512Pairs>&, int64_t, int64_t);
+#endif
+
 template void walk_widest(const RowsOfProduct<float>&, int64_t, int64_t);
 template void walk_widest(const RowsOfProduct<double>&, int64_t, int64_t);
 

@@ -13,12 +13,14 @@
 namespace fastrnn {
 
 // out [rows, padded(N)] = in [rows, K] times the matrix. The elements of a row of `in` are in_stride apart.
-template <class Storage>
+// Terms: as in pairs.h. Where they are pairs, so are the elements of `in` [rows, words].
+template <class Storage, class Terms = SingleTerms<typename Arithmetic<Storage>::type>>
 struct Multiply {
   using A = typename Arithmetic<Storage>::type;
+  using Word = typename Terms::Word;
 
   const Packed<Storage>& packed;
-  RowView<const A> in;
+  RowView<const Word> in;
   int64_t in_stride;
   RowView<A> out;
   bool adds = false;  // to what `out` holds
@@ -28,7 +30,7 @@ struct Multiply {
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    int64_t K = packed.matrix.K;
+    const int64_t K = packed.matrix.template words<Word>();
     for (int64_t k = 0; k < K || k == 0; k += depth)
       over_terms<bytes>({in.data + k * in_stride, in.stride}, begin, end, k, std::min(k + depth, K));
   }
@@ -40,13 +42,13 @@ struct Multiply {
   // The part of the terms from k to k_end, at most `depth`. `terms`: the rows of `in` from term k on.
   // before_panel(n) is called before the panel whose first column is n.
   template <int bytes, class BeforePanel = Nothing>
-  FASTRNN_INLINE void over_terms(const RowView<const A>& terms, int64_t begin, int64_t end, int64_t k,
+  FASTRNN_INLINE void over_terms(const RowView<const Word>& terms, int64_t begin, int64_t end, int64_t k,
                                  int64_t k_end, const BeforePanel& before_panel = {}) const {
     constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as fit into registers
-    alignas(64) A scratch[depth * panel_width<A>];
+    alignas(64) Word scratch[depth * panel_width<Word>];
     for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>) {
       before_panel(n);
-      const A* panel = packed.template panel<bytes>(n, k, k_end, scratch);
+      const Word* panel = packed.template panel<bytes>(n, k, k_end, scratch);
       int64_t b = begin;
       for (; b + rows <= end; b += rows) tile<bytes, rows>(panel, terms, b, n, k, k_end);
       if constexpr (rows > 4)
@@ -60,11 +62,12 @@ struct Multiply {
   // `rows` rows from b on times one panel, over the terms from k to k_end. These are summed by themselves,
   // then added to the earlier terms, since a long chain of additions would round more.
   template <int bytes, int rows>
-  FASTRNN_INLINE void tile(const A* panel, const RowView<const A>& terms, int64_t b, int64_t n, int64_t k,
-                           int64_t k_end) const {
+  FASTRNN_INLINE void tile(const Word* panel, const RowView<const Word>& terms, int64_t b, int64_t n,
+                           int64_t k, int64_t k_end) const {
     typedef A Vector __attribute__((vector_size(bytes)));
+    typedef Word Weights __attribute__((vector_size(bytes)));
     constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
-    const A* row[rows];
+    const Word* row[rows];
     Vector sum[rows][vectors];
     FASTRNN_UNROLL
     for (int r = 0; r < rows; ++r) {
@@ -73,14 +76,14 @@ struct Multiply {
       for (int v = 0; v < vectors; ++v) sum[r][v] = Vector{};
     }
     for (int64_t j = 0; j < k_end - k; ++j, panel += panel_width<A>) {
-      Vector weight[vectors];
+      Weights weight[vectors];
       FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
       FASTRNN_UNROLL
       for (int r = 0; r < rows; ++r) {
-        A x = row[r][j * in_stride];
+        Word x = row[r][j * in_stride];
         FASTRNN_UNROLL
-        for (int v = 0; v < vectors; ++v) sum[r][v] += x * weight[v];
+        for (int v = 0; v < vectors; ++v) Terms::add(sum[r][v], x, weight[v]);
       }
     }
     FASTRNN_UNROLL
@@ -98,10 +101,70 @@ struct Multiply {
   }
 };
 
+// The same by pairs, of which `in` holds the numbers, so each of them is a bfloat16 number.
+template <class Terms>
+struct MultiplyPairs {
+  static constexpr int64_t block = 64, depth = Multiply<BFloat16, Terms>::depth;  // rows and pairs at a time
+
+  const Packed<BFloat16>& packed;
+  RowView<const float> in;
+  int64_t in_stride;
+  RowView<float> out;
+  bool adds;
+
+  template <int bytes>
+  FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
+    const int64_t K = packed.matrix.template words<Pair>();
+    alignas(64) Pair pairs[block * depth];
+    for (int64_t b = begin; b < end; b += block) {
+      const int64_t rows = std::min(block, end - b);
+      Multiply<BFloat16, Terms> multiply{packed, {}, 1, {out[b], out.stride}, adds};
+      for (int64_t k = 0; k < K || k == 0; k += depth) {
+        const int64_t k_end = std::min(k + depth, K);
+        for (int64_t r = 0; r < rows; ++r) copy(in[b + r], k, k_end, pairs + r * depth);
+        multiply.template over_terms<bytes>({pairs, depth}, 0, rows, k, k_end);
+      }
+    }
+  }
+
+ private:
+  // Pairs k to k_end of a row.
+  FASTRNN_INLINE void copy(const float* row, int64_t k, int64_t k_end, Pair* to) const {
+    const int64_t whole = std::min(k_end, packed.matrix.K / 2);
+    FASTRNN_SIMD
+    for (int64_t i = k; i < whole; ++i)
+      to[i - k] =
+          bits_of(row[2 * i * in_stride]) >> 16 | (bits_of(row[(2 * i + 1) * in_stride]) & 0xFFFF0000u);
+    if (whole < k_end) to[whole - k] = bits_of(row[2 * whole * in_stride]) >> 16;
+  }
+};
+
+// Rows begin to end of `out` = `in` times the matrix, as in Multiply.
+template <class Storage>
+void multiply_rows_of(const Packed<Storage>& packed, RowView<const typename Packed<Storage>::A> in,
+                      int64_t in_stride, RowView<typename Packed<Storage>::A> out, bool adds, int64_t begin,
+                      int64_t end) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+#ifdef FASTRNN_AVX512_BF16
+    if (packed.by_pairs && pair_products() == PairProducts::avx512)
+      return walk_avx512_bf16(MultiplyPairs<Avx512Pairs>{packed, in, in_stride, out, adds}, begin, end);
+#endif
+    if (packed.by_pairs)
+      return walk_widest(MultiplyPairs<PortablePairs>{packed, in, in_stride, out, adds}, begin, end);
+  }
+  walk_widest(Multiply<Storage>{packed, in, in_stride, out, adds}, begin, end);
+}
+
 #define FASTRNN_INSTANCE(S)                                                          \
   extern template void walk_widest(const Pack<S>& body, int64_t begin, int64_t end); \
   extern template void walk_widest(const Multiply<S>& body, int64_t begin, int64_t end);
 FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
 #undef FASTRNN_INSTANCE
+
+extern template void walk_widest(const Pack<BFloat16, Pair>& body, int64_t begin, int64_t end);
+extern template void walk_widest(const MultiplyPairs<PortablePairs>& body, int64_t begin, int64_t end);
+#ifdef FASTRNN_AVX512_BF16
+extern template void walk_avx512_bf16(const MultiplyPairs<Avx512Pairs>& body, int64_t begin, int64_t end);
+#endif
 
 }  // namespace fastrnn
