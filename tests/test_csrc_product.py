@@ -21,6 +21,10 @@ EVERY_WIDTH = """
 #include <vector>
 using namespace fastrnn;
 
+#define FASTRNN_INSTANCE(S) template void fastrnn::walk_widest(const Pack<S>&, int64_t, int64_t);
+FASTRNN_EACH_STORAGE(FASTRNN_INSTANCE)
+template void fastrnn::walk_widest(const Pack<BFloat16, Pair>&, int64_t, int64_t);
+
 // Rows [0, R) at once, one by one, of a matrix packed before or where it is, stored by rows or by columns, by the given
 // walk: the same bits, and right within the rounding of some 200 terms of order one.
 template <class S, class Walk>

@@ -1,0 +1,271 @@
+"""Products of bfloat16 by pairs of terms: the sums' order, every path of the C++ library, and what must not take them.
+
+The processor's instruction is replaced by the same arithmetic in plain C++; packing, tiles and all else are the same.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cell_texts import hand_written
+from setups import random_inputs
+from test_csrc_scan import FEATURES, problem, run, same
+
+import fastrnn
+from fastrnn.arguments import ScanInputs, Walk
+from fastrnn.backends import cpu, reference
+
+if cpu.MISSING is not None:
+    pytest.skip(f"csrc: {cpu.MISSING}", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX", "g++")
+choose = torch.ops.fastrnn_c.choose_pair_products
+NONE, PORTABLE, INSTRUCTION = range(3)
+AT_ONCE = 256  # terms that are summed by themselves
+
+
+def has_instruction():
+    before = choose(NONE)
+    try:
+        choose(INSTRUCTION)
+    except RuntimeError:
+        return False
+    finally:
+        choose(before)
+    return True
+
+
+@pytest.fixture
+def by(poisoned):
+    """by(kind) chooses the kind of products, until the test ends."""
+    before = choose(NONE)
+    yield choose
+    choose(before)
+
+
+# A cell whose second state, which is float32, is W_hh h.
+SHOWS_PRODUCT = hand_written(
+    "product", "z", "h c",
+    forward=lambda x, u, state, p, n: [x[0] + u[0], u[0], x[0]],
+    total=lambda saved, state, d, p, n: d,
+    backward=lambda saved, state, d, p, n: [d[0], d[0] + d[1], 0.0, 0.0],
+    saved=1, step=None,
+).text  # fmt: skip
+
+
+def product(h, w_hh, steps=1):
+    """W_hh h [B, H] in float32, of the first of these steps. h [B, H], w_hh [H, H] or [heads, H / heads, H / heads]."""
+    zeros = torch.zeros(steps, *h.shape, dtype=torch.bfloat16)
+    inputs = random_inputs(SHOWS_PRODUCT, sizes=(1, *h.shape), dtype=torch.bfloat16, bias=False)
+    inputs = inputs._replace(gx=zeros, w_hh=w_hh, h0=h, c0=torch.zeros(h.shape))
+    return cpu.forward(inputs, Walk(SHOWS_PRODUCT, False, "cpu", None), True).c[0]
+
+
+def operands(B, H, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=generator).bfloat16() for shape in ((B, H), (H, H)))
+
+
+def in_order(h, w_hh):
+    """The product as the instruction sums it: of each pair the second term first. A product of two terms is exact."""
+    terms = h.float()[:, None, :] * w_hh.float()
+    total = torch.zeros(terms.shape[:2])
+    for begin in range(0, terms.shape[2], AT_ONCE):
+        part = torch.zeros_like(total)
+        for pair in terms[..., begin : begin + AT_ONCE].split(2, dim=2):
+            for term in reversed(pair.unbind(2)):
+                part += term
+        total += part
+    return total
+
+
+# Odd numbers of terms; columns beyond whole panels of 32; rows beyond tiles of 3 and blocks of 64; more terms than are
+# summed at once.
+@pytest.mark.parametrize(("B", "H"), [(1, 1), (2, 5), (3, 32), (70, 65), (4, 257), (5, 514)])
+def test_sums_are_in_the_instructions_order(by, B, H):
+    h, w_hh = operands(B, H)
+    expected, exact = in_order(h, w_hh), h.double() @ w_hh.double().t()
+    scale = h.double().abs() @ w_hh.double().abs().t()
+    assert ((expected - exact).abs() <= min(H, AT_ONCE + H // AT_ONCE) * 2**-24 * scale).all()
+    by(PORTABLE)
+    by_columns = w_hh.t().contiguous().t()
+    spread = torch.stack((w_hh, w_hh), 2)[..., 1]
+    for steps in (1, 2):  # packed as it is read, where there is one step; otherwise beforehand
+        for weight in (w_hh, by_columns, spread):
+            assert torch.equal(product(h, weight, steps), expected)
+    assert torch.equal(torch.cat([product(row, w_hh) for row in h.split(1)]), expected)
+    by(NONE)
+    if H > 32:
+        assert not torch.equal(product(h, w_hh), expected)
+
+
+@pytest.mark.skipif(not has_instruction(), reason="the processor has no AVX512-BF16")
+@pytest.mark.parametrize(("B", "H"), [(1, 5), (11, 65), (70, 257)])
+def test_the_instruction_has_these_bits(by, B, H):
+    h, w_hh = operands(B, H)
+    by(INSTRUCTION)
+    for steps in (1, 2):
+        assert torch.equal(product(h, w_hh, steps), in_order(h, w_hh))
+
+
+def test_infinities_and_nan_stay_in_their_rows_and_columns(by):
+    by(PORTABLE)
+    h, w_hh = operands(7, 33)
+    h[3, 5], h[5, 32], w_hh[8, 32] = float("nan"), float("inf"), float("-inf")
+    finite = product(h, w_hh).isfinite()
+    expected = torch.ones(7, 33, dtype=torch.bool)
+    expected[[3, 5]], expected[:, 8] = False, False
+    assert torch.equal(finite, expected)
+
+
+def test_heads_are_blocks_of_a_matrix(by):
+    by(PORTABLE)
+    h, _ = operands(5, 24)
+    blocks = torch.stack([operands(1, 12, seed)[1] for seed in (1, 2)])
+    assert torch.equal(product(h, blocks), in_order(h, torch.block_diag(*blocks)))
+
+
+@pytest.mark.parametrize("features", ["plain", "flags", "layer_norm"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_scan_is_the_references(by, cell, features):
+    by(PORTABLE)
+    given = problem(cell, 4, 5, 33, torch.bfloat16, FEATURES[features])
+    found, expected = run(cpu, cell, given), run(reference, cell, given)
+    for name in expected.keys() - {"saved"}:
+        want = expected[name]
+        # A float32 result on the other side of a tie is one unit of the half type; what follows from it, a few more.
+        scale = max(1, want.abs().max().item()) if want.numel() else 1
+        torch.testing.assert_close(found[name], want, rtol=0, atol=8 * 2**-8 * scale, msg=name)
+
+
+def test_only_products_of_bfloat16_numbers_go_by_pairs(by):
+    """h times a mask or a decay is no bfloat16 number, nor are the gradients of the gates."""
+    for features in (("recurrent_mask",), ("decay",)):
+        given = problem("gru", 3, 5, 65, torch.bfloat16, features)
+        given["recurrent_mask"] = 1.1 * given["recurrent_mask"] if "recurrent_mask" in given else None
+        results = [(by(kind), run(cpu, "gru", given))[1] for kind in (NONE, PORTABLE)]
+        same(*results)
+    given = problem("lstm", 3, 5, 65, torch.bfloat16)
+    walk = Walk("lstm", False, "cpu", None)
+    inputs = ScanInputs(*map(given.get, ScanInputs._fields))
+    forward = [(by(kind), cpu.forward(inputs, walk, True))[1] for kind in (NONE, PORTABLE)]
+    assert not torch.equal(forward[0].c, forward[1].c)
+    backward = [(by(kind), run_backward(given, walk, inputs, forward[1]))[1] for kind in (NONE, PORTABLE)]
+    assert all(map(torch.equal, *backward))
+
+
+def run_backward(given, walk, inputs, outputs):
+    incoming = fastrnn.arguments.IncomingGradients(given["dy"], given["dc"], given["dh_n"], given.get("dc_n"))
+    kept = fastrnn.arguments.Kept(outputs.y, outputs.c, outputs.saved)
+    return cpu.backward(incoming, kept, inputs._replace(gx=None), walk, False)
+
+
+def test_bits_do_not_depend_on_rows_threads_or_chunks(by):
+    by(PORTABLE)
+    given = problem("lstm", 5, 70, 33, torch.bfloat16)
+    walk = Walk("lstm", False, "cpu", None)
+
+    def outputs(steps=slice(None), rows=slice(None), **states):
+        states = {name: given[name][rows] for name in ("h0", "c0")} | states
+        inputs = ScanInputs(*map({**given, **states, "gx": given["gx"][steps, rows]}.get, ScanInputs._fields))
+        return cpu.forward(inputs, walk, True)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = outputs()
+        torch.set_num_threads(3)
+        assert torch.equal(outputs().y, whole.y)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs(rows=slice(66, 69)).y, whole.y[:, 66:69])
+    first = outputs(slice(0, 1), slice(0, 9))
+    rest = outputs(slice(1, 5), slice(0, 9), h0=first.h_n, c0=first.c_n)
+    assert torch.equal(torch.cat((first.y, rest.y)), whole.y[:, :9])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_whole_networks(by, kind):
+    torch.manual_seed(0)
+    model = getattr(fastrnn, kind)(35, 33, num_layers=2, bidirectional=True, dtype=torch.bfloat16)
+    x = torch.randn(4, 3, 35).bfloat16()
+    results = []
+    for products in (NONE, PORTABLE):
+        by(products)
+        with fastrnn.backend("cpu"):
+            y, _ = model(x)
+        y.sum().backward()
+        results.append((y, [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    (y, grads), (by_pairs, grads_by_pairs) = results
+    torch.testing.assert_close(by_pairs, y, rtol=0, atol=8 * 2**-8)
+    for ours, want in zip(grads_by_pairs, grads, strict=True):
+        torch.testing.assert_close(ours, want, rtol=0, atol=8 * 2**-8 * max(1, want.abs().max().item()))
+
+
+EVERY_WIDTH = """
+#include "cpu/product.h"
+#include <cmath>
+#include <cstdio>
+#include <vector>
+using namespace fastrnn;
+
+template void fastrnn::walk_widest(const Pack<BFloat16>&, int64_t, int64_t);
+template void fastrnn::walk_widest(const Pack<BFloat16, Pair>&, int64_t, int64_t);
+
+constexpr int64_t R = 79, K = 301, N = 70, width = 96;  // rows: tiles of 8, 4, 2 and 1
+
+template <int bytes>
+std::vector<float> product(const std::vector<float>& x, const Matrix<BFloat16>& matrix, bool once) {
+  Packed<BFloat16> packed(matrix, once, nullptr, true);
+  std::vector<float> out(R * width);
+  MultiplyPairs<PortablePairs>{packed, {x.data(), 1}, R, {out.data(), width}, false}.template walk<bytes>(0, R);
+  return out;
+}
+
+int main() {
+  pair_products() = PairProducts::portable;
+  std::vector<float> x(R * K), expected(R * width);  // x [K, R]
+  std::vector<BFloat16> by_rows(K * N), by_columns(K * N);
+  BFloat16 rounded;
+  for (size_t j = 0; j < x.size(); ++j) narrow(std::sin(j + 1.0f), rounded), x[j] = widen(rounded);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t n = 0; n < N; ++n) {
+      narrow(std::cos(3.0f * (k * N + n)), by_rows[k * N + n]);
+      by_columns[n * K + k] = by_rows[k * N + n];
+    }
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t begin = 0; begin < K; begin += 256) {
+        float part = 0;
+        for (int64_t k = begin; k < std::min(begin + 256, K); k += 2)
+          for (int64_t j : {k + 1, k})
+            if (j < K) part += x[j * R + r] * widen(by_rows[j * N + n]);
+        expected[r * width + n] += part;
+      }
+  int wrong = 0;
+  for (auto matrix : {Matrix<BFloat16>{by_rows.data(), K, N, N, 1}, Matrix<BFloat16>{by_columns.data(), K, N, 1, K}})
+    for (bool once : {false, true})
+      for (const auto& found : {product<16>(x, matrix, once), product<32>(x, matrix, once), product<64>(x, matrix, once)})
+        wrong += found != expected;
+  std::printf("%d", wrong);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
+def test_every_width_of_vectors_has_the_same_bits(tmp_path):
+    """Also the tiles around the instruction, which are of 64 bytes."""
+    torch_home = Path(torch.__file__).parent
+    (tmp_path / "widths.cpp").write_text(EVERY_WIDTH)
+    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    paths = [f"-I{ROOT / 'csrc'}", f"-I{torch_home / 'include'}"]
+    command = [CXX, *flags, *paths, str(tmp_path / "widths.cpp"), "-o", str(tmp_path / "widths"), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([tmp_path / "widths"], capture_output=True, text=True).stdout == "0"
