@@ -15,7 +15,7 @@ from setups import random_inputs
 from test_csrc_scan import FEATURES, problem, run, same
 
 import fastrnn
-from fastrnn.arguments import ScanInputs, Walk
+from fastrnn.arguments import IncomingGradients, Kept, ScanInputs, Walk
 from fastrnn.backends import cpu, reference
 
 if cpu.MISSING is not None:
@@ -45,6 +45,15 @@ def by(poisoned):
     before = choose(NONE)
     yield choose
     choose(before)
+
+
+def of_both_kinds(by, f):
+    """What f() gives with products of single numbers, and with products by pairs."""
+    found = []
+    for kind in (NONE, PORTABLE):
+        by(kind)
+        found.append(f())
+    return found
 
 
 # A cell whose second state, which is float32, is W_hh h.
@@ -142,26 +151,20 @@ def test_a_scan_is_the_references(by, cell, features):
         torch.testing.assert_close(found[name], want, rtol=0, atol=8 * 2**-8 * scale, msg=name)
 
 
-def test_only_products_of_bfloat16_numbers_go_by_pairs(by):
-    """h times a mask or a decay is no bfloat16 number, nor are the gradients of the gates."""
-    for features in (("recurrent_mask",), ("decay",)):
-        given = problem("gru", 3, 5, 65, torch.bfloat16, features)
-        given["recurrent_mask"] = 1.1 * given["recurrent_mask"] if "recurrent_mask" in given else None
-        results = [(by(kind), run(cpu, "gru", given))[1] for kind in (NONE, PORTABLE)]
-        same(*results)
-    given = problem("lstm", 3, 5, 65, torch.bfloat16)
-    walk = Walk("lstm", False, "cpu", None)
+@pytest.mark.parametrize("feature", ["recurrent_mask", "decay"])
+def test_h_times_another_number_does_not_go_by_pairs(by, feature):
+    given = problem("lstm", 3, 5, 65, torch.bfloat16, (feature,))
+    same(*of_both_kinds(by, lambda: run(cpu, "lstm", given)))
+
+
+def test_the_gradients_do_not_go_by_pairs(by):
+    given, walk = problem("lstm", 3, 5, 65, torch.bfloat16), Walk("lstm", False, "cpu", None)
     inputs = ScanInputs(*map(given.get, ScanInputs._fields))
-    forward = [(by(kind), cpu.forward(inputs, walk, True))[1] for kind in (NONE, PORTABLE)]
-    assert not torch.equal(forward[0].c, forward[1].c)
-    backward = [(by(kind), run_backward(given, walk, inputs, forward[1]))[1] for kind in (NONE, PORTABLE)]
-    assert all(map(torch.equal, *backward))
-
-
-def run_backward(given, walk, inputs, outputs):
-    incoming = fastrnn.arguments.IncomingGradients(given["dy"], given["dc"], given["dh_n"], given.get("dc_n"))
-    kept = fastrnn.arguments.Kept(outputs.y, outputs.c, outputs.saved)
-    return cpu.backward(incoming, kept, inputs._replace(gx=None), walk, False)
+    single, pairs = of_both_kinds(by, lambda: cpu.forward(inputs, walk, True))
+    assert not torch.equal(single.c, pairs.c)
+    incoming = IncomingGradients(*map(given.get, IncomingGradients._fields))
+    kept, inputs = Kept(single.y, single.c, single.saved), inputs._replace(gx=None)
+    assert all(map(torch.equal, *of_both_kinds(by, lambda: cpu.backward(incoming, kept, inputs, walk, False))))
 
 
 def test_bits_do_not_depend_on_rows_threads_or_chunks(by):
@@ -188,23 +191,32 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(by):
     assert torch.equal(torch.cat((first.y, rest.y)), whole.y[:, :9])
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_whole_networks(by, kind):
+def test_both_products_of_a_whole_network_go_by_pairs(by):
+    """Terms that cancel: in order their sum is 1; by pairs, the 1 is added to 2^30 and lost."""
+    model, ones = fastrnn.RNN(4, 4, nonlinearity="relu", bias=False, dtype=torch.bfloat16), torch.ones(1, 1, 4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.tensor([0, 2.0**30, -(2.0**30), 1]))
+
+    def output():
+        with fastrnn.backend("cpu"):
+            return model(ones.bfloat16(), ones.bfloat16())[0].unique().item()
+
+    assert of_both_kinds(by, output) == [2, 0]
+
+
+def test_a_whole_network_and_its_gradients(by):
     torch.manual_seed(0)
-    model = getattr(fastrnn, kind)(35, 33, num_layers=2, bidirectional=True, dtype=torch.bfloat16)
+    model = fastrnn.GRU(35, 33, num_layers=2, bidirectional=True, dtype=torch.bfloat16)
     x = torch.randn(4, 3, 35).bfloat16()
-    results = []
-    for products in (NONE, PORTABLE):
-        by(products)
+
+    def results():
         with fastrnn.backend("cpu"):
             y, _ = model(x)
-        y.sum().backward()
-        results.append((y, [p.grad for p in model.parameters()]))
-        model.zero_grad()
-    (y, grads), (by_pairs, grads_by_pairs) = results
-    torch.testing.assert_close(by_pairs, y, rtol=0, atol=8 * 2**-8)
-    for ours, want in zip(grads_by_pairs, grads, strict=True):
-        torch.testing.assert_close(ours, want, rtol=0, atol=8 * 2**-8 * max(1, want.abs().max().item()))
+        return y, *torch.autograd.grad(y.sum(), list(model.parameters()))
+
+    for want, got in zip(*of_both_kinds(by, results), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=8 * 2**-8 * max(1, want.abs().max().item()))
 
 
 EVERY_WIDTH = """
@@ -250,8 +262,8 @@ int main() {
   int wrong = 0;
   for (auto matrix : {Matrix<BFloat16>{by_rows.data(), K, N, N, 1}, Matrix<BFloat16>{by_columns.data(), K, N, 1, K}})
     for (bool once : {false, true})
-      for (const auto& found : {product<16>(x, matrix, once), product<32>(x, matrix, once), product<64>(x, matrix, once)})
-        wrong += found != expected;
+      wrong += (product<16>(x, matrix, once) != expected) + (product<32>(x, matrix, once) != expected) +
+               (product<64>(x, matrix, once) != expected);
   std::printf("%d", wrong);
 }
 """

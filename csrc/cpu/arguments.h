@@ -201,8 +201,7 @@ struct Call {
       if (!forward && normalised)
         found.forward_masked_gates = masked_gates(*inputs.w_hh, width, true, once, {});
     } else if (inputs.w_hh.has_value()) {
-      // A mask or a decay rounds its product with h to the type of the arithmetic only; dgates are never
-      // rounded to storage before they are multiplied.
+      // h times a mask or a decay is not rounded to the storage type, nor are the backward's gradients.
       const bool exact_h = !inputs.recurrent_mask.has_value() && !inputs.decay_h.has_value();
       found.w_hh = recurrence(*inputs.w_hh, width, forward, once, bias, forward && exact_h);
       if (!forward && normalised)

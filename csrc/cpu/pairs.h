@@ -1,8 +1,7 @@
 // Products of bfloat16 numbers by pairs of terms, as processors with AVX512-BF16 add them: in float32, twice
 // as many terms an instruction as of float32, with weights of half the size.
 //
-// They are exact only where the left operand holds bfloat16 numbers, which a product that asks for them
-// knows.
+// They lose nothing only where the left operand holds bfloat16 numbers: Packed's `exact`.
 #pragma once
 
 #include <atomic>
@@ -30,7 +29,7 @@ inline PairProducts fastest_pair_products() {
   return PairProducts::none;
 }
 
-// How products are computed that may go by pairs. Tests change it.
+// How the products are computed that may go by pairs. Tests change it.
 inline std::atomic<PairProducts>& pair_products() {
   static std::atomic<PairProducts> chosen{fastest_pair_products()};
   return chosen;
@@ -48,8 +47,9 @@ struct SingleTerms {
   }
 };
 
-// The instruction's bits, but that it takes denormal numbers for zero: it adds the second product, rounds,
-// adds the first and rounds. The products themselves are exact in float32.
+// For tests. It has the instruction's bits (Intel's manual, VDPBF16PS), except that this takes denormal
+// numbers for zero: the second product is added and the sum rounded, then the first. The products are exact
+// in float32.
 struct PortablePairs {
   using Word = Pair;
 

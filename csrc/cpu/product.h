@@ -101,7 +101,8 @@ struct Multiply {
   }
 };
 
-// The same by pairs, of which `in` holds the numbers, so each of them is a bfloat16 number.
+// The same by pairs of numbers of `in`, each of which is a bfloat16 number. `depth` pairs, pair after pair,
+// are summed by themselves.
 template <class Terms>
 struct MultiplyPairs {
   static constexpr int64_t block = 64, depth = Multiply<BFloat16, Terms>::depth;  // rows and pairs at a time
