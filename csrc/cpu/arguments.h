@@ -109,24 +109,29 @@ struct Call {
   }
 
   // The matrix [rows, columns], or its transpose, as the right operand of products.
+  Matrix<Storage> matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns,
+                         bool transposed) const {
+    frame.expect<Storage>(name, t, {rows, columns});
+    Matrix<Storage> found{static_cast<const Storage*>(t.const_data_ptr()), rows, columns, t.stride(0),
+                          t.stride(1)};
+    if (transposed) std::swap(found.K, found.N), std::swap(found.k_stride, found.n_stride);
+    return found;
+  }
+
   std::unique_ptr<Packed<Storage>> packed(const char* name, const Tensor& t, int64_t rows, int64_t columns,
                                           bool transposed, bool once, const std::vector<A>& bias,
                                           bool exact = false) const {
-    frame.expect<Storage>(name, t, {rows, columns});
-    Matrix<Storage> matrix{static_cast<const Storage*>(t.const_data_ptr()), rows, columns, t.stride(0),
-                           t.stride(1)};
-    if (transposed) std::swap(matrix.K, matrix.N), std::swap(matrix.k_stride, matrix.n_stride);
-    return std::make_unique<Packed<Storage>>(matrix, once, bias.empty() ? nullptr : bias.data(), exact);
+    return std::make_unique<Packed<Storage>>(matrix(name, t, rows, columns, transposed), once,
+                                             bias.empty() ? nullptr : bias.data(), exact);
   }
 
   // W_hh [gates * H, P], or in heads [N, gates * H / N, H / N], as `packed`; `bias` [gates * H] or empty.
   Recurrence<Storage> recurrence(const Tensor& t, int64_t width, bool transposed, bool once,
                                  const std::vector<A>& bias, bool exact) const {
+    if (t.dim() != 3)
+      return Recurrence<Storage>::dense(matrix("w_hh", t, width, P, transposed), once,
+                                        bias.empty() ? nullptr : bias.data(), exact, T, B);
     Recurrence<Storage> found;
-    if (t.dim() != 3) {
-      found.heads.push_back(packed("w_hh", t, width, P, transposed, once, bias, exact));
-      return found;
-    }
     const int64_t N = t.size(0), gates = width / H;
     check(N > 1 && H % N == 0 && P == H, "w_hh must have heads that divide H = ", H, ", got ", shape_of(t));
     const int64_t K = H / N;
@@ -267,6 +272,7 @@ struct Call {
   // others, however long the sequences, and gets at least some 15 us of work, since to wake one costs a few.
   template <class ScanOfCell>
   void run(const ScanOfCell& scan, int64_t gates) const {
+    if (Team* team = scan.weights.w_hh.team.get()) return team->lead([&] { scan(0, B); });
     constexpr int64_t grain = 1 << 21;  // multiplications
     const int64_t terms = scan.weights.w_hh.in_heads() ? scan.weights.w_hh.units : P;
     int64_t step_work = std::max<int64_t>(gates * H * (terms + 16), 1);

@@ -7,6 +7,7 @@
 
 #include "product.h"
 #include "runs.h"
+#include "team.h"
 
 namespace fastrnn {
 
@@ -24,6 +25,34 @@ struct Recurrence {
 
   std::vector<std::unique_ptr<Packed<Storage>>> heads;  // one where W_hh is dense, none without a W_hh
   int64_t gates = 0, units = 0;                         // of each head
+  // Of a dense W_hh whose columns a team shares: the team, and the columns in its parts, in place of the
+  // head.
+  std::unique_ptr<Team> team;
+  std::vector<std::unique_ptr<Packed<Storage>>> parts;
+  int64_t width = 0;  // columns of a part
+
+  // A dense matrix, for products of B rows in each of T steps; the other arguments as of Packed.
+  static Recurrence dense(const Matrix<Storage>& matrix, bool once, const A* bias, bool exact, int64_t T,
+                          int64_t B) {
+    Recurrence found;
+    if (once || !Team::helps(T, B, B * matrix.K * matrix.N)) {
+      found.heads.push_back(std::make_unique<Packed<Storage>>(matrix, once, bias, exact));
+      return found;
+    }
+    constexpr int64_t most_parts = 32;
+    found.team = std::make_unique<Team>();
+    found.width = padded<A>((matrix.N + most_parts - 1) / most_parts);
+    found.parts.resize((matrix.N + found.width - 1) / found.width);
+    share(found.parts.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t n = k * found.width;
+        const Matrix<Storage> part{matrix.data + n * matrix.n_stride, matrix.K,
+                                   std::min(found.width, matrix.N - n), matrix.k_stride, matrix.n_stride};
+        found.parts[k] = std::make_unique<Packed<Storage>>(part, false, bias ? bias + n : nullptr, exact);
+      }
+    });
+    return found;
+  }
 
   bool in_heads() const { return heads.size() > 1; }
   // The columns of the memory that a product in heads needs: of the gates of a head, and of its units.
@@ -32,7 +61,7 @@ struct Recurrence {
 
   // out [rows, gates * H] = W_hh h.
   void times(const Runs& runs, RowView<const A> h, RowView<A> of_gates, RowView<A> out) const {
-    if (!in_heads()) return multiply(runs, *heads[0], h, out);
+    if (!in_heads()) return times_dense(runs, h, out);
     for (size_t n = 0; n < heads.size(); ++n) {
       multiply(runs, *heads[n], {h.data + n * units, h.stride}, of_gates);
       each_gate(runs, n, [&](int64_t r, int64_t of_head, int64_t of_all) {
@@ -44,7 +73,7 @@ struct Recurrence {
   // out [rows, H] = the transpose of W_hh times dgh.
   void times_transposed(const Runs& runs, RowView<const A> dgh, RowView<A> of_gates, RowView<A> of_units,
                         RowView<A> out) const {
-    if (!in_heads()) return multiply(runs, *heads[0], dgh, out);
+    if (!in_heads()) return times_dense(runs, dgh, out);
     for (size_t n = 0; n < heads.size(); ++n) {
       each_gate(runs, n, [&](int64_t r, int64_t of_head, int64_t of_all) {
         std::copy_n(dgh[r] + of_all, units, of_gates[r] + of_head);
@@ -56,6 +85,12 @@ struct Recurrence {
   }
 
  private:
+  void times_dense(const Runs& runs, RowView<const A> in, RowView<A> out) const {
+    if (!team) return multiply(runs, *heads[0], in, out);
+    team->share(parts.size(),
+                [&](int64_t k) { multiply(runs, *parts[k], in, {out.data + k * width, out.stride}); });
+  }
+
   // f(row, first column in the head, first column in all heads) for each gate of head n.
   template <class F>
   void each_gate(const Runs& runs, int64_t n, const F& f) const {

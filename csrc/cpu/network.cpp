@@ -286,10 +286,8 @@ class Network {
   }
 
   Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias, bool exact) const {
-    Recurrence<Storage> found;
-    found.heads.push_back(
-        std::make_unique<Packed<Storage>>(matrix, sizes_.T == 1 && sizes_.B <= Scan::block, bias, exact));
-    return found;
+    const bool once = sizes_.T == 1 && sizes_.B <= Scan::block;
+    return Recurrence<Storage>::dense(matrix, once, bias, exact, sizes_.T, sizes_.B);
   }
 
   template <class ScanOfCell>
