@@ -277,7 +277,8 @@ def test_every_width_of_vectors_has_the_same_bits(tmp_path):
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     paths = [f"-I{ROOT / 'csrc'}", f"-I{torch_home / 'include'}"]
-    command = [CXX, *flags, *paths, str(tmp_path / "widths.cpp"), "-o", str(tmp_path / "widths"), *libraries]
+    sources = [str(tmp_path / "widths.cpp"), str(ROOT / "csrc/cpu/threads.cpp")]
+    command = [CXX, *flags, *paths, *sources, "-o", str(tmp_path / "widths"), *libraries]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert subprocess.run([tmp_path / "widths"], capture_output=True, text=True).stdout == "0"
