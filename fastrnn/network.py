@@ -204,7 +204,7 @@ def _call(
 ) -> Call:
     """What a monitor is told of a call."""
     if not states:  # the monitor asks for the sizes
-        states = [x.new_zeros(1).expand(sizes.walks, sizes.batch, 1) for _ in spec_of(shape.cell).states]
+        states = [x.new_empty(sizes.walks, sizes.batch, 0)] * len(spec_of(shape.cell).states)
     elif sizes.unbatched:
         states = [state.unsqueeze(1) for state in states]
     bounds, request = checked.bounds, Request(shape.cell, "cpu", x.dtype, 0, gradients=gradients)

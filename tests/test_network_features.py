@@ -267,6 +267,23 @@ def test_a_monitor_reports_what_it_does_on_the_reference(kind, options, layout):
             assert torch.equal(got.valid, want.valid)
 
 
+def test_a_report_that_is_made_later_is_of_its_own_step():
+    """Neither the mask nor the norms of the user's own tap are shared with it; in float64 there is no conversion."""
+    module, found = made("GRU", backend="cpu"), []
+    x, lengths = torch.randn(4, 3, 3, dtype=torch.float64), torch.tensor([4, 3, 2])
+    mask = torch.tensor([[False, False, False], [True, False, True], [False] * 3, [False] * 3])
+    for changes in (False, True):
+        own, tap = mask.clone(), new_tap(module, 4, 3)
+        with fastrnn.GradientMonitor(module) as monitor:
+            module(x, lengths=lengths, reset_mask=own, tap=tap)[0].sum().backward()
+            if changes:
+                own.fill_(True), tap.grad.zero_()
+        (report,) = monitor.history.reports
+        found.append((report[0].total, report[0].gain, report[0].longest))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+    assert found[0][0].any()
+
+
 @pytest.mark.parametrize("of_output", [False, True])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

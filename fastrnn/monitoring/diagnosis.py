@@ -220,11 +220,15 @@ def unscaled(
         lengths: integer `[B]`, or None: all are T.
         bad_outputs: bool `[T]`, True where the output is not finite; None where that is not known.
     """
-    on_cpu, T = norms.double().cpu() / scale, norms.shape[-2]
-    bad = [] if bad_outputs is None or bool(on_cpu.isfinite().all()) else bad_outputs.nonzero().flatten().tolist()
+    on_cpu, T = norms.to("cpu", torch.float64, copy=True), norms.shape[-2]
+    if scale != 1:
+        on_cpu = on_cpu / scale
+    # A sum that overflows only makes the search find nothing.
+    finite = bad_outputs is None or math.isfinite(on_cpu.sum())
+    bad = [] if finite else bad_outputs.nonzero().flatten().tolist()
     return Norms(
         on_cpu,
-        None if resets is None else resets.cpu(),
+        None if resets is None else resets.to("cpu", copy=True),  # the user may change it before the report is made
         torch.full(norms.shape[-1:], T) if lengths is None else lengths.cpu().long().clamp(0, T),
         math.inf if bound is None else float(bound) / scale,
         torch.finfo(norms.dtype).tiny / scale,
