@@ -172,11 +172,11 @@ def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, ba
     return found
 
 
-_firsts: dict[tuple, str] = {}
+_firsts: dict[tuple, str | None] = {}
 
 
-def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features: frozenset[str]) -> str:
-    """The first of `order` that can run a call on a CPU without projection."""
+def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features: frozenset[str]) -> str | None:
+    """The first of `order` that can run a call on a CPU without projection; None where none can."""
     key = (cell, gradients, dtype, hidden_size, steps, batch, packed, features, torch.get_num_threads())
     found = _firsts.get(key)
     if found is None:
@@ -186,7 +186,8 @@ def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, f
         )  # fmt: skip
         if len(_firsts) >= MOST_ORDERS:
             _firsts.clear()
-        found = _firsts[key] = next(name for name in order(request) if row(name).reason(request) is None)
+        found = next((name for name in order(request) if row(name).reason(request) is None), None)
+        _firsts[key] = found
     return found
 
 
