@@ -110,7 +110,7 @@ struct Frame {
   }
 
  private:
-  static constexpr int64_t max_dim = 5;
+  static constexpr int64_t max_dim = 4;
 };
 
 }  // namespace fastrnn

@@ -303,10 +303,9 @@ class Network {
 
   // Of packed rows, those after the end of a sequence are zero.
   Tensor norms_of_all_walks() const {
-    Tensor norms = call_.frame.template empty<A>(
-        {sizes_.layers * sizes_.directions, 2, cell_.states, sizes_.T, sizes_.B});
-    if (sizes_.packed()) std::fill_n(static_cast<A*>(norms.mutable_data_ptr()), norms.numel(), A(0));
-    return norms;
+    const std::vector<int64_t> sizes{sizes_.layers * sizes_.directions, 2, cell_.states, sizes_.T, sizes_.B};
+    return sizes_.packed() ? torch::stable::new_zeros(x_, sizes, dtype_of<A>())
+                           : torch::stable::new_empty(x_, sizes, dtype_of<A>());
   }
 
   Tensor none() const { return call_.frame.template empty<Storage>({0}); }
