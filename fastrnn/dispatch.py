@@ -79,18 +79,20 @@ def most_steps_of_torch(cell, proj_size, gradients, dtype, device, hidden_size, 
     return ranking.first_steps(cell, proj_size, gradients, dtype, device, hidden_size, batch) - 1
 
 
-def chosen_for_plain(argument, cell, gradients, dtype, hidden_size, steps, batch, packed, lengths=False) -> str | None:
-    """The backend that `choose` takes for a plain call on a CPU; None where a tapped call is recomputed.
+def chosen_for_plain(
+    argument, cell, gradients, dtype, hidden_size, steps, batch, packed, features=frozenset()
+) -> str | None:
+    """The backend that `choose` takes for a call on a CPU without projection; None where a tapped call is recomputed.
 
-    `packed`: of a PackedSequence 1 if its sequences are of one length, else 0; None of other input. `lengths`: whether
-    the call has them.
+    `packed`: of a PackedSequence 1 if its sequences are of one length, else 0; None of other input. `features`: out of
+    FEATURES.
     """
     if recomputation.some and recomputation.held("tapped", False, False)[0]:
         return None
     name = forced(argument)
     if name is not None:
         return name
-    return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, lengths)
+    return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features)
 
 
 MOST_STREAMS = 64

@@ -51,7 +51,8 @@ ACTIVATIONS = {"activation": "tanh", "gate_activation": "sigmoid"}
 CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 1}
 """What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
 _WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
-_extras, _NO_EXTRAS = attrgetter(*_WITHOUT_BACKEND, "num_heads"), (*_WITHOUT_BACKEND.values(), 1)
+_OF_FORWARD = {name: default for name, default in _WITHOUT_BACKEND.items() if not name.startswith("clip_")}
+_extras, _NO_EXTRAS = attrgetter(*_OF_FORWARD, "num_heads"), (*_OF_FORWARD.values(), 1)
 _FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
 
 _OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
@@ -262,18 +263,24 @@ class _Recurrent(ForSubclasses, nn.Module):
             checks.check_defaults(self, defaults)
         watch = self._watch
         if (
-            reset_mask is None and decay is None and tap is None
-            and not return_cells and not return_layers and (watch is None or watch.is_idle())
+            decay is None and not return_cells and not return_layers
             and not tracing() and _extras(self) == _NO_EXTRAS and type(self.dropout) is float
         ):  # fmt: skip
+            active = None if watch is None or watch.is_idle() else watch
+            extras = None
+            if not (
+                reset_mask is None and tap is None and active is None
+                and self.clip_state_grad_norm is None and self.clip_state_grad_value is None
+            ):  # fmt: skip
+                extras = network.Extras(reset_mask, tap, active)
             if lengths is None:
-                result = network.directly(self, input, hx, dispatch.chosen_for_plain)
+                result = network.directly(self, input, hx, dispatch.chosen_for_plain, extras)
             else:
-                result = network.with_lengths(self, input, hx, lengths, dispatch.chosen_for_plain)
-            if result is None and lengths is None and self.backend is None:
+                result = network.with_lengths(self, input, hx, lengths, dispatch.chosen_for_plain, extras)
+            if result is None and extras is None and lengths is None and self.backend is None:
                 result = aten.directly(self, input, hx, dispatch.most_steps_of_torch)
             if result is not None:
-                if watch is not None:
+                if watch is not None and active is None:
                     watch.count(result)
                 return result
         return functional.recurrent(

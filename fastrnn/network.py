@@ -1,25 +1,29 @@
-"""A plain call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
+"""A call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
 
 It is for short calls, whose products are small, and for all calls where the C++ library's product is the fastest at
 hand; for others, the general path multiplies by oneDNN or MKL.
 """
 
+import math
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, invert_permutation
 
 from . import aten
 from .aten import KNOWN_CELLS
+from .backend_table import Request
 from .backends import cpu
 from .cell_table import spec_of
-from .linear import has_own, transformed
-from .scan import without_autocast
+from .checks import Call
+from .equations import accumulate_dtype
+from .linear import has_own
+from .network_function import NO_BOUNDS, Bounds, Inputs, Shape, run
+from .stack import Options
 
 LARGEST_PRODUCT = 1 << 23
 """The most multiplications in one product over all steps that the operation takes where oneDNN and MKL multiply faster
@@ -27,16 +31,6 @@ than the C++ library."""
 
 
 FULL_DTYPES = (torch.float32, torch.float64)
-
-
-class Shape(NamedTuple):
-    """What describes a network beside its tensors: the last arguments of both ops."""
-
-    cell: str
-    num_layers: int
-    bidirectional: bool
-    bias: bool
-    batch_first: bool
 
 
 def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size: int, directions: int) -> bool:
@@ -49,62 +43,68 @@ def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size
     return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
 
 
-def run(shape: Shape, x: Tensor, batch_sizes: Tensor | None, h0, c0, weights: list[Tensor], differentiated: bool):
-    """`(y, h_n, c_n)`; c_n is empty where the cell has no c.
+class Extras(NamedTuple):
+    """What a call may have beyond a plain one: arguments of a forward, unchecked, and its module's `Watches`."""
 
-    x: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]`, or with `batch_sizes [T]` packed rows `[rows, I]`. h0, c0:
-    `[L*D, B, H]`, `[L*D, H]` beside `[T, I]`, or None for zeros. weights: those of each layer and direction in
-    torch.nn's order. `differentiated`: whether a backward may follow.
-    """
-    if differentiated:
-        # Without Function.apply's look at transforms: a transformed call takes the general path.
-        return super(Function, Network).apply(shape, x, batch_sizes, h0, c0, *weights)
-    y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(x, batch_sizes, h0, c0, weights, *shape, False)
-    return y, h_n, c_n
+    reset_mask: Tensor | None = None
+    tap: Tensor | None = None
+    watch: Any = None  # None also where it is idle
 
 
-def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
-    """Runs a valid plain call at once if backend `cpu` is to run it and `takes` it; None for any other.
+WITH_LENGTHS = frozenset({"lengths"})
+
+
+class _Sizes(NamedTuple):
+    """Of a call."""
+
+    steps: int
+    batch: int
+    rows: int  # of all steps
+    walks: int  # layers times directions
+    unbatched: bool
+    turned: bool  # [B, T, I]
+    packed: bool
+
+
+def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], extras: Extras | None = None):
+    """Runs a valid call at once if backend `cpu` is to run it and `takes` it; None for any other.
 
     Also a packed call that `takes` but that is torch's: `functional` takes as long before it as a short one itself.
 
     Args:
-        module: a fastrnn LSTM, GRU or RNN whose extras, but for `backend`, are off.
+        module: a fastrnn LSTM, GRU or RNN whose options beyond torch.nn's, but for `backend` and, with extras, those
+            that clip, are off.
         input, hx: as of its forward, unchecked.
         chosen: `dispatch.chosen_for_plain`.
+        extras: None for a plain call.
     """
     x, batch_sizes, order, back = input if type(input) is PackedSequence else (input, None, None, None)
     if type(x) is not Tensor or not x.is_cpu or _seen_by_others() or (module.dropout and module.training):
         return None
-    packed, cell, sizes = batch_sizes is not None, module._cell, x.shape
-    pair, batched, full = cell == "lstm", len(sizes) == 3 or packed, None
-    if len(sizes) not in ((2,) if packed else (2, 3)) or module.proj_size or cell not in KNOWN_CELLS:
+    cell, hidden_size, dtype, shapes = module._cell, module.hidden_size, x.dtype, module._shapes()
+    sizes = _sizes_of(module, x, batch_sizes, len(shapes))
+    if sizes is None or module.proj_size or cell not in KNOWN_CELLS:
         return None
-    turned, hidden_size, dtype = module.batch_first and len(sizes) == 3, module.hidden_size, x.dtype
-    if packed:
-        if type(batch_sizes) is not Tensor or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
-            return None
-        steps, rows = len(batch_sizes), sizes[0]
-        batch = int(batch_sizes[0]) if rows else 0
-        full = float(rows == steps * batch)
-    else:
-        steps, batch = (sizes[0], 1) if not batched else (sizes[1], sizes[0]) if turned else sizes[:2]
-        rows = steps * batch
-    shapes = module._shapes()
-    if not rows or sizes[-1] != module.input_size:
+    steps, batch, rows, walks, unbatched, turned, packed = sizes
+    if not takes(cell, dtype, rows, module.input_size, hidden_size, walks // module.num_layers):
         return None
-    if not takes(cell, dtype, rows, module.input_size, hidden_size, len(shapes) // module.num_layers):
-        return None
-    weights = _weights_of(module, shapes, dtype)
-    states = _states_of(hx, pair, (len(shapes), batch, hidden_size) if batched else (len(shapes), hidden_size), dtype)
+    weights, pair = _weights_of(module, shapes, dtype), cell == "lstm"
+    states = _states_of(hx, pair, (walks, hidden_size) if unbatched else (walks, batch, hidden_size), dtype)
     if weights is None or states is None:
         return None
     differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *weights, *states)])
-    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full)
-    if name != "cpu" and not (name == "aten" and packed):
+    features, bounds, reset_mask, tap, watch = PLAIN
+    if extras is not None:
+        checked = _checked(module, extras, sizes, dtype, order, differentiated)
+        if checked is None:
+            return None
+        features, bounds, reset_mask, tap, watch = checked
+        differentiated = differentiated or (tap is not None and torch.is_grad_enabled())
+    full = float(rows == steps * batch) if packed else None
+    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full, features)
+    if name != "cpu" and not (name == "aten" and packed and extras is None):
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
-    shape = Shape(cell, module.num_layers, module.bidirectional, module.bias, False)
     if turned:
         x = x.transpose(0, 1).contiguous()
     if order is not None:
@@ -112,8 +112,16 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     if name == "aten":
         y, h_n, c_n = aten.packed(module, x, batch_sizes, states, weights)
     else:
+        shape, call = Shape(cell, module.num_layers, module.bidirectional, module.bias, False), None
+        if watch is not None:
+            call = _call(shape, x, states, checked, input if packed else None, sizes, differentiated)
+            call, notes = watch.begin(call)
+            tap, states = call.tap, _as_given(states, call.states, unbatched)
         h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
-        y, h_n, c_n = run(shape, x, batch_sizes, h0, c0, weights, differentiated)
+        inputs = Inputs(x, batch_sizes, reset_mask, tap, h0, c0)
+        y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
+        if call is not None:
+            watch.end(notes, call, y, (h_n, c_n) if pair else (h_n,))
     if turned:
         y.transpose_(0, 1)
     if packed:
@@ -123,23 +131,114 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None]):
     return y, (h_n, c_n) if pair else h_n
 
 
-def with_lengths(module: nn.Module, input, hx, lengths, chosen: Callable[..., str | None]):
+def _sizes_of(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, walks: int) -> _Sizes | None:
+    """None where the input has no rows or is not as a plain call needs it."""
+    shape, packed = x.shape, batch_sizes is not None
+    if len(shape) not in ((2,) if packed else (2, 3)) or shape[-1] != module.input_size:
+        return None
+    unbatched, turned = len(shape) == 2 and not packed, module.batch_first and len(shape) == 3
+    if packed:
+        if type(batch_sizes) is not Tensor or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+            return None
+        steps, rows = len(batch_sizes), shape[0]
+        batch = int(batch_sizes[0]) if rows else 0
+    else:
+        steps, batch = (shape[0], 1) if unbatched else (shape[1], shape[0]) if turned else shape[:2]
+        rows = steps * batch
+    return _Sizes(steps, batch, rows, walks, unbatched, turned, packed) if rows else None
+
+
+class _Checked(NamedTuple):
+    """The extras of a call, each as the operation takes it, and their names among `dispatch.FEATURES`."""
+
+    features: frozenset[str]
+    bounds: Bounds
+    reset_mask: Tensor | None
+    tap: Tensor | None
+    watch: Any
+
+
+PLAIN = _Checked(frozenset(), NO_BOUNDS, None, None, None)
+
+
+def _checked(
+    module: nn.Module, extras: Extras, sizes: _Sizes, dtype: torch.dtype, order: Tensor | None, differentiated: bool
+) -> _Checked | None:
+    """None where an extra is not as the operation needs it."""
+    reset_mask, tap, watch = extras
+    bounds = Bounds(_bound_of(module.clip_state_grad_norm), _bound_of(module.clip_state_grad_value))
+    if not all(bound is None or 0 < bound < math.inf for bound in bounds):
+        return None
+    features = ["clip"] if bounds != NO_BOUNDS else []
+    if reset_mask is not None:
+        if type(reset_mask) is not Tensor or reset_mask.dtype != torch.bool or not reset_mask.is_cpu or sizes.packed:
+            return None
+        if sizes.unbatched and reset_mask.dim() == 1:
+            reset_mask = reset_mask.unsqueeze(1)
+        if sizes.turned and reset_mask.dim() == 2:
+            reset_mask = reset_mask.t()
+        if reset_mask.shape != (sizes.steps, sizes.batch):
+            return None
+        reset_mask = reset_mask.clone()  # the user may change it before the backward
+        features.append("resets")
+    if tap is not None:
+        shape = (sizes.walks, 2, len(spec_of(module._cell).states), sizes.steps, sizes.batch)
+        kind = type(tap) in (Tensor, Parameter) and tap.is_cpu and tap.dtype == accumulate_dtype(dtype)
+        if not kind or tap.shape != shape or not tap.requires_grad:
+            return None
+        tap = tap if order is None else tap.index_select(-1, order)
+    if tap is not None or (watch is not None and differentiated):
+        features.append("tap")
+    return _Checked(frozenset(features), bounds, reset_mask, tap, watch)
+
+
+def _bound_of(value) -> float | None:
+    """A bound of a module as a number; NaN where it is not one."""
+    if type(value) in (Tensor, Parameter) and value.dim() == 0 and value.is_floating_point() and value.is_cpu:
+        return value.item()
+    return value if value is None or type(value) in (int, float) else math.nan
+
+
+def _call(
+    shape: Shape, x: Tensor, states, checked: _Checked, packed: PackedSequence | None, sizes: _Sizes, gradients: bool
+) -> Call:
+    """What a monitor is told of a call."""
+    if not states:  # the monitor asks for the sizes
+        states = [x.new_empty(sizes.walks, sizes.batch, 0)] * len(spec_of(shape.cell).states)
+    elif sizes.unbatched:
+        states = [state.unsqueeze(1) for state in states]
+    bounds, request = checked.bounds, Request(shape.cell, "cpu", x.dtype, 0, gradients=gradients)
+    options = Options(*shape[:3], clip_norm=bounds.norm, clip_value=bounds.value)
+    return Call(x, tuple(states), options, request, None, checked.reset_mask, checked.tap, packed)
+
+
+def _as_given(states, watched: tuple[Tensor, ...], unbatched: bool):
+    """The states of a call as a monitor gave them back, in the form of `states`."""
+    if not states:
+        return states
+    return [state.squeeze(1) for state in watched] if unbatched else watched
+
+
+def with_lengths(
+    module: nn.Module, input, hx, lengths, chosen: Callable[..., str | None], extras: Extras | None = None
+):
     """`directly` for a padded batch with `lengths`: it packs the rows of the input and pads those of the output.
 
-    None for other calls: also where a sequence is empty, where `lengths` are not to be believed, and in a half type:
-    autocast, which takes the general path, gives the bits of the half module.
+    Of the extras it takes only the bounds. None for other calls: also where a sequence is empty, where `lengths` are
+    not to be believed, and in a half type: autocast, which takes the general path, gives the bits of the half module.
     """
     if type(input) is not Tensor or not input.is_cpu or input.dim() != 3 or input.dtype not in FULL_DTYPES:
         return None
-    if _seen_by_others():
+    if _seen_by_others() or (extras is not None and any(one is not None for one in extras)):
         return None
     if type(lengths) is not Tensor or not lengths.is_cpu or lengths.dtype not in (torch.int64, torch.int32):
         return None
     batch, steps = input.shape[:2] if module.batch_first else (input.shape[1], input.shape[0])
     if lengths.shape != (batch,) or not batch or module._cell not in KNOWN_CELLS:
         return None
-    gradients, hidden_size = torch.is_grad_enabled(), module.hidden_size
-    if chosen(module.backend, module._cell, gradients, input.dtype, hidden_size, steps, batch, None, True) != "cpu":
+    features = WITH_LENGTHS if extras is None else WITH_LENGTHS | {"clip"}
+    of_call = (torch.is_grad_enabled(), input.dtype, module.hidden_size, steps, batch, None, features)
+    if chosen(module.backend, module._cell, *of_call) != "cpu":
         return None
     ordered, order = lengths.long().sort(descending=True, stable=True)
     longest, shortest = int(ordered[0]), int(ordered[-1])
@@ -150,7 +249,7 @@ def with_lengths(module: nn.Module, input, hx, lengths, chosen: Callable[..., st
     places = (order * steps + step if module.batch_first else step * batch + order)[runs]
     rows = input.reshape(batch * steps, input.shape[2]).index_select(0, places)
     packed = PackedSequence(rows, runs.sum(1), order, invert_permutation(order))
-    result = directly(module, packed, hx, lambda *call: "cpu")
+    result = directly(module, packed, hx, lambda *call: "cpu", extras)
     if result is None:
         return None
     y, state = result
@@ -252,98 +351,3 @@ def _seen_by_others() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
-
-
-class Roles(NamedTuple):
-    """Places among a network's weights: those that a first derivative reads, and the others, which the user may change
-    before it: the biases and, without dx, the first W_ih."""
-
-    read: tuple[int, ...]
-    unread: tuple[int, ...]
-
-
-@cache
-def _roles(count: int, bidirectional: bool, bias: bool, needs_dx: bool) -> Roles:
-    each = 4 if bias else 2
-    first = 0 if needs_dx else each * (1 + bidirectional)
-    unread = tuple(k for k in range(count) if k % each in (2, 3) or (k % each == 0 and k < first))
-    return Roles(tuple(k for k in range(count) if k not in unread), unread)
-
-
-class Network(Function):
-    """Arguments: a Shape, x, batch_sizes, h0, c0, the weights. Outputs: y, h_n, c_n."""
-
-    @staticmethod
-    def forward(ctx, shape, x, batch_sizes, h0, c0, *weights):
-        y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(x, batch_sizes, h0, c0, weights, *shape, True)
-        ctx.shape = shape
-        ctx.set_materialize_grads(False)
-        read, unread = _roles(len(weights), shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
-        ctx.unread = [weights[k] for k in unread]
-        ctx.versions = [one._version for one in ctx.unread]
-        ctx.save_for_backward(x, batch_sizes, h0, c0, kept, *[weights[k] for k in read])
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):
-        shape = ctx.shape
-        x, batch_sizes, h0, c0, kept, *matrices = ctx.saved_tensors
-        count = len(matrices) + len(ctx.unread)
-        roles = _roles(count, shape.bidirectional, shape.bias, ctx.needs_input_grad[1])
-        placed = dict(zip((*roles.read, *roles.unread), (*matrices, *ctx.unread), strict=True))
-        weights = [placed[k] for k in range(count)]
-        given = (dy, dh_n, dc_n)
-        if dy is None and dh_n is None and dc_n is None:
-            return (*(None for _ in range(5 + len(weights))),)
-        if torch.is_grad_enabled() or transformed() or any(map(_is_batched, given)):
-            if [one._version for one in ctx.unread] != ctx.versions:
-                raise RuntimeError("a weight of this call has been modified by an inplace operation")
-            _, needs_dx, _, *needs = ctx.needs_input_grad
-            inputs = (x, h0, c0, *weights)
-            dx, *others = _differentiable(shape, inputs, batch_sizes, given, (needs_dx, *needs))
-            return None, dx, None, *others
-        _, needs_dx, _, needs_h, needs_c, *_ = ctx.needs_input_grad
-        dx, dh0, dc0, *of_weights = torch.ops.fastrnn_c.network_backward(
-            *given, x, batch_sizes, h0, c0, weights, kept, *shape, needs_dx
-        )
-        return None, dx if needs_dx else None, None, dh0 if needs_h else None, dc0 if needs_c else None, *of_weights
-
-
-def _is_batched(gradient: Tensor | None) -> bool:
-    """By torch.autograd.grad(..., is_grads_batched=True)."""
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
-
-
-def _differentiable(shape: Shape, inputs, batch_sizes, incoming, needed) -> list[Tensor | None]:
-    """The gradients of the inputs by the general path, run again: differentiable, and known to vmap."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad(), without_autocast("cpu"):
-        return _by_general_path(shape, inputs, batch_sizes, incoming, needed, again)
-
-
-def _by_general_path(shape: Shape, inputs, batch_sizes, incoming, needed, again: bool) -> list[Tensor | None]:
-    from . import functional  # which comes to this module by way of `modules`
-
-    # Each by itself, although one tensor may be two of the inputs.
-    own = [t.view_as(t) if need else t for t, need in zip(inputs, needed, strict=True)]
-    x, h0, c0, *weights = own
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if shape.bias else ("weight_ih", "weight_hh")
-    names = (
-        f"{kind}_l{layer}{direction}"
-        for layer in range(shape.num_layers)
-        for direction in (("", "_reverse") if shape.bidirectional else ("",))
-        for kind in kinds
-    )
-    hx = h0 if c0 is None or h0 is None else (h0, c0)
-    options = {"num_layers": shape.num_layers, "bidirectional": shape.bidirectional, "batch_first": shape.batch_first}
-    x = x if batch_sizes is None else PackedSequence(x, batch_sizes)
-    y, hidden = functional.recurrent(shape.cell, x, hx, dict(zip(names, weights, strict=True)), "cpu", **options)
-    outputs = (y if batch_sizes is None else y.data, *(hidden if isinstance(hidden, tuple) else (hidden,)))
-    pairs = [(out, grad) for out, grad in zip(outputs, incoming, strict=False) if grad is not None]
-    wanted = [t for t, need in zip(own, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True
-        )
-    )
-    return [next(found) if need else None for need in needed]

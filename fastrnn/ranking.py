@@ -172,21 +172,22 @@ def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, ba
     return found
 
 
-_firsts: dict[tuple, str] = {}
+_firsts: dict[tuple, str | None] = {}
 
 
-def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, lengths) -> str:
-    """The first of `order` for a plain call on a CPU without projection; with `lengths`, if it has them."""
-    key = (cell, gradients, dtype, hidden_size, steps, batch, packed, lengths, torch.get_num_threads())
+def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features: frozenset[str]) -> str | None:
+    """The first of `order` that can run a call on a CPU without projection; None where none can."""
+    key = (cell, gradients, dtype, hidden_size, steps, batch, packed, features, torch.get_num_threads())
     found = _firsts.get(key)
     if found is None:
         request = Request(
-            cell, "cpu", dtype, hidden_size, features=frozenset({"lengths"} if lengths else ()), steps=steps,
-            batch=batch, packed=packed, gradients=gradients,
+            cell, "cpu", dtype, hidden_size, features=features, steps=steps, batch=batch, packed=packed,
+            gradients=gradients,
         )  # fmt: skip
         if len(_firsts) >= MOST_ORDERS:
             _firsts.clear()
-        found = _firsts[key] = order(request)[0]
+        found = next((name for name in order(request) if row(name).reason(request) is None), None)
+        _firsts[key] = found
     return found
 
 

@@ -52,7 +52,11 @@ BELOW = {
     },
     "backend_table": {"backends", "aten", "arguments", "tiles"},
     "ranking": {"backend_table", "evidence", "evidence.records", "evidence.verification", "aten", "backends"},
-    "network": {"aten", "backends", "cell_table", "functional", "linear", "scan"},
+    "network": {
+        *("aten", "backend_table", "backends", "cell_table", "checks", "equations", "linear", "network_function"),
+        "stack",
+    },
+    "network_function": {"cell_table", "equations", "functional", "linear", "scan"},
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation", "linear"},
     "ops": {"dispatch", "arguments", "directions", "linear"},
     "vmapping": set(),

@@ -166,7 +166,7 @@ def test_what_the_operation_leaves_to_the_general_path(monkeypatch):
         ours(x)
     ours(x, lengths=torch.tensor([4, 0]))
     fastrnn.GRU(3, 5, dtype=torch.bfloat16)(x.bfloat16(), lengths=torch.tensor([4, 2]))
-    torch.func.functional_call(ours, dict(ours.named_parameters()), (x,), {"reset_mask": torch.zeros(4, 2).bool()})
+    torch.func.functional_call(ours, dict(ours.named_parameters()), (x,), {"decay": torch.ones(4, 2)})
     torch.vmap(ours)(x.unsqueeze(0))
     with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
         ours(torch.autograd.forward_ad.make_dual(x, x))
@@ -215,10 +215,10 @@ def test_the_operation_refuses_what_it_would_misread():
     shape, x = ("lstm", 1, False, False, False), torch.zeros(4, 2, 3)
     forward, backward = torch.ops.fastrnn_c.network_forward, torch.ops.fastrnn_c.network_backward
     with pytest.raises(RuntimeError, match="at least one step"):
-        forward(x[:0], None, None, None, weights, *shape, True)
+        forward(x[:0], None, None, None, None, weights, *shape, True)
     with pytest.raises(RuntimeError, match=r"h0 must have shape \[1, 2, 5\]"):
-        forward(x, None, torch.zeros(1, 2, 4), None, weights, *shape, True)
-    y, h_n, _, kept = forward(x, None, None, None, weights, *shape, True)
+        forward(x, None, None, torch.zeros(1, 2, 4), None, weights, *shape, True)
+    y, h_n, _, kept = forward(x, None, None, None, None, weights, *shape, True)
     for bad, message in (
         ({"kept": kept[1:]}, "kept must be"),
         ({"dy": y[1:]}, "dy must be"),
@@ -228,4 +228,4 @@ def test_the_operation_refuses_what_it_would_misread():
         given = {"dy": y, "dh_n": None, "dc_n": None, "kept": kept, **bad}
         of = given["dy"], given["dh_n"], given["dc_n"]
         with pytest.raises(RuntimeError, match=message):
-            backward(*of, x, None, None, None, weights, given["kept"], *shape, True)
+            backward(*of, x, None, None, None, None, weights, given["kept"], *shape, None, None, False, True)

@@ -118,9 +118,9 @@ def test_the_operation_refuses_what_is_not_packed():
         (torch.tensor([], dtype=torch.int64), "at least one step|a row for each"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fastrnn_c.network_forward(x, sizes, None, None, weights, *shape, True)
+            torch.ops.fastrnn_c.network_forward(x, sizes, None, None, None, weights, *shape, True)
     with pytest.raises(RuntimeError, match="two if packed"):
-        torch.ops.fastrnn_c.network_forward(x[None], torch.tensor([5]), None, None, weights, *shape, True)
+        torch.ops.fastrnn_c.network_forward(x[None], torch.tensor([5]), None, None, None, weights, *shape, True)
 
 
 def with_lengths_by_torch(module, x, lengths):

@@ -10,23 +10,40 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// What both ops are given beside the initial states.
+struct NetworkArguments {
+  Tensor x;
+  const Optional &batch_sizes, &reset_mask;
+  const std::vector<Tensor>& weights;
+  const std::string& cell;
+  int64_t layers;
+  bool bidirectional, bias, batch_first;
+};
+
+// What the backward is given beside the gradients.
+struct BackwardOptions {
+  std::optional<double> clip_norm, clip_value;
+  bool norms, needs_dx;
+};
+
 template <class Storage>
 class Network {
  public:
   using A = typename Arithmetic<Storage>::type;
 
-  Network(const Cell<Storage>& cell, const Tensor& x, const std::vector<Tensor>& weights, NetworkSizes sizes)
+  Network(const Cell<Storage>& cell, const NetworkArguments& given, NetworkSizes sizes)
       : cell_(cell),
         has_c_(cell.states > 1),
-        x_(x),
-        weights_(weights),
+        x_(given.x),
+        weights_(given.weights),
         sizes_(sizes),
-        call_(x, sizes.T, sizes.B, sizes.H, cell.states),
+        call_(given.x, sizes.T, sizes.B, sizes.H, cell.states),
         width_(cell.gates * sizes.H),
-        unbatched_(x.dim() == 2 && !sizes.packed()),
+        unbatched_(given.x.dim() == 2 && !sizes.packed()),
         no_h_(sizes.H),
         no_c_(sizes.H) {
     divide();
+    if (given.reset_mask.has_value()) set_flags(*given.reset_mask);
   }
 
   Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
@@ -49,10 +66,11 @@ class Network {
     return Outputs(y, h_n, c_n, kept);
   }
 
-  // dx, dh0, dc0, and the weights' gradients, in the order of the weights.
+  // dx, dh0, dc0, norms [layers * D, 2, states, T, B], and the weights' gradients, in the order of the
+  // weights.
   std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                                const Optional& h0, const Optional& c0, const Tensor& kept,
-                               bool needs_dx) const {
+                               const BackwardOptions& options) const {
     expect_states("h0", h0, "c0", c0);
     expect_states("dh_n", dh_n, "dc_n", dc_n);
     if (dy.has_value())
@@ -64,20 +82,29 @@ class Network {
     check(kept.numel() == sizes_.layers * memory.of_layer && kept.scalar_type() == ScalarType::Byte,
           "kept must be that of the forward");
     memory.data = static_cast<char*>(kept.mutable_data_ptr());  // read only
-    Tensor dx = needs_dx ? like_input(sizes_.I) : none();
+    Tensor dx = options.needs_dx ? like_input(sizes_.I) : none();
     Tensor dh0 = state<Storage>(), dc0 = has_c_ ? state<A>() : none();
-    std::vector<Tensor> found = {dx, dh0, dc0};
+    const int64_t norms_of_walk = 2 * cell_.states * sizes_.T * sizes_.B;
+    Tensor norms = options.norms ? norms_of_all_walks() : none();
+    std::vector<Tensor> found = {dx, dh0, dc0, norms};
+    const size_t first_weight = found.size();
     for (const Tensor& weight : weights_) found.push_back(like(weight));
     const int64_t of_layer = sizes_.layers > 1 ? sizes_.rows() * sizes_.outputs() : 0;
     Aligned<Storage> dinput(of_layer), doutput(of_layer);
     Storage *above = doutput.data(), *below = dinput.data();
     for (int64_t layer = sizes_.layers - 1; layer >= 0; --layer, std::swap(above, below)) {
-      Storage* to = layer > 0 ? below : needs_dx ? static_cast<Storage*>(dx.mutable_data_ptr()) : nullptr;
+      Storage* to = layer > 0          ? below
+                    : options.needs_dx ? static_cast<Storage*>(dx.mutable_data_ptr())
+                                       : nullptr;
       for (int64_t d = 0; d < sizes_.directions; ++d) {
         const int64_t k = layer * sizes_.directions + d;
         BackwardScan<Storage> scan(cell_);
         fill(scan, d);
-        scan.norms = nullptr;
+        if (options.clip_norm.has_value()) scan.clip_norm = static_cast<A>(*options.clip_norm);
+        if (options.clip_value.has_value()) scan.clip_value = static_cast<A>(*options.clip_value);
+        scan.norms_stride = sizes_.T * sizes_.B;
+        A* const norms_of_this =
+            options.norms ? static_cast<A*>(norms.mutable_data_ptr()) + k * norms_of_walk : nullptr;
         if (dh_n.has_value()) scan.dh_n = state_of<Storage>(dh_n, k, no_h_);
         if (dc_n.has_value()) scan.dc_n = state_of<A>(dc_n, k, no_c_);
         scan.dh0 = {state_rows<Storage>(dh0, k), 0, sizes_.H, 1};
@@ -87,7 +114,8 @@ class Network {
           dy_of_layer = sizes_.template steps<const Storage>(above + d * sizes_.H, sizes_.outputs(), 0);
         else if (dy.has_value())
           dy_of_layer = incoming(*dy, d);
-        walk_backward(layer, d, scan, dy_of_layer, h0, c0, memory, to, &found[3 + k * (sizes_.bias ? 4 : 2)]);
+        walk_backward(layer, d, scan, dy_of_layer, norms_of_this, h0, c0, memory, to,
+                      &found[first_weight + k * (sizes_.bias ? 4 : 2)]);
       }
     }
     return found;
@@ -117,9 +145,29 @@ class Network {
   // The k-th chunk of a walk.
   const Chunk& chunk(size_t k, int64_t d) const { return chunks_[d == 0 ? k : chunks_.size() - 1 - k]; }
 
+  // As `fold_flags` of fastrnn/stack.py: a walk back in time enters t from t + 1, where a new segment may
+  // begin.
+  void set_flags(const Tensor& reset_mask) {
+    const int64_t T = sizes_.T, B = sizes_.B;
+    check(!sizes_.packed(), "packed rows have no resets");
+    check(reset_mask.dim() == 2 && reset_mask.size(0) == T && reset_mask.size(1) == B &&
+              reset_mask.scalar_type() == ScalarType::Bool && reset_mask.is_cpu(),
+          "reset_mask must be bool [", T, ", ", B, "] on the CPU, got ", dtype_name(reset_mask.scalar_type()),
+          ' ', shape_of(reset_mask));
+    const bool* given = data_of<bool>(reset_mask);
+    for (int64_t d = 0; d < sizes_.directions; ++d) {
+      flags_[d].resize(T * B);
+      for (int64_t t = d; t < T; ++t)
+        for (int64_t b = 0; b < B; ++b)
+          if (given[t * reset_mask.stride(0) + b * reset_mask.stride(1)]) flags_[d][(t - d) * B + b] = reset;
+    }
+  }
+
   template <class ScanOfCell>
   void set_steps(ScanOfCell& scan, const Chunk& now) const {
+    const std::vector<uint8_t>& flags = flags_[scan.reverse];
     scan.T = now.steps;
+    if (!flags.empty()) scan.flags = {flags.data() + now.time * sizes_.B, sizes_.B, 1, 1};
     scan.batch_sizes = sizes_.packed() ? sizes_.batch_sizes.data() + now.time : nullptr;
   }
 
@@ -171,10 +219,11 @@ class Network {
     }
   }
 
-  // One layer in one direction, with its scan ready but for the steps. `dy`: of all its steps. `to`: the
-  // gradient of the layer's input, or null; `found`: the weights' gradients.
+  // One layer in one direction, with its scan ready but for the steps. `dy`: of all its steps. `norms`: of
+  // this walk, [2, states, T, B], or null. `to`: the gradient of the layer's input, or null; `found`: the
+  // weights' gradients.
   void walk_backward(int64_t layer, int64_t d, BackwardScan<Storage>& scan, const Steps<const Storage>& dy,
-                     const Optional& h0, const Optional& c0, const NetworkMemory<Storage>& memory,
+                     A* norms, const Optional& h0, const Optional& c0, const NetworkMemory<Storage>& memory,
                      Storage* to, const Tensor* found) const {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, inputs = sizes_.inputs(layer);
     const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
@@ -196,6 +245,7 @@ class Network {
       scan.dgx = sizes_.steps(dgx.data(), width_, now.time);
       if (cell_.distinct_dgh) scan.dgh = sizes_.steps(dgh.data(), width_, now.time);
       if (dy) scan.dy = dy.from(now.time);
+      if (norms != nullptr) scan.norms = norms + now.time * sizes_.B;
       scan.saved = sizes_.template steps<const Storage>(memory.saved(layer, d) + now.first * cell_.saved * H,
                                                         cell_.saved * H, now.time);
       scan.y =
@@ -249,6 +299,13 @@ class Network {
     MatrixProduct<In> product(multiplied, nullptr, width_);
     product_into(product, {dg.data, 1}, dg.stride, width_, multiplied.N,
                  static_cast<Storage*>(found.mutable_data_ptr()), adds);
+  }
+
+  // Of packed rows, those after the end of a sequence are zero.
+  Tensor norms_of_all_walks() const {
+    const std::vector<int64_t> sizes{sizes_.layers * sizes_.directions, 2, cell_.states, sizes_.T, sizes_.B};
+    return sizes_.packed() ? torch::stable::new_zeros(x_, sizes, dtype_of<A>())
+                           : torch::stable::new_empty(x_, sizes, dtype_of<A>());
   }
 
   Tensor none() const { return call_.frame.template empty<Storage>({0}); }
@@ -314,6 +371,8 @@ class Network {
       if (old > 0)
         walk_rows(Read<Storage, A>{sizes_.H, scan.y.at(scan.step(i - 1), 0), scan.y.j_stride, rows}, 0, old);
       walk_rows(Read<Storage, A>{sizes_.H, scan.h0.at(0, 0), scan.h0.j_stride, rows}, old, running);
+      for (int64_t b = 0; scan.flags && b < running; ++b)
+        if (scan.flagged(t, b, reset)) std::fill_n(rows[b], sizes_.H, A(0));
     }
   }
 
@@ -327,6 +386,7 @@ class Network {
   bool unbatched_;
   std::vector<Chunk> chunks_;
   int64_t most_rows_ = 0;
+  std::vector<uint8_t> flags_[2];  // of each direction, [T, B]; empty without resets
   std::vector<Storage> no_h_;
   std::vector<A> no_c_;
 };
@@ -361,10 +421,12 @@ void set_packed(NetworkSizes& sizes, const Tensor& batch_sizes, int64_t rows) {
 
 // f(network) of this cell, with `x` made contiguous and everything checked.
 template <class F>
-auto with_network(Tensor& x, const Optional& batch_sizes, const std::vector<Tensor>& weights,
-                  const Optional& h0, const Optional& c0, const std::string& cell, int64_t layers,
-                  bool bidirectional, bool bias, bool batch_first, const F& f) {
-  check(x.dim() == 2 || (x.dim() == 3 && !batch_sizes.has_value()),
+auto with_network(NetworkArguments& given, const F& f) {
+  Tensor& x = given.x;
+  const std::vector<Tensor>& weights = given.weights;
+  const auto [layers, bidirectional, bias, batch_first] =
+      std::tuple(given.layers, given.bidirectional, given.bias, given.batch_first);
+  check(x.dim() == 2 || (x.dim() == 3 && !given.batch_sizes.has_value()),
         "x must have two or three dimensions, two if packed, got ", shape_of(x));
   const int64_t each = bias ? 4 : 2, directions = bidirectional ? 2 : 1;
   check(layers > 0 && static_cast<int64_t>(weights.size()) == each * layers * directions, "a network needs ",
@@ -384,10 +446,10 @@ auto with_network(Tensor& x, const Optional& batch_sizes, const std::vector<Tens
                      bias,
                      {},
                      {}};
-  if (batch_sizes.has_value()) set_packed(sizes, *batch_sizes, x.size(0));
+  if (given.batch_sizes.has_value()) set_packed(sizes, *given.batch_sizes, x.size(0));
   return with_dtype("x", x, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
-    const Cell<Storage>& equations = built_in_cell<Storage>(cell);
+    const Cell<Storage>& equations = built_in_cell<Storage>(given.cell);
     Frame frame(x, sizes.B, sizes.H);
     const int64_t width = equations.gates * sizes.H;
     for (int64_t k = 0; k < layers * directions; ++k) {
@@ -397,31 +459,32 @@ auto with_network(Tensor& x, const Optional& batch_sizes, const std::vector<Tens
       if (bias) frame.expect<Storage>("b_ih", *w.b_ih, {width});
       if (bias) frame.expect<Storage>("b_hh", *w.b_hh, {width});
     }
-    return f(Network<Storage>(equations, x, weights, sizes));
+    return f(Network<Storage>(equations, given, sizes));
   });
 }
 
-Outputs network_forward(Tensor x, Optional batch_sizes, Optional h0, Optional c0, std::vector<Tensor> weights,
-                        std::string cell, int64_t layers, bool bidirectional, bool bias, bool batch_first,
-                        bool save) {
+Outputs network_forward(Tensor x, Optional batch_sizes, Optional reset_mask, Optional h0, Optional c0,
+                        std::vector<Tensor> weights, std::string cell, int64_t layers, bool bidirectional,
+                        bool bias, bool batch_first, bool save) {
   to_arithmetic(c0);
-  Outputs found =
-      with_network(x, batch_sizes, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
-                   [&](const auto& network) { return network.forward(h0, c0, save); });
+  NetworkArguments given{x, batch_sizes, reset_mask, weights, cell, layers, bidirectional, bias, batch_first};
+  Outputs found = with_network(given, [&](const auto& network) { return network.forward(h0, c0, save); });
   Tensor& c_n = std::get<2>(found);
   if (c_n.scalar_type() != x.scalar_type()) c_n = torch::stable::to(c_n, x.scalar_type());
   return found;
 }
 
 std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, Tensor x,
-                                     Optional batch_sizes, Optional h0, Optional c0,
+                                     Optional batch_sizes, Optional reset_mask, Optional h0, Optional c0,
                                      std::vector<Tensor> weights, Tensor kept, std::string cell,
                                      int64_t layers, bool bidirectional, bool bias, bool batch_first,
-                                     bool needs_dx) {
+                                     std::optional<double> clip_norm, std::optional<double> clip_value,
+                                     bool norms, bool needs_dx) {
   to_arithmetic(c0), to_arithmetic(dc_n);
+  NetworkArguments given{x, batch_sizes, reset_mask, weights, cell, layers, bidirectional, bias, batch_first};
+  const BackwardOptions options{clip_norm, clip_value, norms, needs_dx};
   std::vector<Tensor> found = with_network(
-      x, batch_sizes, weights, h0, c0, cell, layers, bidirectional, bias, batch_first,
-      [&](const auto& network) { return network.backward(dy, dh_n, dc_n, h0, c0, kept, needs_dx); });
+      given, [&](const auto& network) { return network.backward(dy, dh_n, dc_n, h0, c0, kept, options); });
   if (found[2].scalar_type() != x.scalar_type()) found[2] = torch::stable::to(found[2], x.scalar_type());
   return found;
 }
@@ -429,20 +492,20 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
 }  // namespace
 }  // namespace fastrnn
 
-// x [T, B, I], [B, T, I] with batch_first, [T, I], or with batch_sizes [T] packed rows [rows, I]; h0 and c0
-// [layers * D, B, H] or none for zeros; weights of each layer and direction in torch.nn's order. `kept` holds
-// what the backward reads, as bytes. What does not exist is an empty tensor.
+// x [T, B, I], [B, T, I] with batch_first, [T, I], or with batch_sizes [T] packed rows [rows, I]; reset_mask
+// bool [T, B] or none; h0 and c0 [layers * D, B, H] or none for zeros; weights of each layer and direction in
+// torch.nn's order. `kept` holds what the backward reads, as bytes. What does not exist is an empty tensor.
+#define FASTRNN_NETWORK "str cell, int layers, bool bidirectional, bool bias, bool batch_first, "
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def(
-      "network_forward(Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, "
-      "int layers, "
-      "bool bidirectional, bool bias, bool batch_first, bool save) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
+      "network_forward(Tensor x, Tensor? batch_sizes, Tensor? reset_mask, Tensor? h0, Tensor? c0, "
+      "Tensor[] weights, " FASTRNN_NETWORK "bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
+  // dx, dh0, dc0, norms [layers * D, 2, states, T, B], and the gradients of the weights.
   m.def(
-      "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor? h0, "
-      "Tensor? c0, Tensor[] weights, Tensor kept, str cell, int layers, bool bidirectional, bool bias, bool "
-      "batch_first, "
-      "bool needs_dx) -> Tensor[]");
+      "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, "
+      "Tensor? reset_mask, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor kept, " FASTRNN_NETWORK
+      "float? clip_norm, float? clip_value, bool norms, bool needs_dx) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {

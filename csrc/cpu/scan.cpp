@@ -105,6 +105,7 @@ ScanGradients backward(const Cell<Storage>& cell, const IncomingGradients& incom
   scan.ddecay_h = output_view<Storage>(ddecay_h);
   scan.ddecay_c = output_view<Storage>(ddecay_c);
   scan.norms = with_norms ? static_cast<A*>(norms.mutable_data_ptr()) : nullptr;
+  scan.norms_stride = T * B;
   call.run(scan, cell.gates);
   return ScanGradients(dgx, dgh, dh0, dc0, dh_new, db_hh, dln_hh, dln_c_weight, dln_c_bias, dcell, ddecay_h,
                        ddecay_c, norms);

@@ -37,7 +37,8 @@ struct BackwardScan : Scan {
   Steps<A> dln_c_weight, dln_c_bias;  // [1, B, H], may not exist
   Steps<Storage> dcell;               // [T, B, (parameters + inputs) * H], may not exist
   Steps<Storage> ddecay_h, ddecay_c;  // [T, B, P], [T, B, C], may not exist
-  A* norms;                           // [2, states, T, B] or null
+  A* norms = nullptr;                 // [2, states, T, B] or null
+  int64_t norms_stride = 0;           // from one state's to the next one's
 
   explicit BackwardScan(const Cell<S>& cell) : cell(cell) {}
 
@@ -254,7 +255,7 @@ struct BackwardScan : Scan {
 
   // The norms of step t from sequence b on; `part`: 0 total, 1 carried.
   A* norms_at(int64_t part, int64_t state, int64_t t, int64_t b) const {
-    return norms + ((part * cell.states + state) * T + t) * B + b;
+    return norms + (part * cell.states + state) * norms_stride + t * B + b;
   }
 
   // The plane of state k > 0.

@@ -10,7 +10,8 @@ from ..functional import steps_and_batch
 from ..packing import packed_lengths
 
 KEY = "fastrnn.monitoring"
-"""Under this and the monitor's id a note is left in the metadata of an autograd node, for the next call."""
+"""Under this and the monitor's id a note is left in the metadata of an autograd node, for the next call; beside it, by
+the numbers of the node's outputs, whether each is a state."""
 NEARBY = 32
 """How many autograd nodes are searched from an initial state back to the call that it came from."""
 
@@ -53,16 +54,17 @@ def note_of(name: str, call: Call, monitor: int) -> Note:
 
 def _sources(state: Tensor, key: str) -> set[tuple[Note, bool]]:
     """The tapped calls from whose states (True) or outputs (False) a state was made."""
-    found, seen, ahead = set(), set(), [state.grad_fn]
+    found, seen, ahead = set(), set(), [(state.grad_fn, state.output_nr)]
     while ahead and len(seen) < NEARBY:
-        node = ahead.pop(0)
-        if node is None or node in seen:
+        node, number = ahead.pop(0)
+        if node is None or (node, number) in seen:
             continue
-        seen.add(node)
+        seen.add((node, number))
         if key in node.metadata:
-            found.add(node.metadata[key])
+            note, of_state = node.metadata[key]
+            found.add((note, of_state.get(number, False)))
         else:
-            ahead += [parent for parent, _ in node.next_functions]
+            ahead += node.next_functions
     return found
 
 
@@ -71,12 +73,12 @@ def leave(note: Note, call: Call, y: Tensor, states: tuple[Tensor, ...]) -> None
     note.bad_outputs = _bad_steps(call, y.detach())
     for tensor, of_state in ((y, False), *((state, True) for state in states)):
         if tensor.grad_fn is not None:
-            tensor.grad_fn.metadata[note.key] = note, of_state
+            tensor.grad_fn.metadata.setdefault(note.key, (note, {}))[1][tensor.output_nr] = of_state
 
 
 def _bad_steps(call: Call, y: Tensor) -> Tensor:
     """bool `[T]`: the steps of `y [T, B, N]`, or of packed rows, at which something is not finite."""
-    bad = ~y.isfinite().flatten(1).all(-1)
+    bad = (y * 0).flatten(1).sum(-1) != 0  # 0 times infinity is NaN, too, and the sum of zeros cannot overflow
     if call.packed is None:
         return bad
     sizes = call.packed.batch_sizes

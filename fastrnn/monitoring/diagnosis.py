@@ -76,7 +76,33 @@ class Record:
     @property
     def name(self) -> str:
         """`module.l0`, `module.l0_reverse`: as in the names of the parameters."""
-        return f"{self.module}.l{self.layer}" + ("_reverse" if self.direction == "reverse" else "")
+        return name_of(self.module, self.layer, self.direction)
+
+
+def name_of(module: str, layer: int, direction: str) -> str:
+    return f"{module}.l{layer}" + ("_reverse" if direction == "reverse" else "")
+
+
+class Kind(NamedTuple):
+    """What the records of a module depend on beside its calls."""
+
+    layers: int
+    directions: tuple[str, ...]  # of each layer
+    states: tuple[str, ...]
+
+    def names(self, module: str) -> list[tuple[str, str]]:
+        """`Record.name` and state of every record of a module."""
+        return [
+            (name_of(module, layer, direction), state)
+            for layer in range(self.layers)
+            for direction in self.directions
+            for state in self.states
+        ]
+
+
+def kind_of(module: _Recurrent) -> Kind:
+    directions = ("forward", "reverse") if module.bidirectional else ("forward",)
+    return Kind(module.num_layers, directions, tuple(spec_of(module._cell).states))
 
 
 @dataclass(frozen=True)
@@ -194,11 +220,15 @@ def unscaled(
         lengths: integer `[B]`, or None: all are T.
         bad_outputs: bool `[T]`, True where the output is not finite; None where that is not known.
     """
-    on_cpu, T = norms.double().cpu() / scale, norms.shape[-2]
-    bad = [] if bad_outputs is None or bool(on_cpu.isfinite().all()) else bad_outputs.nonzero().flatten().tolist()
+    on_cpu, T = norms.to("cpu", torch.float64, copy=True), norms.shape[-2]
+    if scale != 1:
+        on_cpu = on_cpu / scale
+    # A sum that overflows only makes the search find nothing.
+    finite = bad_outputs is None or math.isfinite(on_cpu.sum())
+    bad = [] if finite else bad_outputs.nonzero().flatten().tolist()
     return Norms(
         on_cpu,
-        None if resets is None else resets.cpu(),
+        None if resets is None else resets.to("cpu", copy=True),  # the user may change it before the report is made
         torch.full(norms.shape[-1:], T) if lengths is None else lengths.cpu().long().clamp(0, T),
         math.inf if bound is None else float(bound) / scale,
         torch.finfo(norms.dtype).tiny / scale,
@@ -231,15 +261,14 @@ def pool(calls: list[Norms], trim: bool) -> tuple[Tensor, Tensor | None, Tensor,
     return norms, resets, lengths, bound, max(call.tiny for call in calls)
 
 
-def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = False) -> list[Record]:
+def records(name: str, kind: Kind, calls: list[Norms], trim: bool = False) -> list[Record]:
     """The records of one module from its calls; `trim` cuts T down to the last step that a gradient reached."""
     norms, resets, lengths, bound, tiny = pool(calls, trim)
     forward = min((c.forward_nonfinite for c in calls if c.forward_nonfinite is not None), default=None)
-    directions = ("forward", "reverse") if module.bidirectional else ("forward",)
     padding = torch.arange(norms.shape[-2]).unsqueeze(1) >= lengths
     found = []
     for row, norm in enumerate(norms):
-        layer, d = divmod(row, len(directions))
+        layer, d = divmod(row, len(kind.directions))
         reverse = d == 1
         joint = norm[0].norm(dim=0)
         passed_on = torch.where(joint > bound, bound / joint, 1.0)
@@ -252,7 +281,7 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
         if not finite:
             horizon, verdict = None, "exploding" if forward is None else "unknown"
         clipped = None if bool(bound.isinf().all()) else int((joint > bound).sum())
-        for s, state in enumerate(spec_of(module._cell).states):
+        for s, state in enumerate(kind.states):
             total, carried = norm[0, s], norm[1, s]
             valid = (total != 0) | (carried != 0)
             bad = (~(total.isfinite() & carried.isfinite())).any(-1).nonzero().flatten().tolist()
@@ -260,7 +289,7 @@ def records(name: str, module: _Recurrent, calls: list[Norms], trim: bool = Fals
                 Record(
                     module=name,
                     layer=layer,
-                    direction=directions[d],
+                    direction=kind.directions[d],
                     state=state,
                     total=_median(total, valid).where(valid.any(-1), 0),
                     carried=_median(carried, valid).where(valid.any(-1), 0),

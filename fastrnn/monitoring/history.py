@@ -1,6 +1,8 @@
 """The memory of a `GradientMonitor`: the records of the training steps that it observed, evenly thinned."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,13 @@ ROOM = 256
 """Observed steps that are kept: as many rows as a heat map can show. Each takes 32 bytes per state and time step."""
 
 
+class Pending(NamedTuple):
+    """A report that is made when somebody reads it: to make one takes longer than a short training step."""
+
+    make: Callable[[], Report]
+    names: tuple[tuple[str, str], ...]  # name and state of every record
+
+
 class History:
     """Reports by training step.
 
@@ -18,26 +27,32 @@ class History:
 
     Attributes:
         steps: the training steps (counted from 0) of `reports`.
-        reports: one `Report` per step, without findings.
     """
 
     def __init__(self):
         self.steps: list[int] = []
-        self.reports: list[Report] = []
+        self._reports: list[Report | Pending] = []
         self._seen, self._stride = 0, 1
         self._known: set[tuple[str, str]] = set()  # name and state of every record, also of reports that were dropped
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def append(self, step: int, report: Report) -> None:
-        self._known.update((record.name, record.state) for record in report)
+    @property
+    def reports(self) -> list[Report]:
+        """One `Report` per step of `steps`, without findings."""
+        self._reports = [report.make() if isinstance(report, Pending) else report for report in self._reports]
+        return self._reports
+
+    def append(self, step: int, report: Report | Pending) -> None:
+        pending = isinstance(report, Pending)
+        self._known.update(report.names if pending else [(record.name, record.state) for record in report])
         if self._seen % self._stride == 0:
             self.steps.append(step)
-            self.reports.append(report)
+            self._reports.append(report)
         self._seen += 1
         if len(self.steps) == ROOM:
-            self.steps, self.reports, self._stride = self.steps[::2], self.reports[::2], 2 * self._stride
+            self.steps, self._reports, self._stride = self.steps[::2], self._reports[::2], 2 * self._stride
 
     @property
     def names(self) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +23,18 @@ from ..equations import accumulate_dtype
 from ..modules import _Recurrent
 from ..single_step import _Cell
 from .calls import Note
-from .diagnosis import Norms, Record, Report, records, unscaled
-from .history import History
+from .diagnosis import Kind, Norms, Record, Report, kind_of, records, unscaled
+from .history import History, Pending
 from .prescription import watched
 from .stitching import stitched
 from .watch import Backward, Watch, Watches
 
 SHORT = 0.5
 """A batch with less than this share of the steps of the largest one gets a note in the report: the last of an epoch."""
+
+MOST_PENDING = 1 << 14
+"""The most norms of a training step whose report is made only when somebody reads it: the history holds some hundreds
+of steps, which then take no more than 32 MiB."""
 
 
 class Step(NamedTuple):
@@ -248,7 +253,7 @@ class GradientMonitor:
         self.observing = self._backwards // self.accumulate >= self._due
 
     def _close_step(self, step: int) -> None:
-        observed = Report(self._last_records())
+        observed = self._pending() or Report(self._last_records())
         pairs = sum(int(call.lengths.sum()) for calls in self._norms.values() for call in calls)
         sizes = max((c.norms.shape[-1], c.norms.shape[-2]) for calls in self._norms.values() for c in calls)
         self._step = Step(step, *sizes, pairs)
@@ -258,11 +263,21 @@ class GradientMonitor:
         for sink in self._sinks:
             sink(step, observed)
 
+    def _pending(self) -> Pending | None:
+        """The report of the last step, to be made later; None where it is wanted now, or its norms are many."""
+        norms = self._norms
+        if self._sinks or sum(call.norms.numel() for calls in norms.values() for call in calls) > MOST_PENDING:
+            return None
+        kinds = {name: kind_of(module) for name, module in self._modules.items() if name in norms}
+        names = tuple(one for name, kind in kinds.items() for one in kind.names(name))
+        return Pending(partial(_report, kinds, norms, self._sizes is not None), names)
+
     # ----------------------------------------------------------------------------------------------------- results
 
     def _last_records(self, all_ranks: bool = False) -> list[Record]:
-        norms, trim = _gathered(self._norms) if all_ranks else self._norms, self._sizes is not None
-        return [r for name, m in self._modules.items() if name in norms for r in records(name, m, norms[name], trim)]
+        norms = _gathered(self._norms) if all_ranks else self._norms
+        kinds = {name: kind_of(module) for name, module in self._modules.items() if name in norms}
+        return _report(kinds, norms, self._sizes is not None).records
 
     def report(self, *, all_ranks: bool = False) -> Report:
         """The records of the last observed step, by module (in the model's order), layer, direction and state.
@@ -341,6 +356,10 @@ class GradientMonitor:
         from . import plots
 
         return plots.layers(folder, self.report(), self.history)
+
+
+def _report(kinds: dict[str, Kind], norms: dict[str, list[Norms]], trim: bool) -> Report:
+    return Report(r for name, kind in kinds.items() for r in records(name, kind, norms[name], trim))
 
 
 def _remedy(model: nn.Module) -> str:
