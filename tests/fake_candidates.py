@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 
@@ -135,12 +136,21 @@ def run_for(connection):
         os._exit(0)
     for file in files:
         os.close(file)
-    threading.Thread(target=lambda: connection.recv(1) or os.kill(child, signal.SIGKILL), daemon=True).start()
+
+    def kill_when_alone():
+        with suppress(OSError):  # it has ended already
+            connection.recv(1)
+            os.kill(child, signal.SIGKILL)
+
+    threading.Thread(target=kill_when_alone, daemon=True).start()
     _, status = os.waitpid(child, 0)
-    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    with suppress(OSError):  # `tune` has killed its child process
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
 
 
 if __name__ == "__main__":
+    import torch.fx.experimental.symbolic_shapes  # which the first trial of each fork would import
+
     backend_table.BACKENDS.update(FAKES)
     serve(sys.argv[1])
