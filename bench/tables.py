@@ -167,7 +167,7 @@ SMALL = {
 
 def small(records: list[dict]) -> str:
     """A few cases: fastrnn's median time, and the medians of the faster loop and of torch.nn relative to it."""
-    found = {record["case"]: record for record in records}
+    found = {record["case"]: record for record in records if record["suite"] in ("throughput", "features")}
     rows = [["training step", "Python loop", "torch.nn", "fastrnn"]]
     for case, name in SMALL.items():
         entries = found[case]["contestants"]

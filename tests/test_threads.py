@@ -63,8 +63,8 @@ def test_the_pause_grows_while_tries_fail_and_shrinks_again(threads):
     for _ in range(8):
         pauses.append(pause_after(threads, now))
         now += pauses[-1] * MILLISECOND
-    assert pauses[:3] == [20, 80, 320] and pauses[-1] == 1000
-    for _ in range(100):
+    assert pauses[:3] == [20, 80, 320] and pauses[-1] == 4000
+    for _ in range(120):
         threads.note(now, MILLISECOND, 2 * MILLISECOND)
     assert pause_after(threads, now) == 20
 

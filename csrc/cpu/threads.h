@@ -25,7 +25,7 @@ class Crowding {
   static constexpr int64_t millisecond = 1000 * 1000;
   // What a call may take longer without counting: a thread that has slept needs some of it to wake up.
   static constexpr int64_t tolerance = millisecond / 2;
-  static constexpr int64_t shortest_pause = 20 * millisecond, longest_pause = 1000 * millisecond;
+  static constexpr int64_t shortest_pause = 20 * millisecond, longest_pause = 4000 * millisecond;
 
   std::atomic<int64_t> alone_until_{0}, pause_{shortest_pause};
 };
