@@ -95,7 +95,7 @@ def chosen_for_plain(
     return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features)
 
 
-MOST_STREAMS = 64
+MOST_STREAMS = 32
 """The largest batch of a step that reads the weights in place; for more rows it pays to pack them."""
 
 

@@ -20,6 +20,7 @@ from .backend_table import Request
 from .backends import cpu
 from .cell_table import spec_of
 from .checks import Call
+from .dispatch import MOST_STREAMS
 from .equations import accumulate_dtype
 from .linear import has_own
 from .network_function import NO_BOUNDS, Bounds, Inputs, Shape, run
@@ -119,7 +120,10 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
             tap, states = call.tap, _as_given(states, call.states, unbatched)
         h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
         inputs = Inputs(x, batch_sizes, reset_mask, tap, h0, c0)
-        y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
+        if _is_short(sizes, module.bidirectional, dtype) and not differentiated and extras is None:
+            y, h_n, c_n = _one_step(shape, inputs, weights)
+        else:
+            y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
         if call is not None:
             watch.end(notes, call, y, (h_n, c_n) if pair else (h_n,))
     if turned:
@@ -146,6 +150,26 @@ def _sizes_of(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, walks: i
         steps, batch = (shape[0], 1) if unbatched else (shape[1], shape[0]) if turned else shape[:2]
         rows = steps * batch
     return _Sizes(steps, batch, rows, walks, unbatched, turned, packed) if rows else None
+
+
+def _is_short(sizes: _Sizes, bidirectional: bool, dtype: torch.dtype) -> bool:
+    """Whether without gradients the operation of `step` can run the call, which reads the weights in place."""
+    few = sizes.steps == 1 and sizes.batch <= MOST_STREAMS
+    return few and not (sizes.packed or bidirectional) and dtype in FULL_DTYPES
+
+
+def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
+    """`run` for a call that `_is_short`."""
+    x, states = inputs.x, [inputs.h0, inputs.c0]
+    if x.dim() == 2:
+        states = [None if state is None else state.unsqueeze(1) for state in states]
+    y, *found = torch.ops.fastrnn_c.network_step.default(
+        x.reshape(-1, x.shape[-1]), *states, weights, shape.cell, shape.num_layers, shape.bias, False
+    )
+    reshaped = torch.ops.aten._unsafe_view
+    if x.dim() == 2:
+        found = [reshaped(state, (shape.num_layers, -1)) for state in found]
+    return reshaped(y, (*x.shape[:-1], -1)), *found, *([] if len(found) == 2 else [y.new_empty(0)])
 
 
 class _Checked(NamedTuple):
