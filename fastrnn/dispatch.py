@@ -16,7 +16,7 @@ from . import aten, ranking, recomputation
 from .backend_table import BACKENDS, FEATURES, MODES, Backend, Request, launcher, row, takes_directions
 from .backends import cpu
 from .cell_table import spec_of
-from .linear import in_forward_mode
+from .linear import MOST_ROWS_IN_PLACE, in_forward_mode
 
 __all__ = [
     "BACKENDS", "FEATURES", "Backend", "Explanation", "Request", "backend", "choose", "chosen_for_plain",
@@ -95,16 +95,12 @@ def chosen_for_plain(
     return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features)
 
 
-MOST_STREAMS = 32
-"""The largest batch of a step that reads the weights in place; for more rows it pays to pack them."""
-
-
 def chosen_for_step(argument: str | None, cell, dtype, hidden_size, proj_size, batch: int) -> str | None:
     """The backend of `step`; None where the choice is left to the module's call."""
     name = forced(argument)
     if name is not None:
         return name
-    usable = batch <= MOST_STREAMS and not ranking.is_broken_for_step(cell, dtype, hidden_size, proj_size, batch)
+    usable = batch <= MOST_ROWS_IN_PLACE and not ranking.is_broken_for_step(cell, dtype, hidden_size, proj_size, batch)
     return "cpu" if usable else None
 
 

@@ -27,6 +27,9 @@ processors only; oneDNN's run on all."""
 PANEL = 32
 """The C++ library's product takes weights whose number of rows is a multiple of this (csrc/cpu/panels.h)."""
 
+MOST_ROWS_IN_PLACE = 32
+"""The most rows of a product that reads the weights in place; for more rows it pays to pack them (csrc/cpu/dots.h)."""
+
 
 @cache
 def has_own() -> bool:

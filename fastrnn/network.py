@@ -6,6 +6,7 @@ hand; for others, the general path multiplies by oneDNN or MKL.
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,8 @@ from .backend_table import Request
 from .backends import cpu
 from .cell_table import spec_of
 from .checks import Call
-from .dispatch import MOST_STREAMS
 from .equations import accumulate_dtype
-from .linear import has_own
+from .linear import MOST_ROWS_IN_PLACE, has_own
 from .network_function import NO_BOUNDS, Bounds, Inputs, Shape, run
 from .stack import Options
 
@@ -154,7 +154,7 @@ def _sizes_of(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, walks: i
 
 def _is_short(sizes: _Sizes, bidirectional: bool, dtype: torch.dtype) -> bool:
     """Whether without gradients the operation of `step` can run the call, which reads the weights in place."""
-    few = sizes.steps == 1 and sizes.batch <= MOST_STREAMS
+    few = sizes.steps == 1 and sizes.batch <= MOST_ROWS_IN_PLACE
     return few and not (sizes.packed or bidirectional) and dtype in FULL_DTYPES
 
 
@@ -220,7 +220,9 @@ def _bound_of(value) -> float | None:
     """A bound of a module as a number; NaN where it is not one."""
     if type(value) in (Tensor, Parameter) and value.dim() == 0 and value.is_floating_point() and value.is_cpu:
         return value.item()
-    return value if value is None or type(value) in (int, float) else math.nan
+    if value is None:
+        return None
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def _call(

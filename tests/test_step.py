@@ -205,7 +205,7 @@ def moments_of_another_thread(call) -> list[float]:
 
 @pytest.mark.usefixtures("only_the_operation")
 def test_other_python_threads_run_during_a_step(monkeypatch):
-    monkeypatch.setattr(dispatch, "MOST_STREAMS", 1 << 20)
+    monkeypatch.setattr(dispatch, "MOST_ROWS_IN_PLACE", 1 << 20)
     module, x = fastrnn.LSTM(256, 256), torch.randn(4096, 256)  # takes some tenths of a second
     assert any(0.3 < moment < 0.7 for moment in moments_of_another_thread(lambda: module.step(x)))
     # The measurement sees a call that keeps the interpreter's lock: libc's, by way of PyDLL.
