@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import files, tables
+from . import files, goals, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,8 +27,10 @@ def source(data: dict) -> str:
 
 
 def wide(data: dict, command: str) -> str:
-    """All tables, and what was measured on what."""
+    """All tables, on a CPU first that of the goals, and what was measured on what."""
     parts = [f"{title}:\n\n{table}" for title, table in tables.by_suite(data["cases"]).items()]
+    if data["machine"]["kind"] == "cpu":
+        parts.insert(0, f"Goals, times relative to torch.nn's where no other is named:\n\n{goals.table(data['cases'])}")
     lines = [f"{source(data)}.", "Medians of interleaved rounds (their 95 % intervals).", f"Written by `{command}`."]
     lines += [f"Not run: {name}, {reason}." for name, reason in data["not_run"].items()]
     return "\n\n".join([*parts, "\n".join(lines)])

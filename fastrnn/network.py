@@ -120,7 +120,7 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
             tap, states = call.tap, _as_given(states, call.states, unbatched)
         h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
         inputs = Inputs(x, batch_sizes, reset_mask, tap, h0, c0)
-        if _is_short(sizes, module.bidirectional, dtype) and not differentiated and extras is None:
+        if steps == 1 and not differentiated and extras is None and _reads_in_place(shape, sizes, dtype, hidden_size):
             y, h_n, c_n = _one_step(shape, inputs, weights)
         else:
             y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
@@ -152,14 +152,19 @@ def _sizes_of(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, walks: i
     return _Sizes(steps, batch, rows, walks, unbatched, turned, packed) if rows else None
 
 
-def _is_short(sizes: _Sizes, bidirectional: bool, dtype: torch.dtype) -> bool:
-    """Whether without gradients the operation of `step` can run the call, which reads the weights in place."""
-    few = sizes.steps == 1 and sizes.batch <= MOST_ROWS_IN_PLACE
-    return few and not (sizes.packed or bidirectional) and dtype in FULL_DTYPES
+LEAST_WEIGHTS = 1 << 16
+"""The fewest elements of W_hh for which reading them in place saves more than the Python around it costs."""
+
+
+def _reads_in_place(shape: Shape, sizes: _Sizes, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether the operation of `step` can run a call of one step without gradients, and is faster than `run`."""
+    if sizes.packed or shape.bidirectional or dtype not in FULL_DTYPES:
+        return False
+    return sizes.batch <= MOST_ROWS_IN_PLACE and len(spec_of(shape.cell).gates) * hidden_size**2 >= LEAST_WEIGHTS
 
 
 def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
-    """`run` for a call that `_is_short`."""
+    """`run` for a call that `_reads_in_place`."""
     x, states = inputs.x, [inputs.h0, inputs.c0]
     if x.dim() == 2:
         states = [None if state is None else state.unsqueeze(1) for state in states]

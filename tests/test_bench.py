@@ -346,3 +346,22 @@ else:
     raise AssertionError
 """
     run(code)
+
+
+def test_goals_name_the_reason_only_where_they_are_missed(run):
+    code = """
+from bench import goals
+
+def case(suite, ours, features=()):
+    times = {"torch.nn": 4.0, "fastrnn": ours}
+    entries = {one: {"seconds": {"median": seconds}} for one, seconds in times.items()}
+    return {"suite": suite, "cell": "lstm", "mode": "train", "features": features, "contestants": entries}
+
+def row(*cases):
+    return [cell.strip() for cell in goals.table(list(cases)).splitlines()[2].split("|")[2:6]]
+
+assert row(case("short", 1.0), case("short", 2.0)) == ["0.5", "0.35", "0.50", "–"]
+assert row(case("short", 3.0), case("short", 3.5, ["clip"])) == ["0.5", "0.75", "0.75", goals.BY_CALL]
+assert row(case("packed", 1.0, ["packed"])) == ["0.6", "0.25", "0.25", "–"]
+"""
+    run(code)

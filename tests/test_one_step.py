@@ -17,7 +17,8 @@ def tensors(result):
 
 @pytest.fixture
 def used(monkeypatch):
-    """The calls that ran by the operation of `step`."""
+    """The calls that ran by the operation of `step`, which small networks take, too."""
+    monkeypatch.setattr(network, "LEAST_WEIGHTS", 0)
     calls, run = [], network._one_step
 
     def noted(*arguments):
@@ -65,6 +66,15 @@ def test_other_calls_do_not(used, shape, options, dtype):
     with torch.no_grad():
         module(torch.randn(shape, dtype=dtype))
     assert not used
+
+
+def test_small_networks_do_not(used, monkeypatch):
+    monkeypatch.setattr(network, "LEAST_WEIGHTS", 3 * 7 * 7 + 1)
+    with torch.no_grad():
+        fastrnn.GRU(5, 7, backend="cpu")(torch.randn(1, 3, 5))
+        assert not used
+        fastrnn.GRU(5, 8, backend="cpu")(torch.randn(1, 3, 5))
+    assert len(used) == 1
 
 
 def test_weights_changed_by_any_means_count(used):
