@@ -258,7 +258,7 @@ struct Call {
     std::vector<int64_t> before(B + 1);
     for (int64_t b = 0, longest = scan.T; b < B; ++b) {
       int64_t steps = scan.T;
-      for (int64_t t = 0; scan.flags && t < T; ++t) steps -= *scan.flags.at(t, b).data & pad ? 1 : 0;
+      for (int64_t t = 0; scan.flags && t < scan.T; ++t) steps -= *scan.flags.at(t, b).data & pad ? 1 : 0;
       if (scan.batch_sizes != nullptr) {
         while (longest > 0 && scan.batch_sizes[longest - 1] <= b) --longest;
         steps = longest;
