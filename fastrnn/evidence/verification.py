@@ -189,6 +189,13 @@ def _check_once(request, name: str, launcher, kernel: str, key: Key, batch: int,
         if entry is not None:
             book.add(entry)
             return
+    try:
+        _check_and_keep(request, name, launcher, kernel, key, batch, device)
+    finally:
+        _release(claim)  # after the entry is written: others take a released claim without one for a failure
+
+
+def _check_and_keep(request, name: str, launcher, kernel: str, key: Key, batch: int, device: torch.device) -> None:
     begin = time.perf_counter()
     try:
         wrong = check(launcher, request, min(batch, 32), device)
@@ -198,8 +205,6 @@ def _check_once(request, name: str, launcher, kernel: str, key: Key, batch: int,
         return  # the kernel is not to blame
     except Exception as error:
         wrong = f"{type(error).__name__}: {error}"
-    finally:
-        _release(claim)
     reason = records.printable(wrong) if wrong else ""
     entry = Entry(key, name, "broken" if wrong else "verified", records.today(), reason=reason)
     unkept = evidence.keep(entry, torch.get_num_threads())
