@@ -1,8 +1,8 @@
 // What a scan asks of a cell: a step of some rows forward, the total gradients of its states, and backward.
 //
 // The scans call a cell once for a step of many rows, through an interface, so that they are compiled once
-// for all cells. Two kinds implement it: those of csrc/cells, whose equations are compiled (built_in_cell.h),
-// and those of users, whose equations are read from a text (program_cell.cpp).
+// for all cells. Two kinds implement it: those of csrc/cells, whose equations are compiled
+// (built_in_cell.cpp), and those of users, whose equations are read from a text (program_cell.cpp).
 #pragma once
 
 #include <memory>
