@@ -205,6 +205,17 @@ struct Packed {
     return scratch;
   }
 
+  // What a product reads after `panel`, whose first column is n and whose rows end at k_end: the same rows of
+  // the next panel, or the next rows of the first one.
+  template <class Word>
+  FASTRNN_INLINE const Word* panel_after(int64_t n, int64_t k_end, const Word* panel) const {
+    constexpr int64_t width = panel_width<Word>;
+    const int64_t K = matrix.template words<Word>();
+    if (once) return panel;  // the next one will be packed there
+    if (n + width < matrix.N) return panel + K * width;
+    return reinterpret_cast<const Word*>(panels.data()) + (k_end < K ? k_end * width : 0);
+  }
+
  private:
   template <class Word>
   void pack(Word* to) const {

@@ -27,6 +27,7 @@ struct Multiply {
 
   // How many rows of a panel stay in the nearest cache while all rows of the batch are multiplied with them.
   static constexpr int64_t depth = 128;
+  static constexpr int64_t half = panel_width<Word> / 2;  // of a row of a panel: a cache line
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
@@ -49,8 +50,12 @@ struct Multiply {
     for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>) {
       before_panel(n);
       const Word* panel = packed.template panel<bytes>(n, k, k_end, scratch);
+      const Word* next = packed.panel_after(n, k_end, panel);
       int64_t b = begin;
-      for (; b + rows <= end; b += rows) tile<bytes, rows>(panel, terms, b, n, k, k_end);
+      for (; b + 3 * rows <= end; b += rows) tile<bytes, rows>(panel, terms, b, n, k, k_end);
+      // The last tiles ask for half of the next panel each, which then replaces this one in the cache.
+      for (; b + rows <= end; b += rows, next += (k_end - k) * half)
+        tile<bytes, rows, true>(panel, terms, b, n, k, k_end, next);
       if constexpr (rows > 4)
         for (; b + 4 <= end; b += 4) tile<bytes, 4>(panel, terms, b, n, k, k_end);
       if constexpr (rows > 2)
@@ -60,10 +65,11 @@ struct Multiply {
   }
 
   // `rows` rows from b on times one panel, over the terms from k to k_end. These are summed by themselves,
-  // then added to the earlier terms, since a long chain of additions would round more.
-  template <int bytes, int rows>
+  // then added to the earlier terms, since a long chain of additions would round more. With `asks`, half a
+  // row from `next` on is brought into the cache for each term.
+  template <int bytes, int rows, bool asks = false>
   FASTRNN_INLINE void tile(const Word* panel, const RowView<const Word>& terms, int64_t b, int64_t n,
-                           int64_t k, int64_t k_end) const {
+                           int64_t k, int64_t k_end, const Word* next = nullptr) const {
     typedef A Vector __attribute__((vector_size(bytes)));
     typedef Word Weights __attribute__((vector_size(bytes)));
     constexpr int vectors = panel_bytes / bytes, lanes = bytes / sizeof(A);
@@ -75,13 +81,15 @@ struct Multiply {
       FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) sum[r][v] = Vector{};
     }
-    for (int64_t j = 0; j < k_end - k; ++j, panel += panel_width<A>) {
+    const int64_t stride = in_stride;
+    for (int64_t j = 0, i = 0; j < k_end - k; ++j, i += stride, panel += panel_width<A>) {
       Weights weight[vectors];
+      if constexpr (asks) __builtin_prefetch(next + j * half);
       FASTRNN_UNROLL
       for (int v = 0; v < vectors; ++v) std::memcpy(&weight[v], panel + v * lanes, bytes);
       FASTRNN_UNROLL
       for (int r = 0; r < rows; ++r) {
-        Word x = row[r][j * in_stride];
+        Word x = row[r][i];
         FASTRNN_UNROLL
         for (int v = 0; v < vectors; ++v) Terms::add(sum[r][v], x, weight[v]);
       }
