@@ -3,14 +3,10 @@
 The processor's instruction is replaced by the same arithmetic in plain C++; packing, tiles and all else are the same.
 """
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from cell_texts import hand_written
+from cpp_programs import ROOT, compiled, printed, with_torch
 from setups import random_inputs
 from test_csrc_scan import FEATURES, problem, run, same
 
@@ -21,8 +17,6 @@ from fastrnn.backends import cpu, reference
 if cpu.MISSING is not None:
     pytest.skip(f"csrc: {cpu.MISSING}", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
 choose = torch.ops.fastrnn_c.choose_pair_products
 NONE, PORTABLE, INSTRUCTION = range(3)
 AT_ONCE = 256  # terms that are summed by themselves
@@ -269,16 +263,7 @@ int main() {
 """
 
 
-@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
 def test_every_width_of_vectors_has_the_same_bits(tmp_path):
     """Also the tiles around the instruction, which are of 64 bytes."""
-    torch_home = Path(torch.__file__).parent
-    (tmp_path / "widths.cpp").write_text(EVERY_WIDTH)
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    paths = [f"-I{ROOT / 'csrc'}", f"-I{torch_home / 'include'}"]
-    sources = [str(tmp_path / "widths.cpp"), str(ROOT / "csrc/cpu/threads.cpp")]
-    command = [CXX, *flags, *paths, *sources, "-o", str(tmp_path / "widths"), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert subprocess.run([tmp_path / "widths"], capture_output=True, text=True).stdout == "0"
+    flags = ["-O0", "-ffp-contract=off", "-fopenmp-simd", ROOT / "csrc/cpu/threads.cpp", *with_torch()]
+    assert printed(compiled(tmp_path, EVERY_WIDTH, *flags)) == "0"

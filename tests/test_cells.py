@@ -1,6 +1,5 @@
 """The three copies of the equations: PyTorch, Triton and C++, held to each other and to gradcheck in float64."""
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 import triton

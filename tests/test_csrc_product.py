@@ -1,17 +1,10 @@
 """The product of csrc's scan at every width of vectors, compiled here by itself."""
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
-import torch
+from cpp_programs import ROOT, compiled, printed, with_torch
 
 from fastrnn.backends import cpu
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
 needs_csrc = pytest.mark.skipif(cpu.MISSING is not None, reason=f"csrc: {cpu.MISSING}")
 
 EVERY_WIDTH = """
@@ -79,16 +72,7 @@ int main() {
 
 
 @needs_csrc
-@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
 def test_every_width_of_vectors_is_right_and_rows_keep_their_bits(tmp_path):
     """Also the narrower vectors, which the library would not choose on this machine."""
-    torch_home = Path(torch.__file__).parent
-    (tmp_path / "widths.cpp").write_text(EVERY_WIDTH)
-    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    paths = [f"-I{ROOT / 'csrc'}", f"-I{torch_home / 'include'}"]
-    sources = [str(tmp_path / "widths.cpp"), str(ROOT / "csrc/cpu/threads.cpp")]
-    command = [CXX, *flags, *paths, *sources, "-o", str(tmp_path / "widths"), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert subprocess.run([tmp_path / "widths"], capture_output=True, text=True).stdout == "0"
+    flags = ["-O2", "-ffp-contract=fast", "-fopenmp-simd", ROOT / "csrc/cpu/threads.cpp", *with_torch()]
+    assert printed(compiled(tmp_path, EVERY_WIDTH, *flags)) == "0"

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 from setups import agree, every_backend, flat, random_inputs

@@ -10,7 +10,6 @@ import sys
 import warnings
 from dataclasses import replace
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 from setups import mostly_slow

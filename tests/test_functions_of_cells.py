@@ -1,6 +1,5 @@
 """Functions of PyTorch in the forms in which users call them in a cell: values and gradients on every backend."""
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 import torch.nn.functional as F

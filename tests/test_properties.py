@@ -7,7 +7,6 @@ import dataclasses
 import math
 from functools import partial
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 import user_cells

@@ -1,11 +1,8 @@
 """Fewer sequences than threads: these share the product of each step (csrc/cpu/team.h)."""
 
-import shutil
-import subprocess
-
 import pytest
 import torch
-from emulated import CXX, ROOT
+from cpp_programs import WITHOUT_TORCH, compiled, printed
 
 import fastrnn
 from fastrnn.backends import cpu
@@ -58,21 +55,14 @@ int main(int, char** argv) {
 
 @pytest.mark.parametrize("missing", [0, 2])
 def test_no_part_is_lost_or_done_twice(program, missing):
-    run = subprocess.run([program, str(missing)], capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout) == (0, "right\n"), run.stderr
+    assert printed(program, missing) == "right\n"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """Compiled with ThreadSanitizer, which ends it with 66 after a race."""
-    if shutil.which(CXX) is None:
-        pytest.skip(f"needs a C++ compiler, and there is no {CXX}")
-    folder = tmp_path_factory.mktemp("team")
-    (folder / "team.cpp").write_text(PROGRAM)
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/torch/include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", "-Wl,--unresolved-symbols=ignore-all"]
-    subprocess.run([CXX, *flags, *includes, str(folder / "team.cpp"), "-o", str(folder / "team")], check=True)
-    return folder / "team"
+    flags = ["-O1", "-g", "-pthread", "-fsanitize=thread", *WITHOUT_TORCH]
+    return compiled(tmp_path_factory.mktemp("team"), PROGRAM, *flags)
 
 
 @pytest.fixture

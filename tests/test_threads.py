@@ -2,11 +2,10 @@
 
 import ctypes
 import shutil
-import subprocess
 import time
 
 import pytest
-from emulated import CXX, ROOT
+from cpp_programs import compiled
 
 MILLISECOND = 1_000_000
 SOURCE = """
@@ -18,26 +17,18 @@ extern "C" int64_t work() { return fastrnn::work_clock(); }
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    if shutil.which(CXX) is None:
-        pytest.skip(f"needs a C++ compiler, and there is no {CXX}")
-    folder = tmp_path_factory.mktemp("threads")
-    (folder / "threads.cpp").write_text(SOURCE)
-    torch = ROOT / "csrc/torch/include"
-    command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{torch}"]
-    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    subprocess.run([*command, target, str(folder / "threads.cpp"), "-o", str(folder / "threads.so")], check=True)
-    return folder / "threads.so"
+def library(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("threads"), SOURCE, "-O1", "-shared", "-fPIC")
 
 
 @pytest.fixture
-def threads(compiled, tmp_path):
+def threads(library, tmp_path):
     """With no call noted yet: a copy of the library is a library of its own."""
-    library = ctypes.CDLL(str(shutil.copy(compiled, tmp_path)))
-    library.alone.argtypes, library.alone.restype = [ctypes.c_int64], ctypes.c_bool
-    library.note.argtypes = [ctypes.c_int64] * 3
-    library.work.restype = ctypes.c_int64
-    return library
+    loaded = ctypes.CDLL(str(shutil.copy(library, tmp_path)))
+    loaded.alone.argtypes, loaded.alone.restype = [ctypes.c_int64], ctypes.c_bool
+    loaded.note.argtypes = [ctypes.c_int64] * 3
+    loaded.work.restype = ctypes.c_int64
+    return loaded
 
 
 def pause_after(threads, now, took=10.0, worked=2.0):

@@ -1,6 +1,5 @@
 """Backend `triton` for a module, and what it refuses. `test_kernels.py` has its kernels."""
 
-import interpreted  # noqa: F401, it makes the interpreter quicker
 import pytest
 import torch
 
