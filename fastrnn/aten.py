@@ -153,12 +153,13 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
 def packed(module: nn.Module, x: Tensor, batch_sizes: Tensor, states, weights: list[Parameter]):
     """A plain call of packed rows `x [rows, I]`, all of it valid: `(y, h_n, c_n)`, c_n None where the cell has no c.
 
-    states: `[L*D, B, H]` each, in the order of the rows; none for zeros. weights: in torch.nn's order.
+    states: h `[L*D, B, P]` and c `[L*D, B, H]`, in the order of the rows; none for zeros. weights: in torch.nn's order.
     """
     pair = module._cell == "lstm"
     if not states:
-        walks = module.num_layers * (1 + module.bidirectional)
-        states = (x.new_zeros(walks, int(batch_sizes[0]), module.hidden_size),) * (1 + pair)
+        walks, batch = module.num_layers * (1 + module.bidirectional), int(batch_sizes[0])
+        widths = (module.proj_size or module.hidden_size, module.hidden_size)[: 1 + pair]
+        states = [x.new_zeros(walks, batch, width) for width in widths]
     y, *found = getattr(torch, module._cell)(
         x, batch_sizes, tuple(states) if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional,

@@ -80,19 +80,19 @@ def most_steps_of_torch(cell, proj_size, gradients, dtype, device, hidden_size, 
 
 
 def chosen_for_plain(
-    argument, cell, gradients, dtype, hidden_size, steps, batch, packed, features=frozenset()
+    argument, cell, gradients, dtype, hidden_size, proj_size, steps, batch, packed, features=frozenset()
 ) -> str | None:
-    """The backend that `choose` takes for a call on a CPU without projection; None where a tapped call is recomputed.
+    """The backend that `choose` takes for a call on a CPU; None where a tapped call is recomputed.
 
     `packed`: of a PackedSequence 1 if its sequences are of one length, else 0; None of other input. `features`: out of
-    FEATURES.
+    FEATURES, but for "projection".
     """
     if recomputation.some and recomputation.held("tapped", False, False)[0]:
         return None
     name = forced(argument)
     if name is not None:
         return name
-    return ranking.first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features)
+    return ranking.first_for_plain(cell, gradients, dtype, hidden_size, proj_size, steps, batch, packed, features)
 
 
 def chosen_for_step(argument: str | None, cell, dtype, hidden_size, proj_size, batch: int) -> str | None:

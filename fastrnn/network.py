@@ -34,12 +34,12 @@ than the C++ library."""
 FULL_DTYPES = (torch.float32, torch.float64)
 
 
-def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size: int, directions: int) -> bool:
+def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size: int, outputs: int) -> bool:
     """Whether the operation is there and has no product that the general path would do faster.
 
-    `rows`: of all steps, T*B, or those of a packed batch.
+    `rows`: of all steps, T*B, or those of a packed batch. `outputs`: of all directions, D*P.
     """
-    widest = max(input_size, directions * hidden_size)
+    widest = max(input_size, outputs)
     work = rows * len(spec_of(cell).gates) * hidden_size * widest
     return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
 
@@ -84,13 +84,14 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
         return None
     cell, hidden_size, dtype, shapes = module._cell, module.hidden_size, x.dtype, module._shapes()
     sizes = _sizes_of(module, x, batch_sizes, len(shapes))
-    if sizes is None or module.proj_size or cell not in KNOWN_CELLS:
+    if sizes is None or cell not in KNOWN_CELLS:
         return None
     steps, batch, rows, walks, unbatched, turned, packed = sizes
-    if not takes(cell, dtype, rows, module.input_size, hidden_size, walks // module.num_layers):
+    proj_size, width_of_h = module.proj_size, module.proj_size or hidden_size
+    if not takes(cell, dtype, rows, module.input_size, hidden_size, walks // module.num_layers * width_of_h):
         return None
     weights, pair = _weights_of(module, shapes, dtype), cell == "lstm"
-    states = _states_of(hx, pair, (walks, hidden_size) if unbatched else (walks, batch, hidden_size), dtype)
+    states = _states_of(hx, pair, (walks,) if unbatched else (walks, batch), width_of_h, hidden_size, dtype)
     if weights is None or states is None:
         return None
     differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *weights, *states)])
@@ -102,7 +103,7 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
         features, bounds, reset_mask, tap, watch = checked
         differentiated = differentiated or (tap is not None and torch.is_grad_enabled())
     full = float(rows == steps * batch) if packed else None
-    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, steps, batch, full, features)
+    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, proj_size, steps, batch, full, features)
     if name != "cpu" and not (name == "aten" and packed and extras is None):
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
@@ -113,14 +114,14 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
     if name == "aten":
         y, h_n, c_n = aten.packed(module, x, batch_sizes, states, weights)
     else:
-        shape, call = Shape(cell, module.num_layers, module.bidirectional, module.bias, False), None
+        shape, call = Shape(cell, module.num_layers, module.bidirectional, module.bias, proj_size > 0, False), None
         if watch is not None:
             call = _call(shape, x, states, checked, input if packed else None, sizes, differentiated)
             call, notes = watch.begin(call)
             tap, states = call.tap, _as_given(states, call.states, unbatched)
         h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
         inputs = Inputs(x, batch_sizes, reset_mask, tap, h0, c0)
-        if steps == 1 and not differentiated and extras is None and _reads_in_place(shape, sizes, dtype, hidden_size):
+        if steps == 1 and not differentiated and extras is None and _reads_in_place(shape, sizes, dtype, weights[1]):
             y, h_n, c_n = _one_step(shape, inputs, weights)
         else:
             y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
@@ -156,11 +157,11 @@ LEAST_WEIGHTS = 1 << 16
 """The fewest elements of W_hh for which reading them in place saves more than the Python around it costs."""
 
 
-def _reads_in_place(shape: Shape, sizes: _Sizes, dtype: torch.dtype, hidden_size: int) -> bool:
+def _reads_in_place(shape: Shape, sizes: _Sizes, dtype: torch.dtype, w_hh: Tensor) -> bool:
     """Whether the operation of `step` can run a call of one step without gradients, and is faster than `run`."""
     if sizes.packed or shape.bidirectional or dtype not in FULL_DTYPES:
         return False
-    return sizes.batch <= MOST_ROWS_IN_PLACE and len(spec_of(shape.cell).gates) * hidden_size**2 >= LEAST_WEIGHTS
+    return sizes.batch <= MOST_ROWS_IN_PLACE and w_hh.numel() >= LEAST_WEIGHTS
 
 
 def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
@@ -169,7 +170,7 @@ def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
     if x.dim() == 2:
         states = [None if state is None else state.unsqueeze(1) for state in states]
     y, *found = torch.ops.fastrnn_c.network_step.default(
-        x.reshape(-1, x.shape[-1]), *states, weights, shape.cell, shape.num_layers, shape.bias, False
+        x.reshape(-1, x.shape[-1]), *states, weights, shape.cell, shape.num_layers, shape.bias, shape.projects
     )
     reshaped = torch.ops.aten._unsafe_view
     if x.dim() == 2:
@@ -268,7 +269,8 @@ def with_lengths(
     if lengths.shape != (batch,) or not batch or module._cell not in KNOWN_CELLS:
         return None
     features = WITH_LENGTHS if extras is None else WITH_LENGTHS | {"clip"}
-    of_call = (torch.is_grad_enabled(), input.dtype, module.hidden_size, steps, batch, None, features)
+    sizes = (module.hidden_size, module.proj_size, steps, batch)
+    of_call = (torch.is_grad_enabled(), input.dtype, *sizes, None, features)
     if chosen(module.backend, module._cell, *of_call) != "cpu":
         return None
     ordered, order = lengths.long().sort(descending=True, stable=True)
@@ -301,15 +303,18 @@ def _weights_of(module: nn.Module, shapes, dtype: torch.dtype) -> list[Parameter
     return weights
 
 
-def _states_of(hx, pair: bool, shape: tuple[int, ...], dtype: torch.dtype):
-    """The initial states, none for zeros; None where they are not as a plain call needs them."""
+def _states_of(hx, pair: bool, stacked: tuple[int, ...], width_of_h: int, hidden_size: int, dtype: torch.dtype):
+    """The initial states, none for zeros; None where they are not as a plain call needs them.
+
+    stacked: their first dimensions.
+    """
     if hx is None:
         return ()
     states = hx if pair else (hx,)
     if type(states) not in (tuple, list) or len(states) != 1 + pair:
         return None
-    for state in states:
-        if type(state) is not Tensor or state.shape != shape or state.dtype != dtype or not state.is_cpu:
+    for state, width in zip(states, (width_of_h, hidden_size), strict=False):
+        if type(state) is not Tensor or state.shape != (*stacked, width) or state.dtype != dtype or not state.is_cpu:
             return None
     return states
 

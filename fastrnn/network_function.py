@@ -21,6 +21,7 @@ class Shape(NamedTuple):
     num_layers: int
     bidirectional: bool
     bias: bool
+    projects: bool
     batch_first: bool
 
 
@@ -41,8 +42,8 @@ class Inputs(NamedTuple):
     batch_sizes: Tensor | None = None  # int64 [T]
     reset_mask: Tensor | None = None  # bool [T, B], not of packed rows; not to be changed before the backward
     tap: Tensor | None = None  # [L*D, 2, S, T, B]
-    h0: Tensor | None = None  # [L*D, B, H], [L*D, H] beside [T, I], or None for zeros; as c0
-    c0: Tensor | None = None
+    h0: Tensor | None = None  # [L*D, B, P], [L*D, P] beside [T, I], or None for zeros
+    c0: Tensor | None = None  # the same with H in place of P
 
 
 def run(shape: Shape, inputs: Inputs, weights: list[Tensor], bounds: Bounds, differentiated: bool):
@@ -67,10 +68,11 @@ class Roles(NamedTuple):
 
 
 @cache
-def _roles(count: int, bidirectional: bool, bias: bool, needs_dx: bool) -> Roles:
-    each = 4 if bias else 2
+def _roles(count: int, bidirectional: bool, bias: bool, projects: bool, needs_dx: bool) -> Roles:
+    each = 2 + 2 * bias + projects
     first = 0 if needs_dx else each * (1 + bidirectional)
-    unread = tuple(k for k in range(count) if k % each in (2, 3) or (k % each == 0 and k < first))
+    biases = (2, 3) if bias else ()
+    unread = tuple(k for k in range(count) if k % each in biases or (k % each == 0 and k < first))
     return Roles(tuple(k for k in range(count) if k not in unread), unread)
 
 
@@ -90,7 +92,7 @@ class Network(Function):
         )
         ctx.shape, ctx.bounds = shape, bounds
         ctx.set_materialize_grads(False)
-        read, unread = _roles(len(weights), shape.bidirectional, shape.bias, ctx.needs_input_grad[FIRST])
+        read, unread = _roles(len(weights), *shape[2:5], ctx.needs_input_grad[FIRST])
         ctx.unread = [weights[k] for k in unread]
         ctx.versions = [one._version for one in ctx.unread]
         ctx.save_for_backward(x, batch_sizes, reset_mask, h0, c0, kept, *[weights[k] for k in read])
@@ -102,7 +104,7 @@ class Network(Function):
         x, batch_sizes, reset_mask, h0, c0, kept, *matrices = ctx.saved_tensors
         needs = Inputs(*ctx.needs_input_grad[FIRST : FIRST + COUNT])
         count = len(matrices) + len(ctx.unread)
-        roles = _roles(count, shape.bidirectional, shape.bias, needs.x)
+        roles = _roles(count, *shape[2:5], needs.x)
         placed = dict(zip((*roles.read, *roles.unread), (*matrices, *ctx.unread), strict=True))
         weights = [placed[k] for k in range(count)]
         given = (dy, dh_n, dc_n)
@@ -153,7 +155,8 @@ def _by_general_path(shape, bounds, inputs, weights, incoming, needed, again: bo
     # Each by itself, although one tensor may be two of the inputs.
     own = [t.view_as(t) if need else t for t, need in zip((*inputs, *weights), needed, strict=True)]
     x, batch_sizes, reset_mask, tap, h0, c0 = own[:COUNT]
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if shape.bias else ("weight_ih", "weight_hh")
+    biases = ("bias_ih", "bias_hh") if shape.bias else ()
+    kinds = ("weight_ih", "weight_hh", *biases, *(("weight_hr",) if shape.projects else ()))
     names = (
         f"{kind}_l{layer}{direction}"
         for layer in range(shape.num_layers)

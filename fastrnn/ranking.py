@@ -175,14 +175,16 @@ def _read_first_steps(cell, proj_size, gradients, dtype, device, hidden_size, ba
 _firsts: dict[tuple, str | None] = {}
 
 
-def first_for_plain(cell, gradients, dtype, hidden_size, steps, batch, packed, features: frozenset[str]) -> str | None:
-    """The first of `order` that can run a call on a CPU without projection; None where none can."""
-    key = (cell, gradients, dtype, hidden_size, steps, batch, packed, features, torch.get_num_threads())
+def first_for_plain(
+    cell, gradients, dtype, hidden_size, proj_size, steps, batch, packed, features: frozenset[str]
+) -> str | None:
+    """The first of `order` that can run a call on a CPU; None where none can. `features`: beside the projection."""
+    key = (cell, gradients, dtype, hidden_size, proj_size, steps, batch, packed, features, torch.get_num_threads())
     found = _firsts.get(key)
     if found is None:
         request = Request(
-            cell, "cpu", dtype, hidden_size, features=features, steps=steps, batch=batch, packed=packed,
-            gradients=gradients,
+            cell, "cpu", dtype, hidden_size, proj_size, features | {"projection"} if proj_size else features, steps,
+            batch, packed, gradients,
         )  # fmt: skip
         if len(_firsts) >= MOST_ORDERS:
             _firsts.clear()

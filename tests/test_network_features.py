@@ -237,7 +237,7 @@ def test_bad_extras_are_refused_in_the_general_paths_words():
 
 def test_the_operation_refuses_a_mask_that_it_would_misread():
     weights, x = [torch.zeros(20, 3), torch.zeros(20, 5)], torch.zeros(4, 2, 3)
-    forward, shape = torch.ops.fastrnn_c.network_forward, ("lstm", 1, False, False, False)
+    forward, shape = torch.ops.fastrnn_c.network_forward, ("lstm", 1, False, False, False, False)
     for mask in (torch.zeros(2, 4).bool(), torch.zeros(4, 2)):
         with pytest.raises(RuntimeError, match=r"reset_mask must be bool \[4, 2\]"):
             forward(x, None, mask, None, None, weights, *shape, True)

@@ -212,7 +212,7 @@ def test_a_long_call_goes_in_chunks_of_steps(monkeypatch, kind, options, steps, 
 
 def test_the_operation_refuses_what_it_would_misread():
     weights = [torch.zeros(20, 3), torch.zeros(20, 5)]
-    shape, x = ("lstm", 1, False, False, False), torch.zeros(4, 2, 3)
+    shape, x = ("lstm", 1, False, False, False, False), torch.zeros(4, 2, 3)
     forward, backward = torch.ops.fastrnn_c.network_forward, torch.ops.fastrnn_c.network_backward
     with pytest.raises(RuntimeError, match="at least one step"):
         forward(x[:0], None, None, None, None, weights, *shape, True)

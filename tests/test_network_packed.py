@@ -109,7 +109,8 @@ def test_a_gradient_of_the_gradient_takes_the_general_path(monkeypatch):
 
 
 def test_the_operation_refuses_what_is_not_packed():
-    x, weights, shape = torch.zeros(5, 3), [torch.zeros(20, 3), torch.zeros(20, 5)], ("lstm", 1, False, False, False)
+    x, weights = torch.zeros(5, 3), [torch.zeros(20, 3), torch.zeros(20, 5)]
+    shape = ("lstm", 1, False, False, False, False)
     for sizes, message in (
         (torch.tensor([2, 2]), "a row for each"),
         (torch.tensor([2, 3]), "none larger"),

@@ -78,7 +78,8 @@ CASES = [
     ("LSTM", torch.float32, 1, 700, {}),  # chunks of steps
     ("GRU", torch.float32, 1, 6, {"bidirectional": True, "num_layers": 2}),
     ("RNN", torch.float64, 2, 5, {}),
-    ("LSTM", torch.float32, 2, 5, {"proj_size": 160}),  # not the operation of whole networks
+    ("LSTM", torch.float32, 2, 5, {"proj_size": 160}),
+    ("LSTM", torch.float32, 2, 5, {"num_layers": 2, "residual": True}),  # not the operation of whole networks
 ]
 
 

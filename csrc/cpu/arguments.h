@@ -58,8 +58,8 @@ struct Call {
   }
 
   // Of a network, whose sizes are known.
-  Call(const Tensor& like, int64_t T, int64_t B, int64_t H, int64_t states)
-      : T(T), B(B), H(H), P(H), C((states - 1) * H), frame(like, B, H) {}
+  Call(const Tensor& like, int64_t T, int64_t B, int64_t H, int64_t P, int64_t states)
+      : T(T), B(B), H(H), P(P), C((states - 1) * H), frame(like, B, H) {}
 
   // [T, B, columns], or [B, columns] as one step.
   template <class X>

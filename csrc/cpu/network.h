@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../cells/lstm.cuh"
 #include "arguments.h"
 #include "long_product.h"
 #include "scan_backward.h"
@@ -16,10 +17,10 @@
 
 namespace fastrnn {
 
-// The sizes of a network and of its input.
+// The sizes of a network and of its input. P: the width of h, H without a projection.
 struct NetworkSizes {
-  int64_t T, B, I, H, layers, directions;
-  bool batch_first, bias;
+  int64_t T, B, I, H, P, layers, directions;
+  bool batch_first, bias, projects;
   // Of packed rows: the sequences that run at each step, 0 after the last, and the number of the first row of
   // each step. Otherwise empty.
   std::vector<int64_t> batch_sizes, first_rows;
@@ -31,7 +32,9 @@ struct NetworkSizes {
   int64_t b_step() const { return batch_first ? T : 1; }
   // The first row of a step.
   int64_t row(int64_t t) const { return packed() ? first_rows[t] : t * t_step(); }
-  int64_t outputs() const { return directions * H; }
+  int64_t walks() const { return layers * directions; }
+  int64_t weights_of_walk() const { return 2 + 2 * bias + projects; }
+  int64_t outputs() const { return directions * P; }
   int64_t inputs(int64_t layer) const { return layer == 0 ? I : outputs(); }
   // The most rows of consecutive steps that are computed together, products and scan, while they are in the
   // cache.
@@ -48,13 +51,18 @@ struct NetworkSizes {
 
 // The parameters of one layer in one direction.
 struct NetworkWeights {
-  const Tensor &w_ih, &w_hh;  // [gates * H, inputs], [gates * H, H]
+  const Tensor &w_ih, &w_hh;  // [gates * H, inputs], [gates * H, P]
   const Tensor *b_ih, *b_hh;  // [gates * H] or null
+  const Tensor* w_hr;         // [P, H] or null
 };
 
-inline NetworkWeights weights_of(const std::vector<Tensor>& all, int64_t k, bool bias) {
-  const Tensor* first = &all[k * (bias ? 4 : 2)];
-  return {first[0], first[1], bias ? first + 2 : nullptr, bias ? first + 3 : nullptr};
+// Of the k-th walk, a layer in one direction: from tensors in torch.nn's order.
+inline NetworkWeights weights_of(const Tensor* all, int64_t k, const NetworkSizes& sizes) {
+  const Tensor* first = all + k * sizes.weights_of_walk();
+  const Tensor* after_w_hh = first + 2;
+  const bool bias = sizes.bias;
+  return {first[0], first[1], bias ? after_w_hh : nullptr, bias ? after_w_hh + 1 : nullptr,
+          sizes.projects ? after_w_hh + 2 * bias : nullptr};
 }
 
 template <class Storage>
@@ -178,7 +186,28 @@ void store_sums(const std::vector<double>& sums, const Tensor& to) {
     narrow(static_cast<typename Arithmetic<Storage>::type>(sums[j]), out[j]);
 }
 
-// What the backward needs, in one piece of memory: of each layer y [rows, D * H] in the storage type, and of
+// h before the projection, from what the LSTM saved, [rows, 4 * H], and c.
+template <class Storage, class A>
+struct UnprojectedRow {
+  int64_t H;
+  RowView<const Storage> saved;
+  RowView<const A> c;
+  RowView<A> h;
+
+  FASTRNN_INLINE void operator()(int64_t b) const {
+    const Storage* saved_row = saved[b];
+    const A* c_row = c[b];
+    A* h_row = h[b];
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < H; ++j) {
+      A saved_j[LSTM::saved];
+      load(saved_row, H, j, saved_j);
+      h_row[j] = LSTM::output(saved_j, tanh_of(c_row[j]));
+    }
+  }
+};
+
+// What the backward needs, in one piece of memory: of each layer y [rows, D * P] in the storage type, and of
 // each layer and direction `saved` [rows, saved * H], and c [rows, H] in the type of the arithmetic.
 template <class Storage>
 struct NetworkMemory {
@@ -204,7 +233,7 @@ struct NetworkMemory {
   char* walk(int64_t layer, int64_t d) const { return data + layer * of_layer + of_y + d * of_walk; }
 };
 
-// States [layers * D, B, H], or without B, of one layer and direction; zeros where there is no tensor.
+// States [layers * D, B, P or H], or without B, of one walk; zeros where there is no tensor.
 template <class X>
 Steps<const X> state_of(const Optional& t, int64_t k, const std::vector<X>& zeros) {
   if (!t.has_value()) return {zeros.data(), 0, 0, 1};
