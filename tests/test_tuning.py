@@ -75,6 +75,13 @@ def test_the_standard_set_has_jobs_of_one_bucket_in_each_bucket():
         assert [b.key.steps for b in ladder.rungs] == sorted({b.key.steps for b in ladder.rungs})
 
 
+def test_the_standard_set_of_one_kind():
+    ladders = tuning.standard_set("cpu", 2, ("gru", "lstm"), ("float32",), ("projected", "packed_projected"))
+    jobs = [job for ladder in ladders for bucket in ladder.rungs for job in bucket.jobs]
+    assert {job.cell for job in jobs} == {"lstm"} and all(job.proj_size == job.hidden_size // 2 for job in jobs)
+    assert {job.filled for job in jobs} == {None, 0.5} and min(job.steps for job in jobs) == 1
+
+
 @pytest.mark.slow
 def test_tune_measures_the_calls_of_a_model_and_auto_follows(evidence_in, monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", 0.0)

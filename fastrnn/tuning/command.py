@@ -11,7 +11,7 @@ import torch
 from .. import evidence
 from ..evidence import records
 from ..evidence.records import Entry
-from .search import CELLS, Result, Results, Search, standard_set
+from .search import CELLS, KINDS, Result, Results, Search, standard_set
 
 
 def _device(text: str) -> torch.device:
@@ -47,6 +47,7 @@ def add_to(commands, formatter, count, positive) -> None:
     add("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="CPU threads to measure with")
     add("--cell", choices=CELLS, action="append", help="only this cell; can be repeated")
     add("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="only this dtype; can be repeated")
+    add("--kind", choices=KINDS, action="append", help="only calls of this kind; can be repeated")
     add("--out", type=_file, metavar="FILE", help="write one record file there, instead of the cache folder")
     add("--show", action="store_true", help="print what is known of this machine, and measure nothing")
     add("--forget", action="store_true", help="remove all records from the cache folder, and measure nothing")
@@ -88,7 +89,7 @@ def _bar(total: int):
 def _tune(options: argparse.Namespace) -> None:
     ladders = standard_set(
         options.device, options.threads, tuple(options.cell or CELLS),
-        tuple(options.dtype or ("float32", "bfloat16")),
+        tuple(options.dtype or ("float32", "bfloat16")), tuple(options.kind or KINDS),
     )  # fmt: skip
     kept: dict[tuple, Entry] = {}
 

@@ -158,19 +158,22 @@ def _work(job: Job) -> float:
     return 2 * products * (3 if job.gradients else 1)
 
 
-def _kinds(cell: str) -> list[dict[str, Any]]:
-    """The kinds of call of a cell in the standard set, the more usual ones first."""
-    kinds: list[dict[str, Any]] = [{}, {"filled": 0.5}, {"features": ("tap",)}, {"features": ("layer_norm",)}]
-    return [*kinds, {"proj": True}, {"proj": True, "filled": 0.5}] if cell == "lstm" else kinds
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "packed": {"filled": 0.5},
+    "tap": {"features": ("tap",)},
+    "layer_norm": {"features": ("layer_norm",)},
+    "projected": {"proj": True},
+    "packed_projected": {"proj": True, "filled": 0.5},
+}
+"""The kinds of call in the standard set, the more usual ones first. A projection is for the LSTM."""
 
 
 def _ladder(
     device: str, dtype: str, threads: int, cell: str, kind: dict[str, Any], gradients: bool, batch: int, hidden: int
 ) -> Ladder | None:
-    extras = bool(kind.get("features"))
     rungs = []
-    # Projected calls of fewer steps are left to torch.nn.
-    for steps in [steps for steps in evidence.STEPS if steps >= 8] if kind.get("proj") else evidence.STEPS:
+    for steps in evidence.STEPS:
         corners = zip(CORNERS_B[batch], CORNERS_H[hidden], strict=True)
         jobs = tuple(
             Job(
@@ -185,23 +188,26 @@ def _ladder(
             rungs.append(Bucket(jobs))
     if not rungs:
         return None
-    start = 0 if extras else 1 if kind.get("proj") else evidence.STEPS.index(8)
+    start = 0 if kind.get("features") else evidence.STEPS.index(8)
     return Ladder(tuple(rungs), min(start, len(rungs) - 1))
 
 
 def standard_set(
-    device: str, threads: int, cells: tuple[str, ...] = CELLS, dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    device: str,
+    threads: int,
+    cells: tuple[str, ...] = CELLS,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    kinds: tuple[str, ...] = tuple(KINDS),
 ) -> list[Ladder]:
     """The calls that `python -m fastrnn tune` asks for: the most usual ones first, because time may run out."""
     found = []
     for dtype in dtypes:
         for hiddens in (128, 512, 32), (evidence.LARGER,):
-            for place, hidden, batch in product(range(max(map(len, map(_kinds, cells)))), hiddens, (16, 1, 64, 256)):
+            for kind, hidden, batch in product((KINDS[name] for name in kinds), hiddens, (16, 1, 64, 256)):
                 for cell in cells:
-                    kind = _kinds(cell)[place : place + 1]
-                    found += [
-                        (device, dtype, threads, cell, kind[0], mode, batch, hidden) for mode in (True, False) if kind
-                    ]
+                    if kind.get("proj") and cell != "lstm":
+                        continue
+                    found += [(device, dtype, threads, cell, kind, mode, batch, hidden) for mode in (True, False)]
     ladders = [_ladder(*asked) for asked in found]
     return [ladder for ladder in ladders if ladder is not None]
 
