@@ -205,15 +205,13 @@ struct Packed {
     return scratch;
   }
 
-  // What a product reads after `panel`, whose first column is n and whose rows end at k_end: the same rows of
-  // the next panel, or the next rows of the first one.
+  // The rows from k on of the panel whose first column is n, modulo the number of columns; `panel` itself
+  // where they will be packed into its place.
   template <class Word>
-  FASTRNN_INLINE const Word* panel_after(int64_t n, int64_t k_end, const Word* panel) const {
-    constexpr int64_t width = panel_width<Word>;
+  FASTRNN_INLINE const Word* following(const Word* panel, int64_t n, int64_t k) const {
+    if (once) return panel;
     const int64_t K = matrix.template words<Word>();
-    if (once) return panel;  // the next one will be packed there
-    if (n + width < matrix.N) return panel + K * width;
-    return reinterpret_cast<const Word*>(panels.data()) + (k_end < K ? k_end * width : 0);
+    return reinterpret_cast<const Word*>(panels.data()) + (n < matrix.N ? n * K : 0) + k * panel_width<Word>;
   }
 
  private:

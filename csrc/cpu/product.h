@@ -29,11 +29,18 @@ struct Multiply {
   static constexpr int64_t depth = 128;
   static constexpr int64_t half = panel_width<Word> / 2;  // of a row of a panel: a cache line
 
+  // One panel after the other, so that its part of the result stays in the cache.
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
     const int64_t K = packed.matrix.template words<Word>();
-    for (int64_t k = 0; k < K || k == 0; k += depth)
-      over_terms<bytes>({in.data + k * in_stride, in.stride}, begin, end, k, std::min(k + depth, K));
+    alignas(64) Word scratch[depth * panel_width<Word>];
+    for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>)
+      for (int64_t k = 0; k < K || k == 0; k += depth) {
+        const int64_t k_end = std::min(k + depth, K), after = n + panel_width<A>;
+        const Word* panel = packed.template panel<bytes>(n, k, k_end, scratch);
+        const Word* next = packed.following(panel, k_end < K ? n : after, k_end < K ? k_end : 0);
+        over_rows<bytes>({in.data + k * in_stride, in.stride}, begin, end, n, k, k_end, panel, next);
+      }
   }
 
   struct Nothing {
@@ -45,23 +52,33 @@ struct Multiply {
   template <int bytes, class BeforePanel = Nothing>
   FASTRNN_INLINE void over_terms(const RowView<const Word>& terms, int64_t begin, int64_t end, int64_t k,
                                  int64_t k_end, const BeforePanel& before_panel = {}) const {
-    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as fit into registers
+    const int64_t K = packed.matrix.template words<Word>();
     alignas(64) Word scratch[depth * panel_width<Word>];
     for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>) {
       before_panel(n);
       const Word* panel = packed.template panel<bytes>(n, k, k_end, scratch);
-      const Word* next = packed.panel_after(n, k_end, panel);
-      int64_t b = begin;
-      for (; b + 3 * rows <= end; b += rows) tile<bytes, rows>(panel, terms, b, n, k, k_end);
-      // The last tiles ask for half of the next panel each, which then replaces this one in the cache.
-      for (; b + rows <= end; b += rows, next += (k_end - k) * half)
-        tile<bytes, rows, true>(panel, terms, b, n, k, k_end, next);
-      if constexpr (rows > 4)
-        for (; b + 4 <= end; b += 4) tile<bytes, 4>(panel, terms, b, n, k, k_end);
-      if constexpr (rows > 2)
-        for (; b + 2 <= end; b += 2) tile<bytes, 2>(panel, terms, b, n, k, k_end);
-      for (; b < end; ++b) tile<bytes, 1>(panel, terms, b, n, k, k_end);
+      const int64_t after = n + panel_width<A>;
+      const bool last = after >= packed.matrix.N;
+      const Word* next = packed.following(panel, last ? 0 : after, !last ? k : k_end < K ? k_end : 0);
+      over_rows<bytes>(terms, begin, end, n, k, k_end, panel, next);
     }
+  }
+
+  // The part of one panel. `next`: what will be read after it.
+  template <int bytes>
+  FASTRNN_INLINE void over_rows(const RowView<const Word>& terms, int64_t begin, int64_t end, int64_t n,
+                                int64_t k, int64_t k_end, const Word* panel, const Word* next) const {
+    constexpr int rows = bytes == 64 ? 8 : bytes == 32 ? 3 : 1;  // as many sums as fit into registers
+    int64_t b = begin;
+    for (; b + 3 * rows <= end; b += rows) tile<bytes, rows>(panel, terms, b, n, k, k_end);
+    // The last tiles ask for half of the next panel each, which then replaces this one in the cache.
+    for (; b + rows <= end; b += rows, next += (k_end - k) * half)
+      tile<bytes, rows, true>(panel, terms, b, n, k, k_end, next);
+    if constexpr (rows > 4)
+      for (; b + 4 <= end; b += 4) tile<bytes, 4>(panel, terms, b, n, k, k_end);
+    if constexpr (rows > 2)
+      for (; b + 2 <= end; b += 2) tile<bytes, 2>(panel, terms, b, n, k, k_end);
+    for (; b < end; ++b) tile<bytes, 1>(panel, terms, b, n, k, k_end);
   }
 
   // `rows` rows from b on times one panel, over the terms from k to k_end. These are summed by themselves,
