@@ -4,10 +4,8 @@ It is for short calls, whose products are small, and for all calls where the C++
 hand; for others, the general path multiplies by oneDNN or MKL.
 """
 
-import math
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, NamedTuple
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +15,11 @@ from torch.nn.utils.rnn import PackedSequence, invert_permutation
 
 from . import aten
 from .aten import KNOWN_CELLS
-from .backend_table import Request
 from .backends import cpu
-from .cell_table import spec_of
-from .checks import Call
-from .equations import accumulate_dtype
+from .cell_table import network_shapes, spec_of
 from .linear import MOST_ROWS_IN_PLACE, has_own
-from .network_function import NO_BOUNDS, Bounds, Inputs, Shape, run
-from .stack import Options
+from .network_extras import PLAIN, Checked, Extras, Sizes, check, watched
+from .network_function import Inputs, Shape, run
 
 LARGEST_PRODUCT = 1 << 23
 """The most multiplications in one product over all steps that the operation takes where oneDNN and MKL multiply faster
@@ -44,27 +39,13 @@ def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size
     return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
 
 
-class Extras(NamedTuple):
-    """What a call may have beyond a plain one: arguments of a forward, unchecked, and its module's `Watches`."""
-
-    reset_mask: Tensor | None = None
-    tap: Tensor | None = None
-    watch: Any = None  # None also where it is idle
-
-
 WITH_LENGTHS = frozenset({"lengths"})
 
-
-class _Sizes(NamedTuple):
-    """Of a call."""
-
-    steps: int
-    batch: int
-    rows: int  # of all steps
-    walks: int  # layers times directions
-    unbatched: bool
-    turned: bool  # [B, T, I]
-    packed: bool
+# One look into a module's dictionary: to get an attribute of a module takes several times as long.
+_settings_of = itemgetter(
+    "_parameters", "backend", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "bias",
+    "batch_first", "dropout", "training",
+)  # fmt: skip
 
 
 def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], extras: Extras | None = None):
@@ -79,87 +60,101 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
         chosen: `dispatch.chosen_for_plain`.
         extras: None for a plain call.
     """
-    x, batch_sizes, order, back = input if type(input) is PackedSequence else (input, None, None, None)
-    if type(x) is not Tensor or not x.is_cpu or _seen_by_others() or (module.dropout and module.training):
+    try:
+        stored, backend, input_size, H, proj_size, layers, both, bias, turned, dropout, training = _settings_of(
+            module.__dict__
+        )
+    except KeyError:  # a subclass has one of them as a property
         return None
-    cell, hidden_size, dtype, shapes = module._cell, module.hidden_size, x.dtype, module._shapes()
-    sizes = _sizes_of(module, x, batch_sizes, len(shapes))
-    if sizes is None or cell not in KNOWN_CELLS:
+    x, batch_sizes, order, _ = input if type(input) is PackedSequence else (input, None, None, None)
+    if type(x) is not Tensor or not x.is_cpu or _seen_by_others() or (dropout and training):
         return None
-    steps, batch, rows, walks, unbatched, turned, packed = sizes
-    proj_size, width_of_h = module.proj_size, module.proj_size or hidden_size
-    if not takes(cell, dtype, rows, module.input_size, hidden_size, walks // module.num_layers * width_of_h):
+    cell, dtype, P, directions = module._cell, x.dtype, proj_size or H, 2 if both else 1
+    sizes = _sizes_of(x, batch_sizes, input_size, layers * directions, turned)
+    if sizes is None or cell not in KNOWN_CELLS or not takes(cell, dtype, sizes.rows, input_size, H, directions * P):
         return None
-    weights, pair = _weights_of(module, shapes, dtype), cell == "lstm"
-    states = _states_of(hx, pair, (walks,) if unbatched else (walks, batch), width_of_h, hidden_size, dtype)
+    weights = _weights_of(stored, network_shapes(cell, input_size, H, proj_size, bias, False, layers, both), dtype)
+    states = _states_of(cell, hx, sizes, P, H, dtype)
     if weights is None or states is None:
         return None
     differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *weights, *states)])
-    features, bounds, reset_mask, tap, watch = PLAIN
-    if extras is not None:
-        checked = _checked(module, extras, sizes, dtype, order, differentiated)
-        if checked is None:
-            return None
-        features, bounds, reset_mask, tap, watch = checked
-        differentiated = differentiated or (tap is not None and torch.is_grad_enabled())
-    full = float(rows == steps * batch) if packed else None
-    name = chosen(module.backend, cell, differentiated, dtype, hidden_size, proj_size, steps, batch, full, features)
-    if name != "cpu" and not (name == "aten" and packed and extras is None):
+    checked = PLAIN if extras is None else check(module, extras, sizes, dtype, order, differentiated)
+    if checked is None:
+        return None
+    if checked.tap is not None:
+        differentiated = torch.is_grad_enabled()
+    of_sizes = (H, proj_size, sizes.steps, sizes.batch, sizes.full)
+    name = chosen(backend, cell, differentiated, dtype, *of_sizes, checked.features)
+    if name != "cpu" and not (name == "aten" and batch_sizes is not None and extras is None):
         return None
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
-    if turned:
+    if sizes.turned:
         x = x.transpose(0, 1).contiguous()
     if order is not None:
         states = [state.index_select(1, order) for state in states]
     if name == "aten":
-        y, h_n, c_n = aten.packed(module, x, batch_sizes, states, weights)
+        results = aten.packed(module, x, batch_sizes, states, weights)
     else:
-        shape, call = Shape(cell, module.num_layers, module.bidirectional, module.bias, proj_size > 0, False), None
-        if watch is not None:
-            call = _call(shape, x, states, checked, input if packed else None, sizes, differentiated)
-            call, notes = watch.begin(call)
-            tap, states = call.tap, _as_given(states, call.states, unbatched)
-        h0, c0 = states if len(states) == 2 else (*states, None) if states else (None, None)
-        inputs = Inputs(x, batch_sizes, reset_mask, tap, h0, c0)
-        if steps == 1 and not differentiated and extras is None and _reads_in_place(shape, sizes, dtype, weights[1]):
-            y, h_n, c_n = _one_step(shape, inputs, weights)
-        else:
-            y, h_n, c_n = run(shape, inputs, weights, bounds, differentiated)
-        if call is not None:
-            watch.end(notes, call, y, (h_n, c_n) if pair else (h_n,))
-    if turned:
-        y.transpose_(0, 1)
-    if packed:
-        y = PackedSequence(y, batch_sizes, order, back)
-    if back is not None:
-        h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back) if pair else c_n
-    return y, (h_n, c_n) if pair else h_n
+        shape = Shape(cell, layers, both, bias, proj_size > 0, False)
+        inputs = Inputs(x, batch_sizes, checked.reset_mask, checked.tap, *states)
+        results = _by_operation(shape, inputs, weights, checked, sizes, input, differentiated)
+    if sizes.turned:
+        results[0].transpose_(0, 1)
+    y, h_n, c_n = results if batch_sizes is None else _packed_as(input, *results)
+    return y, (h_n, c_n) if cell == "lstm" else h_n
 
 
-def _sizes_of(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, walks: int) -> _Sizes | None:
+def _sizes_of(x: Tensor, batch_sizes: Tensor | None, input_size: int, walks: int, batch_first: bool) -> Sizes | None:
     """None where the input has no rows or is not as a plain call needs it."""
-    shape, packed = x.shape, batch_sizes is not None
-    if len(shape) not in ((2,) if packed else (2, 3)) or shape[-1] != module.input_size:
+    shape = x.shape
+    if batch_sizes is not None:
+        return _sizes_of_packed(shape, batch_sizes, input_size, walks)
+    if len(shape) not in (2, 3) or shape[-1] != input_size:
         return None
-    unbatched, turned = len(shape) == 2 and not packed, module.batch_first and len(shape) == 3
-    if packed:
-        if type(batch_sizes) is not Tensor or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
-            return None
-        steps, rows = len(batch_sizes), shape[0]
-        batch = int(batch_sizes[0]) if rows else 0
-    else:
-        steps, batch = (shape[0], 1) if unbatched else (shape[1], shape[0]) if turned else shape[:2]
-        rows = steps * batch
-    return _Sizes(steps, batch, rows, walks, unbatched, turned, packed) if rows else None
+    unbatched = len(shape) == 2
+    turned = batch_first and not unbatched
+    steps, batch = (shape[0], 1) if unbatched else (shape[1], shape[0]) if turned else shape[:2]
+    rows = steps * batch
+    return Sizes(steps, batch, rows, walks, unbatched, turned, None) if rows else None
+
+
+def _sizes_of_packed(shape: torch.Size, batch_sizes, input_size: int, walks: int) -> Sizes | None:
+    if len(shape) != 2 or shape[1] != input_size or not shape[0]:
+        return None
+    if type(batch_sizes) is not Tensor or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+        return None
+    steps, batch, rows = len(batch_sizes), int(batch_sizes[0]), shape[0]
+    return Sizes(steps, batch, rows, walks, False, False, float(rows == steps * batch))
+
+
+def _by_operation(
+    shape: Shape, inputs: Inputs, weights: list[Tensor], checked: Checked, sizes: Sizes, input, differentiated: bool
+):
+    """The results in the order of the rows, [T, B, D*P] and final states; c_n is empty where the cell has no c."""
+    if checked.watch is not None:
+        return watched(shape, inputs, weights, checked, sizes, input, differentiated)
+    if sizes.steps == 1 and not differentiated and checked is PLAIN and _reads_in_place(shape, sizes, weights):
+        return _one_step(shape, inputs, weights)
+    return run(shape, inputs, weights, checked.bounds, differentiated)
+
+
+def _packed_as(input: PackedSequence, y: Tensor, h_n: Tensor, c_n: Tensor | None):
+    """The results of packed rows as torch.nn returns them: the sequences in the user's order."""
+    back = input.unsorted_indices
+    if back is not None:
+        h_n = h_n.index_select(1, back)
+        c_n = c_n.index_select(1, back) if c_n is not None and c_n.dim() == 3 else c_n
+    return PackedSequence(y, *input[1:]), h_n, c_n
 
 
 LEAST_WEIGHTS = 1 << 16
 """The fewest elements of W_hh for which reading them in place saves more than the Python around it costs."""
 
 
-def _reads_in_place(shape: Shape, sizes: _Sizes, dtype: torch.dtype, w_hh: Tensor) -> bool:
+def _reads_in_place(shape: Shape, sizes: Sizes, weights: list[Tensor]) -> bool:
     """Whether the operation of `step` can run a call of one step without gradients, and is faster than `run`."""
-    if sizes.packed or shape.bidirectional or dtype not in FULL_DTYPES:
+    w_hh = weights[1]
+    if sizes.full is not None or shape.bidirectional or w_hh.dtype not in FULL_DTYPES:
         return False
     return sizes.batch <= MOST_ROWS_IN_PLACE and w_hh.numel() >= LEAST_WEIGHTS
 
@@ -176,79 +171,6 @@ def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
     if x.dim() == 2:
         found = [reshaped(state, (shape.num_layers, -1)) for state in found]
     return reshaped(y, (*x.shape[:-1], -1)), *found, *([] if len(found) == 2 else [y.new_empty(0)])
-
-
-class _Checked(NamedTuple):
-    """The extras of a call, each as the operation takes it, and their names among `dispatch.FEATURES`."""
-
-    features: frozenset[str]
-    bounds: Bounds
-    reset_mask: Tensor | None
-    tap: Tensor | None
-    watch: Any
-
-
-PLAIN = _Checked(frozenset(), NO_BOUNDS, None, None, None)
-
-
-def _checked(
-    module: nn.Module, extras: Extras, sizes: _Sizes, dtype: torch.dtype, order: Tensor | None, differentiated: bool
-) -> _Checked | None:
-    """None where an extra is not as the operation needs it."""
-    reset_mask, tap, watch = extras
-    bounds = Bounds(_bound_of(module.clip_state_grad_norm), _bound_of(module.clip_state_grad_value))
-    if not all(bound is None or 0 < bound < math.inf for bound in bounds):
-        return None
-    features = ["clip"] if bounds != NO_BOUNDS else []
-    if reset_mask is not None:
-        if type(reset_mask) is not Tensor or reset_mask.dtype != torch.bool or not reset_mask.is_cpu or sizes.packed:
-            return None
-        if sizes.unbatched and reset_mask.dim() == 1:
-            reset_mask = reset_mask.unsqueeze(1)
-        if sizes.turned and reset_mask.dim() == 2:
-            reset_mask = reset_mask.t()
-        if reset_mask.shape != (sizes.steps, sizes.batch):
-            return None
-        reset_mask = reset_mask.clone()  # the user may change it before the backward
-        features.append("resets")
-    if tap is not None:
-        shape = (sizes.walks, 2, len(spec_of(module._cell).states), sizes.steps, sizes.batch)
-        kind = type(tap) in (Tensor, Parameter) and tap.is_cpu and tap.dtype == accumulate_dtype(dtype)
-        if not kind or tap.shape != shape or not tap.requires_grad:
-            return None
-        tap = tap if order is None else tap.index_select(-1, order)
-    if tap is not None or (watch is not None and differentiated):
-        features.append("tap")
-    return _Checked(frozenset(features), bounds, reset_mask, tap, watch)
-
-
-def _bound_of(value) -> float | None:
-    """A bound of a module as a number; NaN where it is not one."""
-    if type(value) in (Tensor, Parameter) and value.dim() == 0 and value.is_floating_point() and value.is_cpu:
-        return value.item()
-    if value is None:
-        return None
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-def _call(
-    shape: Shape, x: Tensor, states, checked: _Checked, packed: PackedSequence | None, sizes: _Sizes, gradients: bool
-) -> Call:
-    """What a monitor is told of a call."""
-    if not states:  # the monitor asks for the sizes
-        states = [x.new_empty(sizes.walks, sizes.batch, 0)] * len(spec_of(shape.cell).states)
-    elif sizes.unbatched:
-        states = [state.unsqueeze(1) for state in states]
-    bounds, request = checked.bounds, Request(shape.cell, "cpu", x.dtype, 0, gradients=gradients)
-    options = Options(*shape[:3], clip_norm=bounds.norm, clip_value=bounds.value)
-    return Call(x, tuple(states), options, request, None, checked.reset_mask, checked.tap, packed)
-
-
-def _as_given(states, watched: tuple[Tensor, ...], unbatched: bool):
-    """The states of a call as a monitor gave them back, in the form of `states`."""
-    if not states:
-        return states
-    return [state.squeeze(1) for state in watched] if unbatched else watched
 
 
 def with_lengths(
@@ -291,9 +213,9 @@ def with_lengths(
     return torch.ops.aten._unsafe_view(padded, (*input.shape[:2], -1)), state
 
 
-def _weights_of(module: nn.Module, shapes, dtype: torch.dtype) -> list[Parameter] | None:
+def _weights_of(stored: dict[str, Parameter], shapes, dtype: torch.dtype) -> list[Parameter] | None:
     """A network's parameters; None where one is not as a plain call needs it."""
-    weights, stored = [], module._parameters
+    weights = []
     for layer in shapes:
         for name, shape in layer:
             weight = stored.get(name)  # a weight that is computed at every call is no parameter
@@ -303,19 +225,20 @@ def _weights_of(module: nn.Module, shapes, dtype: torch.dtype) -> list[Parameter
     return weights
 
 
-def _states_of(hx, pair: bool, stacked: tuple[int, ...], width_of_h: int, hidden_size: int, dtype: torch.dtype):
-    """The initial states, none for zeros; None where they are not as a plain call needs them.
-
-    stacked: their first dimensions.
-    """
+def _states_of(cell: str, hx, sizes: Sizes, P: int, H: int, dtype: torch.dtype):
+    """The initial states, none for zeros; None where they are not as a plain call needs them."""
     if hx is None:
         return ()
+    pair = cell == "lstm"
     states = hx if pair else (hx,)
     if type(states) not in (tuple, list) or len(states) != 1 + pair:
         return None
-    for state, width in zip(states, (width_of_h, hidden_size), strict=False):
-        if type(state) is not Tensor or state.shape != (*stacked, width) or state.dtype != dtype or not state.is_cpu:
+    shape = (sizes.walks, P) if sizes.unbatched else (sizes.walks, sizes.batch, P)
+    for state in states:
+        if type(state) is not Tensor or state.shape != shape or state.dtype != dtype or not state.is_cpu:
             return None
+        if P != H:
+            shape = (*shape[:-1], H)  # of c
     return states
 
 

@@ -52,10 +52,8 @@ BELOW = {
     },
     "backend_table": {"backends", "aten", "arguments", "tiles"},
     "ranking": {"backend_table", "evidence", "evidence.records", "evidence.verification", "aten", "backends"},
-    "network": {
-        *("aten", "backend_table", "backends", "cell_table", "checks", "equations", "linear", "network_function"),
-        "stack",
-    },
+    "network": {"aten", "backends", "cell_table", "linear", "network_extras", "network_function"},
+    "network_extras": {"backend_table", "cell_table", "checks", "equations", "network_function", "stack"},
     "network_function": {"cell_table", "equations", "functional", "linear", "scan"},
     "dispatch": {"backend_table", "cell_table", "ranking", "evidence", "backends", "aten", "recomputation", "linear"},
     "ops": {"dispatch", "arguments", "directions", "linear"},

@@ -162,6 +162,11 @@ def test_what_the_operation_leaves_to_the_general_path(monkeypatch):
     _, ours = twins("GRU", torch.float32)
     x = torch.randn(4, 2, 3)
     monkeypatch.setattr(network, "run", None)
+
+    class Own(fastrnn.GRU):
+        backend = property(lambda self: "cpu", lambda self, name: None)
+
+    Own(3, 5)(x)
     with torch.autocast("cpu", torch.bfloat16):
         ours(x)
     ours(x, lengths=torch.tensor([4, 0]))
