@@ -1,0 +1,152 @@
+// What the forward and the backward of a whole network share: the sizes, the chunks of steps, the tensors.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "network.h"
+#include "network_products.h"
+
+namespace fastrnn {
+
+// What both ops are given beside the initial states.
+struct NetworkArguments {
+  Tensor x;
+  const Optional &batch_sizes, &reset_mask;
+  const std::vector<Tensor>& weights;
+  const std::string& cell;
+  int64_t layers;
+  bool bidirectional, bias, projects, batch_first;
+};
+
+template <class Storage>
+class NetworkBase {
+ public:
+  using A = typename Arithmetic<Storage>::type;
+
+  NetworkBase(const Cell<Storage>& cell, const NetworkArguments& given, NetworkSizes sizes)
+      : cell_(cell),
+        has_c_(cell.states > 1),
+        x_(given.x),
+        weights_(given.weights),
+        sizes_(sizes),
+        call_(given.x, sizes.T, sizes.B, sizes.H, sizes.P, cell.states),
+        width_(cell.gates * sizes.H),
+        unbatched_(given.x.dim() == 2 && !sizes.packed()),
+        no_h_(sizes.P),
+        no_c_(sizes.H) {
+    divide();
+    if (given.reset_mask.has_value()) set_flags(*given.reset_mask);
+  }
+
+ protected:
+  // Steps from `time` on, the rows of which begin with `first`.
+  struct Chunk {
+    int64_t time, steps, first, rows;
+  };
+
+  // Divides the steps into chunks, in the order of time. There is one where the rows of a step are not side
+  // by side, and in a half type: the gradient of h would be rounded between two.
+  void divide() {
+    const bool whole = sizes_.batch_first || !std::is_same_v<Storage, A>;
+    const int64_t most = whole ? sizes_.rows() : NetworkSizes::rows_of_chunk(width_);
+    for (int64_t time = 0; time < sizes_.T;) {
+      Chunk next{time, 0, sizes_.row(time), 0};
+      do next.rows += sizes_.running(time + next.steps++);
+      while (time + next.steps < sizes_.T && next.rows <= most);
+      chunks_.push_back(next);
+      most_rows_ = std::max(most_rows_, next.rows);
+      time += next.steps;
+    }
+  }
+
+  // The k-th chunk of a walk.
+  const Chunk& chunk(size_t k, int64_t d) const { return chunks_[d == 0 ? k : chunks_.size() - 1 - k]; }
+
+  // As `fold_flags` of fastrnn/stack.py: a walk back in time enters t from t + 1, where a new segment may
+  // begin.
+  void set_flags(const Tensor& reset_mask) {
+    const int64_t T = sizes_.T, B = sizes_.B;
+    check(!sizes_.packed(), "packed rows have no resets");
+    check(reset_mask.dim() == 2 && reset_mask.size(0) == T && reset_mask.size(1) == B &&
+              reset_mask.scalar_type() == ScalarType::Bool && reset_mask.is_cpu(),
+          "reset_mask must be bool [", T, ", ", B, "] on the CPU, got ", dtype_name(reset_mask.scalar_type()),
+          ' ', shape_of(reset_mask));
+    const bool* given = data_of<bool>(reset_mask);
+    for (int64_t d = 0; d < sizes_.directions; ++d) {
+      flags_[d].resize(T * B);
+      for (int64_t t = d; t < T; ++t)
+        for (int64_t b = 0; b < B; ++b)
+          if (given[t * reset_mask.stride(0) + b * reset_mask.stride(1)]) flags_[d][(t - d) * B + b] = reset;
+    }
+  }
+
+  template <class ScanOfCell>
+  void set_steps(ScanOfCell& scan, const Chunk& now) const {
+    const std::vector<uint8_t>& flags = flags_[scan.reverse];
+    scan.T = now.steps;
+    if (!flags.empty()) scan.flags = {flags.data() + now.time * sizes_.B, sizes_.B, 1, 1};
+    scan.batch_sizes = sizes_.packed() ? sizes_.batch_sizes.data() + now.time : nullptr;
+  }
+
+  Tensor none() const { return call_.frame.template empty<Storage>({0}); }
+  Tensor like_input(int64_t columns) const {
+    if (x_.dim() == 2) return call_.frame.template empty<Storage>({x_.size(0), columns});
+    return call_.frame.template empty<Storage>({x_.size(0), x_.size(1), columns});
+  }
+  // Initial states, or gradients of the final ones.
+  void expect_states(const char* name_h, const Optional& h, const char* name_c, const Optional& c) const {
+    if (h.has_value()) expect_state<Storage>(name_h, *h, sizes_.P);
+    if (c.has_value()) expect_state<A>(name_c, *c, sizes_.H);
+  }
+  template <class X>
+  void expect_state(const char* name, const Tensor& t, int64_t columns) const {
+    if (unbatched_)
+      call_.frame.template expect<X>(name, t, {sizes_.walks(), columns});
+    else
+      call_.frame.template expect<X>(name, t, {sizes_.walks(), sizes_.B, columns});
+  }
+  // [layers * D, B, columns], without B for an unbatched input.
+  template <class X>
+  Tensor state(int64_t columns) const {
+    return unbatched_ ? call_.frame.template empty<X>({sizes_.walks(), columns})
+                      : call_.frame.template empty<X>({sizes_.walks(), sizes_.B, columns});
+  }
+  // The rows of one walk in what `state` made.
+  template <class X>
+  Steps<X> state_rows(const Tensor& t, int64_t k, int64_t columns) const {
+    return {static_cast<X*>(t.mutable_data_ptr()) + k * sizes_.B * columns, 0, columns, 1};
+  }
+
+  // Whether each thread reads the weights of the scan only once.
+  bool once() const { return sizes_.T == 1 && sizes_.B <= Scan::block; }
+  Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias, bool exact) const {
+    return Recurrence<Storage>::dense(matrix, once(), bias, exact, sizes_.T, sizes_.B);
+  }
+  std::unique_ptr<Packed<Storage>> projection(const Matrix<Storage>& matrix) const {
+    return std::make_unique<Packed<Storage>>(matrix, once(), nullptr);
+  }
+
+  template <class ScanOfCell>
+  void fill(ScanOfCell& scan, int64_t d) const {
+    scan.B = sizes_.B, scan.H = sizes_.H, scan.P = sizes_.P, scan.C = call_.C;
+    scan.reverse = d == 1;
+  }
+
+  const Cell<Storage>& cell_;
+  const bool has_c_;
+  const Tensor& x_;
+  const std::vector<Tensor>& weights_;
+  NetworkSizes sizes_;
+  Call<Storage, A> call_;
+  int64_t width_;
+  bool unbatched_;
+  std::vector<Chunk> chunks_;
+  int64_t most_rows_ = 0;
+  std::vector<uint8_t> flags_[2];  // of each direction, [T, B]; empty without resets
+  std::vector<Storage> no_h_;
+  std::vector<A> no_c_;
+};
+
+}  // namespace fastrnn

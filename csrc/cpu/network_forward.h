@@ -1,0 +1,104 @@
+// The forward of a whole network: layer by layer, direction by direction, chunk by chunk.
+#pragma once
+
+#include <tuple>
+
+#include "network_base.h"
+#include "scan_forward.h"
+
+namespace fastrnn {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Storage>
+std::vector<typename Arithmetic<Storage>::type> widened_vector(const Tensor* t) {
+  std::vector<typename Arithmetic<Storage>::type> found(t ? t->size(0) : 0);
+  for (size_t j = 0; j < found.size(); ++j) found[j] = widen(data_of<Storage>(*t)[j * t->stride(0)]);
+  return found;
+}
+
+template <class Storage>
+class NetworkForward : NetworkBase<Storage> {
+  using Base = NetworkBase<Storage>;
+  using Base::sizes_, Base::cell_, Base::has_c_, Base::call_, Base::width_, Base::x_, Base::weights_,
+      Base::chunks_, Base::most_rows_, Base::no_h_, Base::no_c_, Base::chunk, Base::set_steps, Base::fill,
+      Base::recurrence, Base::projection, Base::none, Base::like_input, Base::expect_states;
+  using typename Base::Chunk;
+
+ public:
+  using A = typename Base::A;
+  using Base::Base;
+
+  Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
+    expect_states("h0", h0, "c0", c0);
+    NetworkMemory<Storage> memory(sizes_, cell_, save);
+    const int64_t bytes = sizes_.layers * memory.of_layer;
+    Tensor kept = call_.frame.template empty<uint8_t>({save ? bytes : 0});
+    Aligned<char> scratch(save ? 0 : bytes);
+    memory.data = save ? static_cast<char*>(kept.mutable_data_ptr()) : scratch.data();
+    Tensor y = like_input(sizes_.outputs()), h_n = this->template state<Storage>(sizes_.P),
+           c_n = has_c_ ? this->template state<A>(sizes_.H) : none();
+    for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
+      const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
+      Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
+      for (int64_t d = 0; d < sizes_.directions; ++d)
+        walk_forward(layer, d, rows.rows(), h0, c0, memory, save, h_n, c_n);
+    }
+    // The user may change the output in place.
+    std::copy_n(memory.y(sizes_.layers - 1), sizes_.rows() * sizes_.outputs(),
+                static_cast<Storage*>(y.mutable_data_ptr()));
+    return Outputs(y, h_n, c_n, kept);
+  }
+
+ private:
+  // One layer in one direction. `input`: all rows of the layer's input.
+  void walk_forward(int64_t layer, int64_t d, RowView<const A> input, const Optional& h0, const Optional& c0,
+                    const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
+                    const Tensor& c_n) const {
+    const int64_t k = layer * sizes_.directions + d, H = sizes_.H, P = sizes_.P;
+    NetworkWeights weights = weights_of(weights_.data(), k, sizes_);
+    std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih), b_hh = widened_vector<Storage>(weights.b_hh);
+    if (!cell_.distinct_dgh)  // only the sum is used
+      for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
+    MatrixProduct<Storage> product(transposed(matrix_of<Storage>(weights.w_ih)),
+                                   b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows(), true);
+    ForwardScan<Storage> scan(cell_);
+    fill(scan, d);
+    scan.h0 = state_of<Storage>(h0, k, no_h_);
+    if (has_c_) scan.c0 = state_of<A>(c0, k, no_c_);
+    scan.h_n = this->template state_rows<Storage>(h_n, k, P);
+    if (has_c_) scan.c_n = this->template state_rows<A>(c_n, k, H);
+    const A* bias = cell_.distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
+    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias, true);
+    if (weights.w_hr) scan.weights.w_hr = projection(transposed(matrix_of<Storage>(*weights.w_hr)));
+    // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
+    const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= cell_.saved * H;
+    Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows_, width_);
+    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows_ * width_);
+    for (size_t number = 0; number < chunks_.size(); ++number) {
+      const Chunk& now = chunk(number, d);
+      set_steps(scan, now);
+      if (save) {
+        scan.saved =
+            sizes_.steps(memory.saved(layer, d) + now.first * cell_.saved * H, cell_.saved * H, now.time);
+        if (has_c_) scan.c = sizes_.steps(memory.c(layer, d) + now.first * H, H, now.time);
+      }
+      scan.y =
+          sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * P, sizes_.outputs(), now.time);
+      RowView<A> gx = gx_of_chunk;
+      if constexpr (std::is_same_v<Storage, A>)
+        if (in_saved) gx = {scan.saved.data, cell_.saved * H};
+      product({input[now.first], input.stride}, 1, now.rows, gx);
+      if constexpr (std::is_same_v<Storage, A>) {
+        scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride, now.time);
+      } else {
+        walk_rows(Write<Storage, A>{width_, {gx.data, gx.stride}, {narrowed.data(), width_}}, 0, now.rows);
+        scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_, now.time);
+      }
+      call_.run(scan, cell_.gates);
+      scan.h0 = {scan.h_n.data, 0, P, 1}, scan.c0 = {scan.c_n.data, 0, H, 1};
+    }
+  }
+};
+
+}  // namespace fastrnn
