@@ -34,6 +34,8 @@ SHELL := bash
 VENV_BIN := $(abspath $(VENV))/bin
 # Bytecode is kept even where the caller's environment says not to: the tests start many processes.
 RUN      := PYTHONDONTWRITEBYTECODE= PATH="$(VENV_BIN):$$PATH" $(VENV_BIN)/python
+# A package's bytecode is made where a module is imported: most of a package never is.
+PIP      := $(RUN) -m pip install --quiet --no-compile
 SOURCES  := $(sort $(shell find csrc -path csrc/torch -prune -o -type f -print 2>/dev/null))
 CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cc %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cu tests/emulator/*)
 
@@ -53,7 +55,7 @@ $(BASE):
 	touch $@
 
 $(LINTERS): $(BASE) pyproject.toml
-	$(RUN) -m pip install --quiet --group dev
+	$(PIP) --group dev
 	touch $@
 
 $(RELEASE): $(BASE) pyproject.toml
@@ -63,8 +65,7 @@ $(RELEASE): $(BASE) pyproject.toml
 # What fastrnn needs, and fastrnn without its libraries.
 $(PACKAGES): $(BASE) pyproject.toml
 	rm -f $(VENV)/.packages-* $(VENV)/.ready-*
-	FASTRNN_BUILD_CPU=0 FASTRNN_BUILD_CUDA=0 $(RUN) -m pip install --quiet --no-build-isolation \
-	    '$(TORCH)' '$(NUMPY)' -e '.[test]'
+	FASTRNN_BUILD_CPU=0 FASTRNN_BUILD_CUDA=0 $(PIP) --no-build-isolation '$(TORCH)' '$(NUMPY)' -e '.[test]'
 	touch $@
 
 # The C++ library in fastrnn/, which needs no torch: .ci/run compiles it while pip installs.
@@ -109,7 +110,7 @@ format: $(LINTERS)
 	$(if $(CXX_SOURCES),$(VENV_BIN)/clang-format -i $(CXX_SOURCES))
 
 $(SPHINX): $(PACKAGES)
-	$(RUN) -m pip install --quiet --group docs
+	$(PIP) --group docs
 	touch $@
 
 docs: $(READY) $(SPHINX)
