@@ -64,14 +64,18 @@ const Storage* data_of(const Tensor& t) {
   return static_cast<const Storage*>(t.const_data_ptr());
 }
 
+constexpr int64_t grain_of_copies = 1 << 16;  // numbers that are worth waking a thread
+
 // What the backward needs, in one piece of memory: of each layer y [rows, D * P] in the storage type, and of
 // each layer and direction `saved` [rows, saved * H], and c [rows, H] in the type of the arithmetic.
 template <class Storage>
 struct NetworkMemory {
   using A = typename Arithmetic<Storage>::type;
 
-  int64_t of_y, of_saved, of_c, of_walk, of_layer, directions;  // bytes
+  int64_t of_y, of_saved, of_c, of_walk, of_layer;  // bytes
+  int64_t layers, directions;
   char* data = nullptr;
+  Storage* output = nullptr;  // the y of the last layer, unless it is in `data`, too
 
   NetworkMemory(const NetworkSizes& sizes, const CellTraits& cell, bool keeps)
       : of_y(aligned(sizes.rows() * sizes.outputs() * sizeof(Storage))),
@@ -79,9 +83,13 @@ struct NetworkMemory {
         of_c(keeps && cell.states > 1 ? aligned(sizes.rows() * sizes.H * sizeof(A)) : 0),
         of_walk(of_saved + of_c),
         of_layer(of_y + sizes.directions * of_walk),
+        layers(sizes.layers),
         directions(sizes.directions) {}
 
-  Storage* y(int64_t layer) const { return reinterpret_cast<Storage*>(data + layer * of_layer); }
+  Storage* y(int64_t layer) const {
+    if (output != nullptr && layer == layers - 1) return output;
+    return reinterpret_cast<Storage*>(data + layer * of_layer);
+  }
   Storage* saved(int64_t layer, int64_t d) const { return reinterpret_cast<Storage*>(walk(layer, d)); }
   A* c(int64_t layer, int64_t d) const { return reinterpret_cast<A*>(walk(layer, d) + of_saved); }
 

@@ -233,17 +233,19 @@ class NetworkBackward : NetworkBase<Storage> {
   // The state that each step of the chunk starts from, [rows, P].
   void previous_states(const BackwardScan<Storage>& scan, const Chunk& now, const Buffer<A>& to) const {
     const int64_t P = sizes_.P;
-    for (int64_t i = 0; i < scan.T; ++i) {
-      const int64_t t = scan.step(i), time = now.time + t, running = sizes_.running(time);
-      // Of a walk back in time, the sequences from `old` on begin at this step.
-      const int64_t old = i == 0 ? 0 : std::min(running, sizes_.running(now.time + scan.step(i - 1)));
-      RowView<A> rows{to[sizes_.row(time) - now.first], sizes_.b_step() * padded<A>(P)};
-      if (old > 0)
-        walk_rows(Read<Storage, A>{P, scan.y.at(scan.step(i - 1), 0), scan.y.j_stride, rows}, 0, old);
-      walk_rows(Read<Storage, A>{P, scan.h0.at(0, 0), scan.h0.j_stride, rows}, old, running);
-      for (int64_t b = 0; scan.flags && b < running; ++b)
-        if (scan.flagged(t, b, reset)) std::fill_n(rows[b], P, A(0));
-    }
+    share(scan.T, grain_of_copies / std::max<int64_t>(sizes_.B * P, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = scan.step(i), time = now.time + t, running = sizes_.running(time);
+        // Of a walk back in time, the sequences from `old` on begin at this step.
+        const int64_t old = i == 0 ? 0 : std::min(running, sizes_.running(now.time + scan.step(i - 1)));
+        RowView<A> rows{to[sizes_.row(time) - now.first], sizes_.b_step() * padded<A>(P)};
+        if (old > 0)
+          walk_rows(Read<Storage, A>{P, scan.y.at(scan.step(i - 1), 0), scan.y.j_stride, rows}, 0, old);
+        walk_rows(Read<Storage, A>{P, scan.h0.at(0, 0), scan.h0.j_stride, rows}, old, running);
+        for (int64_t b = 0; scan.flags && b < running; ++b)
+          if (scan.flagged(t, b, reset)) std::fill_n(rows[b], P, A(0));
+      }
+    });
   }
 };
 

@@ -32,21 +32,25 @@ class NetworkForward : NetworkBase<Storage> {
   Outputs forward(const Optional& h0, const Optional& c0, bool save) const {
     expect_states("h0", h0, "c0", c0);
     NetworkMemory<Storage> memory(sizes_, cell_, save);
-    const int64_t bytes = sizes_.layers * memory.of_layer;
-    Tensor kept = call_.frame.template empty<uint8_t>({save ? bytes : 0});
-    Aligned<char> scratch(save ? 0 : bytes);
+    Tensor kept = call_.frame.template empty<uint8_t>({save ? sizes_.layers * memory.of_layer : 0});
+    Aligned<char> scratch(save ? 0 : (sizes_.layers - 1) * memory.of_layer);
     memory.data = save ? static_cast<char*>(kept.mutable_data_ptr()) : scratch.data();
     Tensor y = like_input(sizes_.outputs()), h_n = this->template state<Storage>(sizes_.P),
            c_n = has_c_ ? this->template state<A>(sizes_.H) : none();
+    Storage* const output = static_cast<Storage*>(y.mutable_data_ptr());
+    // The backward has y for itself, since the user may change the output in place.
+    if (!save) memory.output = output;
     for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
       const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
       Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
       for (int64_t d = 0; d < sizes_.directions; ++d)
         walk_forward(layer, d, rows.rows(), h0, c0, memory, save, h_n, c_n);
     }
-    // The user may change the output in place.
-    std::copy_n(memory.y(sizes_.layers - 1), sizes_.rows() * sizes_.outputs(),
-                static_cast<Storage*>(y.mutable_data_ptr()));
+    if (save) {
+      const Storage* last = memory.y(sizes_.layers - 1);
+      share(sizes_.rows() * sizes_.outputs(), grain_of_copies,
+            [&](int64_t begin, int64_t end) { std::copy(last + begin, last + end, output + begin); });
+    }
     return Outputs(y, h_n, c_n, kept);
   }
 
