@@ -51,7 +51,7 @@ READY    := $(VENV)/.ready-$(ASKED)
 
 $(BASE):
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77' wheel ninja
+	$(PIP) --upgrade 'pip>=25.1' 'setuptools>=77' wheel ninja
 	touch $@
 
 $(LINTERS): $(BASE) pyproject.toml

@@ -1,6 +1,7 @@
 """The check before a kernel's first use, with Triton's interpreter as the device.
 
-The interpreter is slow, so the cell is the plainest: the check asks nothing of a cell but its name.
+The interpreter is slow, so a check walks two steps, and the cell is the plainest: the check asks nothing of it but its
+name.
 """
 
 import logging
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ pytestmark = [
 def gpu(evidence_in, monkeypatch):
     """The CPU is treated as a GPU without a record: no C++ scan, and kernels are checked before their first use."""
     monkeypatch.setattr(ranking, "FIRST_USE", ("cpu",))
+    monkeypatch.setattr(verification, "check", partial(verification.check, steps=2))
     monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], why_not=lambda request: "it was not built"))
     monkeypatch.setattr(dispatch, "_warned", set())
     return evidence_in
