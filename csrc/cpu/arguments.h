@@ -10,6 +10,11 @@ namespace fastrnn {
 
 using Optional = std::optional<Tensor>;
 
+template <class Storage>
+const Storage* data_of(const Tensor& t) {
+  return static_cast<const Storage*>(t.const_data_ptr());
+}
+
 // The named tuples of fastrnn/arguments.py, field by field, except that gx goes by itself: only the forward
 // has it.
 struct ScanInputs {

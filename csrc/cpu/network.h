@@ -11,7 +11,8 @@
 
 namespace fastrnn {
 
-// The sizes of a network and of its input. P: the width of h, H without a projection.
+// The sizes of a network and of its input. P: the width of h, H without a projection. A walk is one layer in
+// one direction.
 struct NetworkSizes {
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0, layers = 0, directions = 0;
   bool batch_first = false, bias = false, projects = false;
@@ -30,7 +31,7 @@ struct NetworkSizes {
   int64_t weights_of_walk() const { return 2 + 2 * bias + projects; }
   int64_t outputs() const { return directions * P; }
   int64_t inputs(int64_t layer) const { return layer == 0 ? I : outputs(); }
-  // The most rows of consecutive steps that are computed together, products and scan, while they are in the
+  // The most rows of consecutive steps whose products and scan are computed together, while they are in the
   // cache.
   static int64_t rows_of_chunk(int64_t width) {
     constexpr int64_t numbers = 1 << 18, least_rows = 512;
@@ -43,14 +44,14 @@ struct NetworkSizes {
   }
 };
 
-// The parameters of one layer in one direction.
+// The parameters of one walk.
 struct NetworkWeights {
   const Tensor &w_ih, &w_hh;  // [gates * H, inputs], [gates * H, P]
   const Tensor *b_ih, *b_hh;  // [gates * H] or null
   const Tensor* w_hr;         // [P, H] or null
 };
 
-// Of the k-th walk, a layer in one direction: from tensors in torch.nn's order.
+// Those of the k-th walk, from the tensors of all walks in torch.nn's order.
 inline NetworkWeights weights_of(const Tensor* all, int64_t k, const NetworkSizes& sizes) {
   const Tensor* first = all + k * sizes.weights_of_walk();
   const Tensor* after_w_hh = first + 2;
@@ -59,15 +60,10 @@ inline NetworkWeights weights_of(const Tensor* all, int64_t k, const NetworkSize
           sizes.projects ? after_w_hh + 2 * bias : nullptr};
 }
 
-template <class Storage>
-const Storage* data_of(const Tensor& t) {
-  return static_cast<const Storage*>(t.const_data_ptr());
-}
-
 constexpr int64_t grain_of_copies = 1 << 16;  // numbers that are worth waking a thread
 
-// What the backward needs, in one piece of memory: of each layer y [rows, D * P] in the storage type, and of
-// each layer and direction `saved` [rows, saved * H], and c [rows, H] in the type of the arithmetic.
+// What the backward needs, in one piece of memory: of each layer y [rows, D * P], of each walk `saved`
+// [rows, saved * H], both in the storage type, and of each walk c [rows, H] in the type of the arithmetic.
 template <class Storage>
 struct NetworkMemory {
   using A = typename Arithmetic<Storage>::type;

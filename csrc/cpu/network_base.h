@@ -41,13 +41,13 @@ class NetworkBase {
   }
 
  protected:
-  // Steps from `time` on, the rows of which begin with `first`.
+  // Some steps from `time` on; `first` is the number of their first row.
   struct Chunk {
     int64_t time, steps, first, rows;
   };
 
-  // Divides the steps into chunks, in the order of time. There is one where the rows of a step are not side
-  // by side, and in a half type: the gradient of h would be rounded between two.
+  // Divides the steps into chunks, in the order of time. There is a single one where the rows of a step are
+  // not side by side, and in a half type: the gradient of h would be rounded between two.
   void divide() {
     const bool whole = sizes_.batch_first || !std::is_same_v<Storage, A>;
     const int64_t most = whole ? sizes_.rows() : NetworkSizes::rows_of_chunk(width_);
