@@ -30,6 +30,10 @@ class _Forced(threading.local):
 
 _forced = _Forced()
 
+VARIABLE = "FASTRNN_BACKEND"
+# os.environ raises and catches an error where a variable is missing, which takes a tenth of a short call.
+_VARIABLES, _ENCODED = os.environ._data, os.environ.encodekey(VARIABLE)
+
 
 def check_name(name: str, source: str) -> str:
     if name not in BACKENDS and name not in MODES:
@@ -60,10 +64,10 @@ def forced(argument: str | None) -> str | None:
     by_block = _forced.name
     if (by_block is not None or recomputation.some) and not torch.compiler.is_compiling():
         by_block, _ = recomputation.held("backend", by_block, None)
-    name = argument or by_block or os.environ.get("FASTRNN_BACKEND")
+    name = argument or by_block or (os.environ.get(VARIABLE) if _ENCODED in _VARIABLES else None)
     if not name or name == "auto":
         return None
-    source = "backend" if argument else "fastrnn.backend" if by_block else "FASTRNN_BACKEND"
+    source = "backend" if argument else "fastrnn.backend" if by_block else VARIABLE
     return check_name(name, source)
 
 

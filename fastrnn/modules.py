@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,11 +52,19 @@ CELL_SETTINGS = {**ACTIVATIONS, "leak": None, "learn_leak": False, "num_heads": 
 """What changes the cell of an LSTM, GRU or RNN; torch.nn has none of it."""
 _WITHOUT_BACKEND = {name: default for name, default in EXTRAS.items() if name != "backend"}
 _OF_FORWARD = {name: default for name, default in _WITHOUT_BACKEND.items() if not name.startswith("clip_")}
-_extras, _NO_EXTRAS = attrgetter(*_OF_FORWARD, "num_heads"), (*_OF_FORWARD.values(), 1)
+_extras, _NO_EXTRAS = itemgetter(*_OF_FORWARD, "num_heads"), (*_OF_FORWARD.values(), 1)
 _FORWARDED = ("batch_first", "num_layers", "bidirectional", "training", "dropout", *_WITHOUT_BACKEND)
 
 _OF_SEQUENCES = ("lengths", "reset_mask", "decay", "tap", "return_cells", "return_layers")
 """Arguments of `forward` that `step` refuses."""
+
+
+def _has_no_extras(module: nn.Module) -> bool:
+    """Whether a call, but for the clipping of gradients, is torch.nn's."""
+    try:
+        return _extras(module.__dict__) == _NO_EXTRAS  # getattr of a module takes several times as long
+    except KeyError:  # a subclass has one of them as a property
+        return False
 
 
 def shown(value) -> str:
@@ -264,7 +272,7 @@ class _Recurrent(ForSubclasses, nn.Module):
         watch = self._watch
         if (
             decay is None and not return_cells and not return_layers
-            and not tracing() and _extras(self) == _NO_EXTRAS and type(self.dropout) is float
+            and not tracing() and _has_no_extras(self) and type(self.dropout) is float
         ):  # fmt: skip
             active = None if watch is None or watch.is_idle() else watch
             extras = None
@@ -318,14 +326,12 @@ class _Recurrent(ForSubclasses, nn.Module):
                 raise TypeError(
                     f"step takes no {name}: it is one step of every sequence, from the state that it is given"
                 )
-        with_gradients = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # a `with` block would take as long as the arithmetic of a small step
-        try:
-            if not inputs and not tracing() and _extras(self) == _NO_EXTRAS:
-                found = network.step(self, x, state, dispatch.chosen_for_step)
-                if found is not None:
-                    return found
-            time = 1 if self.batch_first else 0
+        if not inputs and not tracing() and _has_no_extras(self):
+            found = network.step(self, x, state, dispatch.chosen_for_step)
+            if found is not None:
+                return found
+        time = 1 if self.batch_first else 0
+        with torch.no_grad():
             result = self(x.unsqueeze(time), state, **inputs)
             if not isinstance(result, tuple) or len(result) != 2:
                 raise RuntimeError(
@@ -333,8 +339,6 @@ class _Recurrent(ForSubclasses, nn.Module):
                     "its forward hook or its subclass"
                 )
             return result[0].squeeze(time), result[1]
-        finally:
-            torch._C._set_grad_enabled(with_gradients)
 
     # Without `defaults`: only torch.onnx.export with dynamo=False hands the options' defaults over by position.
     forward.__signature__ = inspect.Signature([

@@ -9,6 +9,8 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, invert_permutation
@@ -25,6 +27,15 @@ LARGEST_PRODUCT = 1 << 23
 """The most multiplications in one product over all steps that the operation takes where oneDNN and MKL multiply faster
 than the C++ library."""
 
+
+_STEPS = {}
+"""The operation of one step, by cell. An argument more takes a fiftieth of a small step, so each cell has its own."""
+if cpu.MISSING is None:
+    _library = torch.library.Library("fastrnn_c", "IMPL")
+    for _cell in KNOWN_CELLS:
+        # It has no gradient, and needs none where it is called: autograd need not look at its arguments.
+        _library.impl(f"{_cell}_step", torch.library.fallthrough_kernel, "AutogradCPU")
+        _STEPS[_cell] = getattr(torch.ops.fastrnn_c, f"{_cell}_step").default
 
 FULL_DTYPES = (torch.float32, torch.float64)
 
@@ -164,9 +175,8 @@ def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
     x, states = inputs.x, [inputs.h0, inputs.c0]
     if x.dim() == 2:
         states = [None if state is None else state.unsqueeze(1) for state in states]
-    y, *found = torch.ops.fastrnn_c.network_step.default(
-        x.reshape(-1, x.shape[-1]), *states, weights, shape.cell, shape.num_layers, shape.bias, shape.projects
-    )
+    states = states if shape.cell == "lstm" else states[:1]
+    y, *found = _STEPS[shape.cell](x.reshape(-1, x.shape[-1]), *states, weights)
     reshaped = torch.ops.aten._unsafe_view
     if x.dim() == 2:
         found = [reshaped(state, (shape.num_layers, -1)) for state in found]
@@ -254,37 +264,44 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None])
         state: as of the module's call, unchecked.
         chosen: `dispatch.chosen_for_step`.
     """
-    cell, dtype = module._cell, x.dtype
-    if type(x) is not Tensor or not x.is_cpu or dtype not in FULL_DTYPES or cell not in KNOWN_CELLS:
-        return None
-    if cpu.MISSING is not None or _seen_by_others() or (module.dropout and module.training):
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    pair, weights, stored = cell == "lstm", [], module._parameters
-    for names in module.all_names:
-        for name in names:
-            weight = stored.get(name)  # a weight that is computed at every call is no parameter
-            if type(weight) is not Parameter:
-                return None
-            weights.append(weight)
-    states = () if state is None else state if pair else (state,)
-    if type(states) not in (tuple, list) or any(type(one) is not Tensor for one in states):
-        return None
-    if len(states) not in (0, 1 + pair):
-        return None
-    if chosen(module.backend, cell, dtype, module.hidden_size, module.proj_size, x.shape[0]) != "cpu":
-        return None
-    h, c = states if len(states) == 2 else (*states, None) if states else (None, None)
     try:
-        y, *states = torch.ops.fastrnn_c.network_step.default(
-            x, h, c, weights, cell, module.num_layers, module.bias, module.proj_size > 0
-        )
+        settings = _settings_of_step(module.__dict__)
+    except KeyError:  # a subclass has one of them as a property
+        return None
+    stored, all_names, hooks, hooks_before, dropout, training, backend, hidden_size, proj_size = settings
+    cell, dtype = module._cell, x.dtype
+    operation = _STEPS.get(cell)
+    if operation is None or type(x) is not Tensor or not x.is_cpu or dtype not in FULL_DTYPES:
+        return None
+    if _operations_are_seen() or hooks or hooks_before or (dropout and training):
+        return None
+    weights = [stored.get(name) for names in all_names for name in names]
+    for weight in weights:
+        if type(weight) is not Parameter:  # a weight that is computed at every call is none
+            return None
+    pair = cell == "lstm"
+    states = state if pair and state is not None else (state,) * (1 + pair)
+    if type(states) not in (tuple, list) or len(states) != 1 + pair:
+        return None
+    for one in states:
+        if type(one) is not Tensor and state is not None:
+            return None
+    if chosen(backend, cell, dtype, hidden_size, proj_size, x.size(0)) != "cpu":
+        return None
+    try:
+        y, h, *c = operation(x, *states, weights)
     except RuntimeError:
-        if _fits(module, x, (h, c), weights):
+        if _fits(module, x, states, weights):
             raise
         return None
-    return y, tuple(states) if pair else states[0]
+    return y, (h, *c) if pair else h
+
+
+_settings_of_step = itemgetter(
+    "_parameters", "all_names", "_forward_hooks", "_forward_pre_hooks", "dropout", "training", "backend", "hidden_size",
+    "proj_size",
+)  # fmt: skip
+"""Of a module's dictionary; its getattr takes several times as long."""
 
 
 def _fits(module: nn.Module, x: Tensor, states: tuple[Tensor | None, ...], weights: list[Parameter]) -> bool:
@@ -303,10 +320,13 @@ def _fits(module: nn.Module, x: Tensor, states: tuple[Tensor | None, ...], weigh
 def _seen_by_others() -> bool:
     """Whether autocast, forward mode or what sees every operation or every saved tensor is on: the general path knows
     these, and saves the same tensors when a checkpoint recomputes a call, with a monitor or without one."""
+    return _operations_are_seen() or _top_hooks(True) is not None
+
+
+def _operations_are_seen() -> bool:
     return (
-        torch._C._is_any_autocast_enabled()
+        _is_any_autocast_enabled()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
     )

@@ -4,7 +4,6 @@ import copy
 import ctypes
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from setups import needs_cpu_library
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import dispatch, modules
+from fastrnn import dispatch, modules, network
 
 pytestmark = needs_cpu_library
 KINDS = [("LSTM", {}), ("GRU", {}), ("RNN", {"nonlinearity": "tanh"}), ("RNN", {"nonlinearity": "relu"})]
@@ -153,7 +152,7 @@ def test_an_error_of_the_operation_itself_is_raised(monkeypatch):
     def fails(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(torch.ops.fastrnn_c, "network_step", SimpleNamespace(default=fails))
+    monkeypatch.setattr(network, "_STEPS", {"lstm": fails, "gru": fails})
     for module in (fastrnn.GRU(3, 5, num_layers=2), fastrnn.LSTM(3, 5, proj_size=2)):
         with pytest.raises(RuntimeError, match="out of memory"):
             module.step(torch.randn(2, 3))

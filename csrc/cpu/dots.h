@@ -15,7 +15,8 @@ namespace fastrnn {
 template <class A, int bytes>
 struct Dots {
   static constexpr int lanes = bytes / sizeof(A);
-  static constexpr int at_once = lanes < 8 ? lanes : 8;  // sums that hide the latency of an addition
+  // Rows; with two sums for each, they hide the latency of an addition.
+  static constexpr int at_once = lanes < 4 ? lanes : 4;
   using Sums = Square<A, bytes>;
   using Vector = typename Sums::Vector;
 
@@ -27,38 +28,38 @@ struct Dots {
   }
 
   // Adds the products of x [K] with rows n to n + lanes of `matrix`, of which there are `rows`; beyond the
-  // last one, it is taken again.
+  // last one, it is taken again. The rows that are likely to follow are fetched meanwhile.
   FASTRNN_INLINE void add(const RowView<const A>& matrix, int64_t n, int64_t rows, const A* x, int64_t K) {
     FASTRNN_UNROLL
     for (int first = 0; first < lanes; first += at_once) {
       const A* row[at_once];
-      Vector sum[at_once];
+      Vector even[at_once], odd[at_once];
       FASTRNN_UNROLL
       for (int r = 0; r < at_once; ++r) {
         row[r] = matrix[std::min(n + first + r, rows - 1)];
-        sum[r] = sums.row[first + r];
+        even[r] = sums.row[first + r], odd[r] = Vector{};
       }
+      const int64_t following = at_once * matrix.stride;
       int64_t k = 0;
-      for (; k + lanes <= K; k += lanes) {
-        Vector factor, weight;
-        std::memcpy(&factor, x + k, bytes);
+      for (; k + 2 * lanes <= K; k += 2 * lanes) {
+        add_products(row, k, x, even);
+        add_products(row, k + lanes, x, odd);
         FASTRNN_UNROLL
-        for (int r = 0; r < at_once; ++r) {
-          std::memcpy(&weight, row[r] + k, bytes);
-          sum[r] += factor * weight;
-        }
+        for (int r = 0; r < at_once; ++r)
+          for (int j = 0; j < 2 * lanes; j += line) __builtin_prefetch(row[r] + following + k + j);
       }
+      if (k + lanes <= K) add_products(row, k, x, even), k += lanes;
       if (k < K) {
         Vector factor, weight;
         read_some(x + k, K - k, factor);
         FASTRNN_UNROLL
         for (int r = 0; r < at_once; ++r) {
           read_some(row[r] + k, K - k, weight);
-          sum[r] += factor * weight;
+          odd[r] += factor * weight;
         }
       }
       FASTRNN_UNROLL
-      for (int r = 0; r < at_once; ++r) sums.row[first + r] = sum[r];
+      for (int r = 0; r < at_once; ++r) sums.row[first + r] = even[r] + odd[r];
     }
   }
 
@@ -74,6 +75,20 @@ struct Dots {
   }
 
  private:
+  static constexpr int line = 64 / sizeof(A);  // numbers of a cache line
+
+  // Adds the products of the numbers from k on, as many as a vector has lanes.
+  static FASTRNN_INLINE void add_products(const A* const (&row)[at_once], int64_t k, const A* x,
+                                          Vector (&sum)[at_once]) {
+    Vector factor, weight;
+    std::memcpy(&factor, x + k, bytes);
+    FASTRNN_UNROLL
+    for (int r = 0; r < at_once; ++r) {
+      std::memcpy(&weight, row[r] + k, bytes);
+      sum[r] += factor * weight;
+    }
+  }
+
   // The first `count` numbers; the rest are zeros.
   static FASTRNN_INLINE void read_some(const A* from, int64_t count, Vector& to) {
     to = Vector{};

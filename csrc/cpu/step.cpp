@@ -1,5 +1,5 @@
-// The op of one step of a whole network, `network_step`: for streams, where one sequence or a few go on by
-// one step at a time.
+// The ops of one step of a whole network, `lstm_step` and so on: for streams, where one sequence or a few go
+// on by one step at a time.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/switches.h"
@@ -19,16 +19,6 @@ void share_units(int64_t count, int64_t work, const F& f) {
         [&](int64_t begin, int64_t end) { f(begin * unit, std::min(end * unit, count)); });
 }
 
-// f(cell) with one of torch's.
-template <class F>
-auto with_cell_of_torch(const std::string& name, const F& f) {
-  if (name == "lstm") return f(LSTM{});
-  if (name == "gru") return f(GRU{});
-  if (name == "rnn_tanh") return f(RNN<Tanh>{});
-  if (name == "rnn_relu") return f(RNN<Relu>{});
-  throw std::runtime_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + name);
-}
-
 // One layer, with a cell of csrc/cells. Which thread computes a hidden unit does not change its bits.
 template <class Cell, class A>
 struct StepOfLayer {
@@ -40,25 +30,40 @@ struct StepOfLayer {
   const A *b_ih, *b_hh;                // [gates * H]
   RowView<A> h, c;                     // [B, H], h before the projection
 
-  // Hidden units from begin to end.
+  // Hidden units from begin to end, in blocks of as many as a vector has lanes. Of one sequence, a gate of
+  // many blocks is computed before the next gate, since long reads of a matrix are faster than short ones;
+  // several sequences read the rows of a block while they are in the cache.
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    constexpr int64_t lanes = Dots<A, bytes>::lanes;
-    // Planes of as many units as a vector has lanes. before, now: the states h and c around the step.
-    alignas(64) A gx[gates * lanes], gh[gates * lanes], before[2 * lanes] = {}, now[2 * lanes],
-                                                                   saved[Cell::saved * lanes];
-    const ForwardRow<Cell, A, A, false> cell{
-        lanes, {gx, 0},  {gh, 0},          {before, 0}, {before + lanes, 0},
-        {},    {now, 0}, {now + lanes, 0}, {saved, 0}};
-    for (int64_t j = begin; j < end; j += lanes) {
-      const int64_t count = std::min(lanes, end - j);
+    constexpr int64_t lanes = Dots<A, bytes>::lanes, most = 64 / lanes;
+    // Rows of blocks, of planes [lanes] each. before, now: the states h and c around the step.
+    alignas(64) A gx[most * gates * lanes], gh[most * gates * lanes],
+        before[most * 2 * lanes] = {}, now[most * 2 * lanes], saved[Cell::saved * lanes];
+    const ForwardRow<Cell, A, A, false> cell{lanes,
+                                             {gx, gates * lanes},
+                                             {gh, gates * lanes},
+                                             {before, 2 * lanes},
+                                             {before + lanes, 2 * lanes},
+                                             {},
+                                             {now, 2 * lanes},
+                                             {now + lanes, 2 * lanes},
+                                             {saved, 0}};
+    const int64_t at_once = B > 1 ? 1 : most;
+    for (int64_t first = begin; first < end; first += at_once * lanes) {
+      const int64_t last = std::min(first + at_once * lanes, end);
       for (int64_t b = 0; b < B; ++b) {
-        for (int64_t g = 0; g < gates; ++g) gate<bytes>(g, j, count, b, gx + g * lanes, gh + g * lanes);
-        if constexpr (states == 1) std::copy_n(h_prev[b] + j, count, before);
-        if constexpr (states == 2) std::copy_n(c_prev[b] + j, count, before + lanes);
-        cell(0);
-        std::copy_n(now, count, h[b] + j);
-        if constexpr (states == 2) std::copy_n(now + lanes, count, c[b] + j);
+        for (int64_t g = 0; g < gates; ++g)
+          for (int64_t j = first, plane = g * lanes; j < last; j += lanes, plane += gates * lanes)
+            gate<bytes>(g, j, std::min(lanes, last - j), b, gx + plane, gh + plane);
+        for (int64_t j = first, block = 0; j < last; j += lanes, ++block) {
+          const int64_t count = std::min(lanes, last - j), h_plane = block * 2 * lanes,
+                        c_plane = h_plane + lanes;
+          if constexpr (states == 1) std::copy_n(h_prev[b] + j, count, before + h_plane);
+          if constexpr (states == 2) std::copy_n(c_prev[b] + j, count, before + c_plane);
+          cell(block);
+          std::copy_n(now + h_plane, count, h[b] + j);
+          if constexpr (states == 2) std::copy_n(now + c_plane, count, c[b] + j);
+        }
       }
     }
   }
@@ -102,8 +107,8 @@ A* workspace(int64_t count) {
 }
 
 struct StepSizes {
-  int64_t B, I, H, P, layers;
-  bool bias, projects;
+  int64_t B, I, H, P, layers = 0;
+  bool bias = false, projects = false;
 
   int64_t weights_of_layer() const { return 2 + 2 * bias + projects; }
 };
@@ -164,10 +169,6 @@ std::vector<Tensor> step_of_network(const StepSizes& sizes, const Frame& frame, 
   return found;
 }
 
-void make_rows_contiguous(Tensor& t) {
-  if (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) t = torch::stable::contiguous(t);
-}
-
 template <class A>
 void check_step(const StepSizes& sizes, int64_t gates, int64_t states, const Frame& frame, const Tensor& x,
                 const Optional& h0, const Optional& c0, const std::vector<Tensor>& weights) {
@@ -175,7 +176,6 @@ void check_step(const StepSizes& sizes, int64_t gates, int64_t states, const Fra
   const bool bias = sizes.bias, projects = sizes.projects;
   frame.expect<A>("x", x, {B, sizes.I});
   if (h0.has_value()) frame.expect<A>("h0", *h0, {layers, B, P});
-  check(states == 2 || !c0.has_value(), "c0 is for the LSTM");
   check(states == 2 || !projects, "a projection is for the LSTM");
   if (c0.has_value()) frame.expect<A>("c0", *c0, {layers, B, H});
   for (int64_t layer = 0; layer < layers; ++layer) {
@@ -188,31 +188,38 @@ void check_step(const StepSizes& sizes, int64_t gates, int64_t states, const Fra
   }
 }
 
-std::vector<Tensor> network_step(Tensor x, Optional h0, Optional c0, std::vector<Tensor> weights,
-                                 std::string cell, int64_t layers, bool bias, bool projects) {
+// What is not said is read from the weights, since each argument of an op takes time: a layer has W_ih and
+// W_hh, biases if the third is a vector, and last W_hr if W_hh has other columns than units.
+template <class Cell>
+std::vector<Tensor> network_step(Tensor& x, Optional& h0, Optional c0, std::vector<Tensor>& weights) {
   check(x.dim() == 2, "x must have shape [B, I], got ", shape_of(x));
-  const int64_t each = 2 + 2 * bias + projects;
-  check(layers > 0 && static_cast<int64_t>(weights.size()) == each * layers, "a network needs ", each,
-        " weights for each layer");
-  check(weights[1].dim() == 2, "w_hh must have shape [gates * H, P], got ", shape_of(weights[1]));
-  return with_cell_of_torch(cell, [&](auto tag) {
-    using Cell = decltype(tag);
-    StepSizes sizes{x.size(0), x.size(1), weights[1].size(0) / Cell::gates, weights[1].size(1), layers,
-                    bias,      projects};
-    check(projects || sizes.H == sizes.P, "w_hh must have shape [", Cell::gates, " * H, H], got ",
-          shape_of(weights[1]));
-    Frame frame(x, sizes.B, sizes.H);
-    auto run = [&](auto number) {
-      using A = decltype(number);
-      check_step<A>(sizes, Cell::gates, Cell::states, frame, x, h0, c0, weights);
-      make_rows_contiguous(x);
-      if (h0.has_value()) make_rows_contiguous(*h0);
-      if (c0.has_value()) make_rows_contiguous(*c0);
-      for (Tensor& weight : weights) make_rows_contiguous(weight);
-      return step_of_network<Cell, A>(sizes, frame, x, h0, c0, weights);
-    };
-    return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
-  });
+  const int64_t count = static_cast<int64_t>(weights.size());
+  check(count > 1 && weights[1].dim() == 2, "a network needs w_ih and w_hh [gates * H, P] for each layer");
+  StepSizes sizes{x.size(0), x.size(1), weights[1].size(0) / Cell::gates, weights[1].size(1)};
+  sizes.bias = count > 2 && weights[2].dim() == 1, sizes.projects = sizes.P != sizes.H;
+  const int64_t each = sizes.weights_of_layer();
+  check(count % each == 0, "a network needs ", each, " weights for each layer, got ", count);
+  sizes.layers = count / each;
+  Frame frame(x, sizes.B, sizes.H);
+  auto run = [&](auto number) {
+    using A = decltype(number);
+    check_step<A>(sizes, Cell::gates, Cell::states, frame, x, h0, c0, weights);
+    make_last_dim_contiguous(x);
+    if (h0.has_value()) make_last_dim_contiguous(*h0);
+    if (c0.has_value()) make_last_dim_contiguous(*c0);
+    for (Tensor& weight : weights) make_last_dim_contiguous(weight);
+    return step_of_network<Cell, A>(sizes, frame, x, h0, c0, weights);
+  };
+  return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+std::vector<Tensor> lstm_step(Tensor x, Optional h0, Optional c0, std::vector<Tensor> weights) {
+  return network_step<LSTM>(x, h0, c0, weights);
+}
+
+template <class Cell>
+std::vector<Tensor> step_of(Tensor x, Optional h0, std::vector<Tensor> weights) {
+  return network_step<Cell>(x, h0, {}, weights);
 }
 
 }  // namespace
@@ -221,9 +228,15 @@ std::vector<Tensor> network_step(Tensor x, Optional h0, Optional c0, std::vector
 // x [B, I]; h0 [layers, B, P] and c0 [layers, B, H], or none for zeros; weights of each layer in torch.nn's
 // order. Returns y [B, P], h and, of the LSTM, c: all new tensors.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
-  m.def(
-      "network_step(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int layers, bool bias, "
-      "bool projects) -> Tensor[]");
+  m.def("lstm_step(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights) -> Tensor[]");
+  m.def("gru_step(Tensor x, Tensor? h0, Tensor[] weights) -> Tensor[]");
+  m.def("rnn_tanh_step(Tensor x, Tensor? h0, Tensor[] weights) -> Tensor[]");
+  m.def("rnn_relu_step(Tensor x, Tensor? h0, Tensor[] weights) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) { m.impl("network_step", TORCH_BOX(&fastrnn::network_step)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {
+  m.impl("lstm_step", TORCH_BOX(&fastrnn::lstm_step));
+  m.impl("gru_step", TORCH_BOX(&fastrnn::step_of<fastrnn::GRU>));
+  m.impl("rnn_tanh_step", TORCH_BOX(&fastrnn::step_of<fastrnn::RNN<fastrnn::Tanh>>));
+  m.impl("rnn_relu_step", TORCH_BOX(&fastrnn::step_of<fastrnn::RNN<fastrnn::Relu>>));
+}
