@@ -35,7 +35,7 @@ if cpu.MISSING is None:
     for _cell in KNOWN_CELLS:
         # It has no gradient, and needs none where it is called: autograd need not look at its arguments.
         _library.impl(f"{_cell}_step", torch.library.fallthrough_kernel, "AutogradCPU")
-        _STEPS[_cell] = getattr(torch.ops.fastrnn_c, f"{_cell}_step").default
+        _STEPS[_cell] = getattr(torch.ops.fastrnn_c, f"{_cell}_step").default._op  # called from C
 
 FULL_DTYPES = (torch.float32, torch.float64)
 
