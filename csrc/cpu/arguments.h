@@ -101,7 +101,8 @@ struct Call {
     frame.expect<Storage>(name, *t, {length});
     std::vector<A> found(length);
     const Storage* data = static_cast<const Storage*>(t->const_data_ptr());
-    for (int64_t j = 0; j < length; ++j) found[j] = widen(data[j * t->stride(0)]);
+    const int64_t stride = t->stride(0);
+    for (int64_t j = 0; j < length; ++j) found[j] = widen(data[j * stride]);
     return found;
   }
 

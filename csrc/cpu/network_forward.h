@@ -12,8 +12,11 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Storage>
 std::vector<typename Arithmetic<Storage>::type> widened_vector(const Tensor* t) {
-  std::vector<typename Arithmetic<Storage>::type> found(t ? t->size(0) : 0);
-  for (size_t j = 0; j < found.size(); ++j) found[j] = widen(data_of<Storage>(*t)[j * t->stride(0)]);
+  if (t == nullptr) return {};
+  std::vector<typename Arithmetic<Storage>::type> found(t->size(0));
+  const Storage* data = data_of<Storage>(*t);
+  const int64_t stride = t->stride(0);
+  for (size_t j = 0; j < found.size(); ++j) found[j] = widen(data[j * stride]);
   return found;
 }
 
