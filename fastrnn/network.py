@@ -158,8 +158,10 @@ def _packed_as(input: PackedSequence, y: Tensor, h_n: Tensor, c_n: Tensor | None
     return PackedSequence(y, *input[1:]), h_n, c_n
 
 
+FEW_ROWS = 4
 LEAST_WEIGHTS = 1 << 16
-"""The fewest elements of W_hh for which reading them in place saves more than the Python around it costs."""
+"""More sequences than FEW_ROWS read the weights in place only where W_hh has at least LEAST_WEIGHTS elements. The product
+of many rows is faster with a packed matrix, and a small matrix is packed fast."""
 
 
 def _reads_in_place(shape: Shape, sizes: Sizes, weights: list[Tensor]) -> bool:
@@ -167,7 +169,7 @@ def _reads_in_place(shape: Shape, sizes: Sizes, weights: list[Tensor]) -> bool:
     w_hh = weights[1]
     if sizes.full is not None or shape.bidirectional or w_hh.dtype not in FULL_DTYPES:
         return False
-    return sizes.batch <= MOST_ROWS_IN_PLACE and w_hh.numel() >= LEAST_WEIGHTS
+    return sizes.batch <= FEW_ROWS or (sizes.batch <= MOST_ROWS_IN_PLACE and w_hh.numel() >= LEAST_WEIGHTS)
 
 
 def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):

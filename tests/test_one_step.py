@@ -68,13 +68,15 @@ def test_other_calls_do_not(used, shape, options, dtype):
     assert not used
 
 
-def test_small_networks_do_not(used, monkeypatch):
+def test_small_networks_with_more_than_few_sequences_do_not(used, monkeypatch):
     monkeypatch.setattr(network, "LEAST_WEIGHTS", 3 * 7 * 7 + 1)
+    few, more = torch.randn(1, network.FEW_ROWS, 5), torch.randn(1, network.FEW_ROWS + 1, 5)
     with torch.no_grad():
-        fastrnn.GRU(5, 7, backend="cpu")(torch.randn(1, 3, 5))
+        fastrnn.GRU(5, 7, backend="cpu")(more)
         assert not used
-        fastrnn.GRU(5, 8, backend="cpu")(torch.randn(1, 3, 5))
-    assert len(used) == 1
+        fastrnn.GRU(5, 8, backend="cpu")(more)
+        fastrnn.GRU(5, 7, backend="cpu")(few)
+    assert len(used) == 2
 
 
 def test_weights_changed_by_any_means_count(used):
