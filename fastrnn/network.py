@@ -29,13 +29,13 @@ than the C++ library."""
 
 
 _STEPS = {}
-"""The operation of one step, by cell. An argument more takes a fiftieth of a small step, so each cell has its own."""
+"""The operation of one step, by cell: each has its own, since one more argument takes a fiftieth of a small step."""
 if cpu.MISSING is None:
     _library = torch.library.Library("fastrnn_c", "IMPL")
     for _cell in KNOWN_CELLS:
-        # It has no gradient, and needs none where it is called: autograd need not look at its arguments.
+        # It has no gradient, and its callers want none: autograd need not look at its arguments.
         _library.impl(f"{_cell}_step", torch.library.fallthrough_kernel, "AutogradCPU")
-        _STEPS[_cell] = getattr(torch.ops.fastrnn_c, f"{_cell}_step").default._op  # called from C
+        _STEPS[_cell] = getattr(torch.ops.fastrnn_c, f"{_cell}_step").default._op  # what its __call__ calls
 
 FULL_DTYPES = (torch.float32, torch.float64)
 
@@ -160,8 +160,8 @@ def _packed_as(input: PackedSequence, y: Tensor, h_n: Tensor, c_n: Tensor | None
 
 FEW_ROWS = 4
 LEAST_WEIGHTS = 1 << 16
-"""More sequences than FEW_ROWS read the weights in place only where W_hh has at least LEAST_WEIGHTS elements. The product
-of many rows is faster with a packed matrix, and a small matrix is packed fast."""
+"""More sequences than FEW_ROWS read the weights in place only where W_hh has at least LEAST_WEIGHTS elements. The
+product of many rows is faster with a packed matrix, and a small matrix is packed fast."""
 
 
 def _reads_in_place(shape: Shape, sizes: Sizes, weights: list[Tensor]) -> bool:
