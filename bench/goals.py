@@ -69,18 +69,24 @@ def over_fair_share(record: dict) -> float | None:
     return record["contestants"]["fastrnn"]["over fair share"]["median"] if record["suite"] == "busy" else None
 
 
-LSTM, OTHERS = ("lstm",), ("gru", "rnn_tanh")
+LSTM, GRU, OTHERS = ("lstm",), ("gru",), ("gru", "rnn_tanh")
 TRAINING, FORWARD = ("train",), ("infer",)
-LONG = {"H": (128, 256, 512), "B": (16, 32, 64, 256), "T": (50, 64, 100)}
+FULL, HALF = ("float32",), ("bfloat16",)
 BY_PRODUCTS = "torch's LSTM is one operation, too, whose products take most of the time"
 BY_CALL = "the arithmetic takes a few microseconds; Python, autograd and the allocation of tensors take the rest"
+BY_DOTS = "without an instruction for bfloat16, products are those of float32, and conversions come on top"
 
 GOALS = (
-    Goal("LSTM, training, B 16 to 256, H 128 to 512", 0.8, of_suite("throughput", cell=LSTM, mode=TRAINING, **LONG),
+    Goal("LSTM, training, B 16 to 256, H 128 to 512", 0.8, of_suite("grid", cell=LSTM, mode=TRAINING, dtype=FULL),
          BY_PRODUCTS),
-    Goal("LSTM, forward, the same", 0.92, of_suite("throughput", cell=LSTM, mode=FORWARD, **LONG), BY_PRODUCTS),
-    Goal("GRU and RNN, training, the same", 0.45, of_suite("throughput", cell=OTHERS, mode=TRAINING, **LONG),
+    Goal("LSTM, forward, the same", 0.92, of_suite("grid", cell=LSTM, mode=FORWARD, dtype=FULL), BY_PRODUCTS),
+    Goal("GRU and RNN, training, the same", 0.45, of_suite("grid", cell=OTHERS, mode=TRAINING, dtype=FULL),
          "the products alone take most of that"),
+    Goal("GRU and RNN, forward, the same", 0.5, of_suite("grid", cell=OTHERS, mode=FORWARD, dtype=FULL),
+         "the products alone take most of that"),
+    Goal("LSTM in bfloat16, training, to H 256", 0.75, of_suite("grid", cell=LSTM, mode=TRAINING, dtype=HALF), BY_DOTS),
+    Goal("LSTM in bfloat16, forward, the same", 0.92, of_suite("grid", cell=LSTM, mode=FORWARD, dtype=HALF), BY_DOTS),
+    Goal("GRU in bfloat16, training and forward, the same", 0.35, of_suite("grid", cell=GRU, dtype=HALF), BY_DOTS),
     Goal("LSTM, short calls, training", 0.5, of_suite("short", cell=LSTM, mode=TRAINING), BY_CALL),
     Goal("LSTM, short calls, forward", 0.45, of_suite("short", cell=LSTM, mode=FORWARD), BY_CALL),
     Goal("GRU and RNN, short calls, training", 0.25, of_suite("short", cell=OTHERS, mode=TRAINING),

@@ -150,7 +150,8 @@ def cpu_rate(dtype: torch.dtype) -> float:
     size = 1024
     x, weight = (torch.randn(size, size).to(dtype) for _ in range(2))
     products = [lambda: F.linear(x, weight)]
-    if torch.backends.mkldnn.is_available():
+    multiplies = dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.backends.mkldnn.is_available() and multiplies:
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
     least = math.inf
     for _ in range(15):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import busy, cases, contestants, feature_cases, heads, memory, own_cells, packed, rivals, short, streams
+from . import busy, cases, contestants, feature_cases, grid, heads, memory, own_cells, packed, rivals, short, streams
 from .contestants import LOOPS, Contestant
 from .problem import Model, Problem
 
@@ -60,6 +60,10 @@ SUITES = {
     "heads": Suite(
         heads.CASES, lambda case: heads.CONTESTANTS, heads.reference, (heads.DENSE,), "ratio", session_seconds=60.0,
         case_seconds=10.0,
+    ),
+    "grid": Suite(
+        grid.CASES, lambda case: short.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",
+        session_seconds=150.0, case_seconds=3.0,
     ),
     "short": Suite(
         short.CASES, lambda case: short.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",

@@ -129,6 +129,7 @@ TABLES = {
             lambda records: throughput(records, "dense")
         ),
     },
+    "grid": {"Time of plain calls from small to large relative to torch.nn's (below 1 is faster)": throughput},
     "short": {"Time of short calls relative to torch.nn's (below 1 is faster)": throughput},
     "streams": {"Time of one step of a stream relative to torch.nn's module at T = 1 (below 1 is faster)": throughput},
     "packed": {
