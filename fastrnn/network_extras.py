@@ -105,7 +105,8 @@ def watched(
     """`run` for a call with a monitor, which is told of it. `input`: of the module's forward."""
     states = [state for state in (inputs.h0, inputs.c0) if state is not None]
     count = len(spec_of(shape.cell).states)
-    call = _call(shape, inputs.x, states, checked, input if sizes.packed else None, sizes, differentiated)
+    request = _request(shape, weights[1], inputs.x.dtype, checked, sizes, differentiated)
+    call = _call(shape, inputs.x, states, checked, input if sizes.packed else None, sizes, request)
     call, notes = checked.watch.begin(call)
     if states:  # a monitor may have put others in their place
         states = [state.squeeze(1) if sizes.unbatched else state for state in call.states]
@@ -115,14 +116,25 @@ def watched(
     return y, *found
 
 
+def _request(
+    shape: Shape, w_hh: Tensor, dtype: torch.dtype, checked: Checked, sizes: Sizes, gradients: bool
+) -> Request:
+    """As of `checks.check`: without the tap that only a monitor asks for."""
+    units, P = w_hh.shape[0] // len(spec_of(shape.cell).gates), w_hh.shape[1] if shape.projects else 0
+    features = checked.features - {"tap"} if checked.tap is None else checked.features
+    features |= {"projection"} if shape.projects else set()
+    filled = sizes.rows / (sizes.steps * sizes.batch) if sizes.packed else None
+    return Request(shape.cell, "cpu", dtype, units, P, features, sizes.steps, sizes.batch, filled, gradients)
+
+
 def _call(
-    shape: Shape, x: Tensor, states, checked: Checked, packed: PackedSequence | None, sizes: Sizes, gradients: bool
+    shape: Shape, x: Tensor, states, checked: Checked, packed: PackedSequence | None, sizes: Sizes, request: Request
 ) -> Call:
     """What a monitor is told of a call."""
     if not states:  # the monitor asks for the sizes
         states = [x.new_empty(sizes.walks, sizes.batch, 0)] * len(spec_of(shape.cell).states)
     elif sizes.unbatched:
         states = [state.unsqueeze(1) for state in states]
-    bounds, request = checked.bounds, Request(shape.cell, "cpu", x.dtype, 0, gradients=gradients)
+    bounds = checked.bounds
     options = Options(*shape[:3], clip_norm=bounds.norm, clip_value=bounds.value)
     return Call(x, tuple(states), options, request, None, checked.reset_mask, checked.tap, packed)

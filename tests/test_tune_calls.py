@@ -52,6 +52,43 @@ def test_a_models_calls_are_those_that_its_networks_make_and_it_stays_as_it_was(
     assert "_watch" not in vars(model.rnn)
 
 
+CALLS = {
+    "plain": ({}, {}),
+    "batch first": ({"batch_first": True}, {}),
+    "unbatched": ({}, {}),
+    "packed": ({}, {}),
+    "clip": ({"clip_state_grad_norm": 1.0}, {}),
+    "resets": ({}, {"reset_mask": torch.zeros(5, 3, dtype=torch.bool)}),
+    "tap": ({}, {"tap": torch.zeros(1, 2, 2, 5, 3, requires_grad=True)}),
+    "projection": ({"proj_size": 2}, {}),
+}
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_told_in_the_same_words_on_every_path(name, gradients, monkeypatch):
+    options, call = CALLS[name]
+    module = fastrnn.LSTM(4, 6, backend="cpu", **options)
+    x = torch.randn(*((3, 5) if name == "batch first" else (5,) if name == "unbatched" else (5, 3)), 4)
+    if name == "packed":
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 1]), enforce_sorted=False)
+    told = []
+
+    def request():
+        ((_, found),) = told
+        told.clear()
+        return found
+
+    monkeypatch.setitem(vars(module), "_watch", tuning._Listener(module, told))
+    with torch.set_grad_enabled(gradients):
+        module(x, **call)
+        by_operation = request()
+        monkeypatch.setattr("fastrnn.network.takes", lambda *sizes: False)
+        module(x, **call)
+    assert by_operation == request()
+
+
 @pytest.mark.parametrize("module", [None, "lstm", fastrnn.GRU])
 def test_what_is_no_module_is_refused(module):
     with pytest.raises(TypeError, match="tune takes a module and the arguments of its call"):
