@@ -63,7 +63,7 @@ SUITES = {
     ),
     "grid": Suite(
         grid.CASES, lambda case: short.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",
-        session_seconds=150.0, case_seconds=3.0,
+        session_seconds=180.0, case_seconds=3.0,
     ),
     "short": Suite(
         short.CASES, lambda case: short.CONTESTANTS, contestants.reference, ("torch.nn",), "ratio",
