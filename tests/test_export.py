@@ -176,6 +176,7 @@ for line in sys.stdin:
         run = torch._inductor.aoti_load_package(path) if package else torch.export.load(path).module()
         with torch.no_grad():
             for got, want in zip(run(*given), wanted, strict=True):
+                assert (got.dtype, got.shape) == (want.dtype, want.shape)
                 assert torch.allclose(got, want, rtol=1e-5, atol=3e-6), (got - want).abs().max()
         assert "fastrnn" not in sys.modules
     except Exception:

@@ -62,7 +62,9 @@ assert fastrnn.explain(module, x).chosen == "cpu"
 output, _ = module(x)
 module.backend = "reference"
 # float64 in another order. torch.testing would import more than all of this.
-assert torch.allclose(output, module(x)[0], rtol=1e-9, atol=1e-12)
+want, _ = module(x)
+assert (output.dtype, output.shape) == (want.dtype, want.shape)
+assert torch.allclose(output, want, rtol=1e-9, atol=1e-12)
 print(fastrnn.__file__)
 """
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from one_operation import only_the_operation  # noqa: F401, a fixture
 from setups import needs_cpu_library
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import functional, network
+from fastrnn import network
 
 pytestmark = needs_cpu_library
 KINDS = [("LSTM", {}), ("GRU", {}), ("RNN", {"nonlinearity": "relu"})]
@@ -21,18 +22,6 @@ CALLS = {  # the module's options, and what the forward gets
     "all": (BOTH_BOUNDS, ("tap", "reset_mask")),
 }
 kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
-
-
-@pytest.fixture
-def only_the_operation(monkeypatch):
-    """Makes the general path fail on backend `cpu`."""
-    general = functional.recurrent
-
-    def recurrent(cell, input, hx, params, backend, **options):
-        assert backend == "reference"
-        return general(cell, input, hx, params, backend, **options)
-
-    monkeypatch.setattr(functional, "recurrent", recurrent)
 
 
 def made(kind, input_size=3, hidden_size=5, **options):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from one_operation import only_the_operation  # noqa: F401, a fixture
 from setups import needs_cpu_library
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import functional, network
+from fastrnn import network
 
 pytestmark = needs_cpu_library
 I, H, P = 3, 5, 2
@@ -16,18 +17,6 @@ LAYOUTS = [
 ]  # fmt: skip
 BOUNDS = {"clip_state_grad_norm": 0.3, "clip_state_grad_value": 0.1}
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-
-
-@pytest.fixture
-def only_the_operation(monkeypatch):
-    """Makes the general path fail on backend `cpu`."""
-    general = functional.recurrent
-
-    def recurrent(cell, input, hx, params, backend, **options):
-        assert backend == "reference"
-        return general(cell, input, hx, params, backend, **options)
-
-    monkeypatch.setattr(functional, "recurrent", recurrent)
 
 
 def made(dtype=torch.float64, sizes=(I, H, P), **options):

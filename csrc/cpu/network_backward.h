@@ -183,8 +183,6 @@ class NetworkBackward : NetworkBase<Storage> {
     share(rows, grain / H + 1, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
   }
 
-  int64_t dgh_rows(const Chunk& now) const { return cell_.distinct_dgh ? now.rows : 0; }
-
   // The states [B, columns] of all sequences after step t of a walk, from rows `stride` apart; of those that
   // it has not begun, the initial ones. `merged` holds the states where they come from both.
   template <class X>
