@@ -5,6 +5,7 @@ hand; for others, the general path multiplies by oneDNN or MKL.
 """
 
 from collections.abc import Callable
+from functools import cache
 from operator import itemgetter
 
 import torch
@@ -19,7 +20,7 @@ from . import aten
 from .aten import KNOWN_CELLS
 from .backends import cpu
 from .cell_table import network_shapes, spec_of
-from .linear import MOST_ROWS_IN_PLACE, has_own
+from .linear import MOST_ROWS_IN_PLACE, ONEDNN
 from .network_extras import PLAIN, Checked, Extras, Sizes, check, watched
 from .network_function import Inputs, Shape, run
 
@@ -40,6 +41,12 @@ if cpu.MISSING is None:
 FULL_DTYPES = (torch.float32, torch.float64)
 
 
+@cache
+def takes_long_calls() -> bool:
+    """Whether the operation is the fastest in long calls, too: on AMD's processors with AVX2, and with AVX-512."""
+    return ONEDNN and cpu.MISSING is None and torch.ops.fastrnn_c.prefers_network()
+
+
 def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size: int, outputs: int) -> bool:
     """Whether the operation is there and has no product that the general path would do faster.
 
@@ -47,7 +54,7 @@ def takes(cell: str, dtype: torch.dtype, rows: int, input_size: int, hidden_size
     """
     widest = max(input_size, outputs)
     work = rows * len(spec_of(cell).gates) * hidden_size * widest
-    return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and has_own()))
+    return cpu.MISSING is None and (work <= LARGEST_PRODUCT or (dtype != torch.float64 and takes_long_calls()))
 
 
 WITH_LENGTHS = frozenset({"lengths"})

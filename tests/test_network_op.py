@@ -68,7 +68,7 @@ def test_outputs_and_all_gradients_are_torch_nns(kind, options, layout, batch, g
 def test_other_dtypes(monkeypatch, kind, dtype, tolerance, large):
     """Of all sizes where the C++ library's product is the fastest."""
     if large:
-        monkeypatch.setattr(network, "has_own", lambda: True)
+        monkeypatch.setattr(network, "takes_long_calls", lambda: True)
         monkeypatch.setattr(network, "LARGEST_PRODUCT", 0)
     _, ours = twins(kind, dtype)
     exact, _ = twins(kind, torch.float64)
@@ -192,7 +192,7 @@ LONG = [
 @pytest.mark.usefixtures("only_the_operation")
 def test_a_long_call_goes_in_chunks_of_steps(monkeypatch, kind, options, steps, batch, input_size, hidden_size):
     """With the products that only some processors take, on any. Not a multiple of the panels' width, nor of a chunk."""
-    monkeypatch.setattr(network, "has_own", lambda: True)
+    monkeypatch.setattr(network, "takes_long_calls", lambda: True)
     torch.manual_seed(2)
     ours = getattr(fastrnn, kind)(input_size, hidden_size, backend="cpu", **options)
     exact = getattr(torch.nn, kind)(input_size, hidden_size, dtype=torch.float64, **options)

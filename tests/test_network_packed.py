@@ -83,7 +83,7 @@ def test_outputs_and_all_gradients_are_torch_nns(kind, options, layout, lengths,
 )
 def test_many_rows_go_in_chunks_of_steps(monkeypatch, kind, options, dtype, tolerance):
     """As where the C++ library's product is the fastest. The sequences end, and begin, in different chunks."""
-    monkeypatch.setattr(network, "has_own", lambda: True)
+    monkeypatch.setattr(network, "takes_long_calls", lambda: True)
     lengths = torch.randint(1, 150, (17,), generator=torch.Generator().manual_seed(5)).tolist()
     theirs, ours = twins(kind, 33, 72, dtype, **options)
     theirs.load_state_dict(ours.state_dict())

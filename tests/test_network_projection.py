@@ -115,7 +115,7 @@ def test_packed_rows_and_lengths_are_torch_nns(layout):
 @pytest.mark.usefixtures("only_the_operation")
 def test_a_long_call_goes_in_chunks_of_steps(monkeypatch, dtype, tolerance, layout, lengths):
     """With the products that only some processors take, on any; of no size that is a multiple of a panel's width."""
-    monkeypatch.setattr(network, "has_own", lambda: True)
+    monkeypatch.setattr(network, "takes_long_calls", lambda: True)
     ours = made(dtype, (33, 96, 40), **layout)
     theirs = twin(ours)
     x, states = torch.randn(100, 13, 33, dtype=torch.float64), states_of(ours, 13)

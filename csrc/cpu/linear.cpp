@@ -45,14 +45,21 @@ bool prefers_linear() {
 #endif
 }
 
+// Whether a whole network with these products is faster than one with MKL's and oneDNN's, in long calls, too:
+// where that was measured, and on all processors with AVX-512.
+bool prefers_network() { return prefers_linear() || widest_vectors() == Vectors::avx512; }
+
 // Chooses, for all later calls, how the products that may go by pairs are computed: PairProducts, as a
 // number. Returns the choice before. For tests, which reach the code around an instruction that few
 // processors have.
 int64_t choose_pair_products(int64_t chosen) {
-  const bool portable = chosen == static_cast<int64_t>(PairProducts::portable);
-  const bool known = chosen == 0 || portable || chosen == static_cast<int64_t>(fastest_pair_products());
-  check(known, "this processor has no pair products of kind ", chosen);
-  return static_cast<int64_t>(pair_products().exchange(static_cast<PairProducts>(chosen)));
+  const PairProducts kind = static_cast<PairProducts>(chosen);
+  const bool anywhere = kind == PairProducts::none || kind == PairProducts::portable ||
+                        kind == PairProducts::portable_tiles;
+  const bool avx512 = kind == PairProducts::avx512 && may_use_avx512_pairs();
+  check(anywhere || avx512 || kind == fastest_pair_products(), "this processor has no pair products of kind ",
+        chosen);
+  return static_cast<int64_t>(pair_products().exchange(kind));
 }
 
 }  // namespace
@@ -61,11 +68,13 @@ int64_t choose_pair_products(int64_t chosen) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("prefers_linear() -> bool");
+  m.def("prefers_network() -> bool");
   m.def("choose_pair_products(int chosen) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) { m.impl("linear", TORCH_BOX(&fastrnn::linear)); }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CompositeExplicitAutograd, m) {
   m.impl("prefers_linear", TORCH_BOX(&fastrnn::prefers_linear));
+  m.impl("prefers_network", TORCH_BOX(&fastrnn::prefers_network));
   m.impl("choose_pair_products", TORCH_BOX(&fastrnn::choose_pair_products));
 }

@@ -60,8 +60,6 @@ inline NetworkWeights weights_of(const Tensor* all, int64_t k, const NetworkSize
           sizes.projects ? after_w_hh + 2 * bias : nullptr};
 }
 
-constexpr int64_t grain_of_copies = 1 << 16;  // numbers that are worth waking a thread
-
 // What the backward needs, in one piece of memory: of each layer y [rows, D * P], of each walk `saved`
 // [rows, saved * H], both in the storage type, and of each walk c [rows, H] in the type of the arithmetic.
 template <class Storage>

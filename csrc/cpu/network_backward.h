@@ -82,19 +82,29 @@ class NetworkBackward : NetworkBase<Storage> {
   }
 
  private:
+  static constexpr bool half = !std::is_same_v<Storage, A>;
+
   // What the scan of a chunk writes, beside what the weights of the walk were multiplied with; and sums over
   // the chunks for the biases.
   struct Work {
     Aligned<Storage> dgx, dgh, dh_new;  // [rows, gates * H], the second where it differs, and [rows, P]
-    Buffer<A> h_prev, unprojected;      // [rows, P], [rows, H]
+    Aligned<Storage> h_prev;            // [rows, P]
+    Buffer<A> unprojected;              // [rows, H]
+    Aligned<A> dh_between;              // [B, P], from one chunk to the one before
+    // The sums over the chunks: in a half type, they are rounded once.
+    Aligned<A> dw_ih, dw_hh, dw_hr;
     std::vector<double> db_ih, db_hh;
 
-    Work(int64_t rows, const NetworkSizes& sizes, const CellTraits& cell)
+    Work(int64_t rows, int64_t inputs, const NetworkSizes& sizes, const CellTraits& cell)
         : dgx(rows * cell.gates * sizes.H),
           dgh(cell.distinct_dgh ? rows * cell.gates * sizes.H : 0),
           dh_new(sizes.projects ? rows * sizes.P : 0),
-          h_prev(rows, sizes.P),
+          h_prev(rows * sizes.P),
           unprojected(sizes.projects ? rows : 0, sizes.H),
+          dh_between(sizes.B * sizes.P),
+          dw_ih(half ? cell.gates * sizes.H * inputs : 0),
+          dw_hh(half ? cell.gates * sizes.H * sizes.P : 0),
+          dw_hr(half && sizes.projects ? sizes.P * sizes.H : 0),
           db_ih(cell.gates * sizes.H),
           db_hh(cell.distinct_dgh ? cell.gates * sizes.H : 0) {}
   };
@@ -112,8 +122,9 @@ class NetworkBackward : NetworkBase<Storage> {
     const NetworkWeights weights = weights_of(weights_.data(), k, sizes_);
     scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr, false);
     if (weights.w_hr) scan.weights.w_hr = projection(matrix_of<Storage>(*weights.w_hr));
-    MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0);
-    Work work(most_rows_, sizes_, cell_);
+    MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0,
+                                    reads_storage<Storage>());
+    Work work(most_rows_, inputs, sizes_, cell_);
     const Steps<const Storage> first_h = state_of<Storage>(h0, k, no_h_);
     const Steps<const A> first_c = has_c_ ? state_of<A>(c0, k, no_c_) : Steps<const A>{};
     std::vector<Storage> h_before;
@@ -130,13 +141,22 @@ class NetworkBackward : NetworkBase<Storage> {
         scan.h0 = states_after<Storage>(before, P, y, sizes_.outputs(), first_h, h_before);
         if (has_c_) scan.c0 = states_after<A>(before, H, memory.c(layer, d), H, first_c, c_before);
       }
+      if (number > 0)
+        scan.dh_before = {work.dh_between.data(), 0, P, 1};
+      else
+        scan.dh_before = {};
       call_.run(scan, cell_.gates);
-      scan.dh_n = {scan.dh0.data, 0, P, 1}, scan.dc_n = {scan.dc0.data, 0, H, 1};
-      Widened<Storage> of_x(work.dgx.data(), now.rows, width_);
-      of_weights(scan, now, of_x.rows(), input, inputs, work, found, number + 1 < chunks_.size());
+      scan.dh_after = {work.dh_between.data(), 0, P, 1}, scan.dc_n = {scan.dc0.data, 0, H, 1};
+      const Operand<Storage> of_x(work.dgx.data(), now.rows, width_);
+      of_weights(scan, now, of_x, input, inputs, work, found, number + 1 < chunks_.size());
       if (to != nullptr)
-        product_into(to_input, of_x.rows(), 1, now.rows, inputs, to + now.first * inputs, d > 0);
+        of_x.with_rows(0, [&](auto rows) {
+          product_into(to_input, rows, 1, now.rows, inputs, to + now.first * inputs, d > 0);
+        });
     }
+    store_matrix(work.dw_ih, found.w_ih);
+    store_matrix(work.dw_hh, found.w_hh);
+    if (sizes_.projects) store_matrix(work.dw_hr, *found.w_hr);
     if (!sizes_.bias) return;
     store_sums<Storage>(work.db_ih, *found.b_ih);
     store_sums<Storage>(cell_.distinct_dgh ? work.db_hh : work.db_ih, *found.b_hh);
@@ -156,23 +176,29 @@ class NetworkBackward : NetworkBase<Storage> {
 
   // The gradients of the weights, in `found` and in the sums for the biases: their part of a chunk, which is
   // added if `adds`. `dgx`: of the chunk; `input`: of all rows.
-  void of_weights(const BackwardScan<Storage>& scan, const Chunk& now, RowView<const A> dgx,
+  void of_weights(const BackwardScan<Storage>& scan, const Chunk& now, const Operand<Storage>& dgx,
                   const Storage* input, int64_t inputs, Work& work, const NetworkWeights& found,
                   bool adds) const {
     const int64_t rows = now.rows, H = sizes_.H, P = sizes_.P;
-    previous_states(scan, now, work.h_prev);
-    Widened<Storage> distinct(work.dgh.data(), cell_.distinct_dgh ? rows : 0, width_);
-    const RowView<const A> dgh = cell_.distinct_dgh ? distinct.rows() : dgx;
-    of_matrix(dgx, matrix_of<Storage>(input + now.first * inputs, rows, inputs), found.w_ih, adds);
-    of_matrix(dgh, Matrix<A>{work.h_prev[0], rows, P, padded<A>(P), 1}, found.w_hh, adds);
+    previous_states(scan, now, work.h_prev.data());
+    const Operand<Storage> distinct(work.dgh.data(), cell_.distinct_dgh ? rows : 0, width_);
+    const Operand<Storage>& dgh = cell_.distinct_dgh ? distinct : dgx;
+    A *const dw_ih = sums_of(found.w_ih, work.dw_ih), *const dw_hh = sums_of(found.w_hh, work.dw_hh);
+    of_matrix(dgx, matrix_of<Storage>(input + now.first * inputs, rows, inputs), width_, dw_ih, adds);
+    const Operand<Storage> h_prev(work.h_prev.data(), rows, P);
+    h_prev.with_rows(0, [&](auto h) { of_matrix(dgh, matrix_of(h.data, rows, P), width_, dw_hh, adds); });
     if (sizes_.projects) {
       unproject(scan, rows, work.unprojected);
-      Widened<Storage> dh_new(work.dh_new.data(), rows, P);
-      of_matrix(dh_new.rows(), Matrix<A>{work.unprojected[0], rows, H, padded<A>(H), 1}, *found.w_hr, adds);
+      Aligned<A> dh_new(rows * P);
+      const Read<Storage, A> row{P, {work.dh_new.data(), P}, 1, {dh_new.data(), P}};
+      share_rows(rows, P, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
+      of_matrix(RowView<const A>{dh_new.data(), P},
+                Matrix<A>{work.unprojected[0], rows, H, padded<A>(H), 1}, P,
+                sums_of(*found.w_hr, work.dw_hr), adds);
     }
     if (!sizes_.bias) return;
-    add_rows(dgx, rows, work.db_ih);
-    if (cell_.distinct_dgh) add_rows(dgh, rows, work.db_hh);
+    add_rows(RowView<const Storage>{work.dgx.data(), width_}, rows, work.db_ih);
+    if (cell_.distinct_dgh) add_rows(RowView<const Storage>{work.dgh.data(), width_}, rows, work.db_hh);
   }
 
   // h before the projection of a chunk's rows, [rows, H].
@@ -199,14 +225,32 @@ class NetworkBackward : NetworkBase<Storage> {
     return {merged.data(), 0, columns, 1};
   }
 
-  // The gradient of a matrix, `found` = the transpose of dout [rows, its outputs] times the rows that the
-  // matrix was multiplied with; or its part of these rows, added, if `adds`.
+  // Where the gradient of a matrix is summed: `own` in a half type.
+  static A* sums_of(const Tensor& found, const Aligned<A>& own) {
+    return half ? own.data() : static_cast<A*>(found.mutable_data_ptr());
+  }
+
+  static void store_matrix(const Aligned<A>& sums, const Tensor& to) {
+    if constexpr (half) {
+      const int64_t rows = to.size(0), columns = to.size(1);
+      const Write<Storage, A> row{
+          columns, {sums.data(), columns}, {static_cast<Storage*>(to.mutable_data_ptr()), columns}};
+      share_rows(rows, columns, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
+    }
+  }
+
+  // The gradient of a matrix with `outputs` rows: the transpose of dout [rows, outputs] times the rows that
+  // the matrix was multiplied with; or its part of these rows, added, if `adds`.
   template <class In>
-  void of_matrix(RowView<const A> dout, const Matrix<In>& multiplied, const Tensor& found, bool adds) const {
-    const int64_t outputs = found.size(0);
-    MatrixProduct<In> product(multiplied, nullptr, outputs);
-    product_into(product, {dout.data, 1}, dout.stride, outputs, multiplied.N,
-                 static_cast<Storage*>(found.mutable_data_ptr()), adds);
+  void of_matrix(const Operand<Storage>& dout, const Matrix<In>& multiplied, int64_t outputs, A* sums,
+                 bool adds) const {
+    dout.with_rows(0, [&](auto rows) { of_matrix(rows, multiplied, outputs, sums, adds); });
+  }
+  template <class Left, class In>
+  void of_matrix(RowView<const Left> dout, const Matrix<In>& multiplied, int64_t outputs, A* sums,
+                 bool adds) const {
+    MatrixProduct<In> product(multiplied, nullptr, outputs, reads_storage<Storage>());
+    product_into(product, RowView<const Left>{dout.data, 1}, dout.stride, outputs, multiplied.N, sums, adds);
   }
 
   // Of packed rows, those after the end of a sequence are zero.
@@ -229,19 +273,24 @@ class NetworkBackward : NetworkBase<Storage> {
   }
 
   // The state that each step of the chunk starts from, [rows, P].
-  void previous_states(const BackwardScan<Storage>& scan, const Chunk& now, const Buffer<A>& to) const {
+  void previous_states(const BackwardScan<Storage>& scan, const Chunk& now, Storage* to) const {
     const int64_t P = sizes_.P;
     share(scan.T, grain_of_copies / std::max<int64_t>(sizes_.B * P, 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = scan.step(i), time = now.time + t, running = sizes_.running(time);
         // Of a walk back in time, the sequences from `old` on begin at this step.
         const int64_t old = i == 0 ? 0 : std::min(running, sizes_.running(now.time + scan.step(i - 1)));
-        RowView<A> rows{to[sizes_.row(time) - now.first], sizes_.b_step() * padded<A>(P)};
-        if (old > 0)
-          walk_rows(Read<Storage, A>{P, scan.y.at(scan.step(i - 1), 0), scan.y.j_stride, rows}, 0, old);
-        walk_rows(Read<Storage, A>{P, scan.h0.at(0, 0), scan.h0.j_stride, rows}, old, running);
-        for (int64_t b = 0; scan.flags && b < running; ++b)
-          if (scan.flagged(t, b, reset)) std::fill_n(rows[b], P, A(0));
+        const RowView<Storage> rows{to + (sizes_.row(time) - now.first) * P, sizes_.b_step() * P};
+        for (int64_t b = 0; b < running; ++b) {
+          if (scan.flags && scan.flagged(t, b, reset)) {
+            std::fill_n(rows[b], P, Storage{});
+          } else if (b < old) {
+            std::copy_n(scan.y.at(scan.step(i - 1), b).data, P, rows[b]);
+          } else {
+            const Storage* first = scan.h0.at(0, b).data;
+            for (int64_t j = 0; j < P; ++j) rows[b][j] = first[j * scan.h0.j_stride];
+          }
+        }
       }
     });
   }

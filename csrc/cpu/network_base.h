@@ -47,10 +47,9 @@ class NetworkBase {
   };
 
   // Divides the steps into chunks, in the order of time. There is a single one where the rows of a step are
-  // not side by side, and in a half type: the gradient of h would be rounded between two.
+  // not side by side.
   void divide() {
-    const bool whole = sizes_.batch_first || !std::is_same_v<Storage, A>;
-    const int64_t most = whole ? sizes_.rows() : NetworkSizes::rows_of_chunk(width_);
+    const int64_t most = sizes_.batch_first ? sizes_.rows() : NetworkSizes::rows_of_chunk(width_);
     for (int64_t time = 0; time < sizes_.T;) {
       Chunk next{time, 0, sizes_.row(time), 0};
       do next.rows += sizes_.running(time + next.steps++);

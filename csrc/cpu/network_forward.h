@@ -45,9 +45,9 @@ class NetworkForward : NetworkBase<Storage> {
     if (!save) memory.output = output;
     for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
       const Storage* input = layer == 0 ? data_of<Storage>(x_) : memory.y(layer - 1);
-      Widened<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
+      const Operand<Storage> rows(input, sizes_.rows(), sizes_.inputs(layer));
       for (int64_t d = 0; d < sizes_.directions; ++d)
-        walk_forward(layer, d, rows.rows(), h0, c0, memory, save, h_n, c_n);
+        walk_forward(layer, d, rows, h0, c0, memory, save, h_n, c_n);
     }
     if (save) {
       const Storage* last = memory.y(sizes_.layers - 1);
@@ -59,7 +59,7 @@ class NetworkForward : NetworkBase<Storage> {
 
  private:
   // One layer in one direction. `input`: all rows of the layer's input.
-  void walk_forward(int64_t layer, int64_t d, RowView<const A> input, const Optional& h0, const Optional& c0,
+  void walk_forward(int64_t layer, int64_t d, const Operand<Storage>& input, const Optional& h0, const Optional& c0,
                     const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
                     const Tensor& c_n) const {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, P = sizes_.P;
@@ -95,11 +95,12 @@ class NetworkForward : NetworkBase<Storage> {
       RowView<A> gx = gx_of_chunk;
       if constexpr (std::is_same_v<Storage, A>)
         if (in_saved) gx = {scan.saved.data, cell_.saved * H};
-      product({input[now.first], input.stride}, 1, now.rows, gx);
+      input.with_rows(now.first, [&](auto rows) { product(rows, 1, now.rows, gx); });
       if constexpr (std::is_same_v<Storage, A>) {
         scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride, now.time);
       } else {
-        walk_rows(Write<Storage, A>{width_, {gx.data, gx.stride}, {narrowed.data(), width_}}, 0, now.rows);
+        const Write<Storage, A> row{width_, {gx.data, gx.stride}, {narrowed.data(), width_}};
+        share_rows(now.rows, width_, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
         scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_, now.time);
       }
       call_.run(scan, cell_.gates);

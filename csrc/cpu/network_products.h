@@ -9,6 +9,8 @@
 
 namespace fastrnn {
 
+constexpr int64_t grain_of_copies = 1 << 16;  // numbers that are worth waking a thread
+
 // [rows, columns] of memory as the right operand of products, or its transpose.
 template <class Storage>
 Matrix<Storage> matrix_of(const Storage* data, int64_t rows, int64_t columns) {
@@ -25,6 +27,13 @@ Matrix<Storage> transposed(const Matrix<Storage>& m) {
   return {m.data, m.N, m.K, m.n_stride, m.k_stride};
 }
 
+// Whether products read their left operand in the type of the storage.
+template <class Storage>
+bool reads_storage() {
+  if constexpr (std::is_same_v<Storage, BFloat16>) return by_tiles(pair_products());
+  return std::is_same_v<Storage, typename Arithmetic<Storage>::type>;
+}
+
 // Products with one matrix [K, N], whose threads share the rows: the short ones pack it as they read it, the
 // long ones beforehand.
 template <class Storage>
@@ -35,68 +44,88 @@ class MatrixProduct {
   // `rows`: of all products with this matrix. `bias` [N] or null. `exact`: as of Packed.
   MatrixProduct(const Matrix<Storage>& matrix, const A* bias, int64_t rows, bool exact = false)
       : long_(std::is_same_v<Storage, A> && rows * matrix.K * matrix.N > longest_short),
-        packed_(matrix, !long_, bias, exact) {}
+        packed_(matrix, !long_ && (!by_tiles() || rows <= rows_by_tiles), bias, exact) {}
 
   // out [rows, padded(N)] = in [rows, K] times the matrix, plus the bias, or plus what `out` holds if `adds`.
-  // The elements of a row of `in` are in_stride apart.
-  void operator()(RowView<const A> in, int64_t in_stride, int64_t rows, RowView<A> out,
+  // The elements of a row of `in` are in_stride apart. In: A, or Storage if `reads_storage`.
+  template <class In>
+  void operator()(RowView<const In> in, int64_t in_stride, int64_t rows, RowView<A> out,
                   bool adds = false) const {
     const Matrix<Storage>& matrix = packed_.matrix;
-    if constexpr (std::is_same_v<Storage, A>)
+    if constexpr (std::is_same_v<Storage, A> && std::is_same_v<In, A>)
       if (long_) return multiply_rows({in.data, rows, matrix.K, in.stride, in_stride}, packed_, out, adds);
-    constexpr int64_t grain = 1 << 20;  // multiplications that are worth waking a thread
-    share(rows, grain / std::max<int64_t>(matrix.K * matrix.N, 1) + 1, [&](int64_t begin, int64_t end) {
-      multiply_rows_of(packed_, in, in_stride, out, adds, begin, end);
-    });
+    const int64_t grain = by_tiles() ? 1 << 23 : 1 << 20;  // multiplications that are worth waking a thread
+    const int64_t unit = by_tiles() ? 2 * rows_of_tile : 1;
+    share((rows + unit - 1) / unit, grain / std::max<int64_t>(unit * matrix.K * matrix.N, 1) + 1,
+          [&](int64_t begin, int64_t end) {
+            multiply_rows_of(packed_, in, in_stride, out, adds, begin * unit, std::min(end * unit, rows));
+          });
   }
 
  private:
-  static constexpr int64_t longest_short = 1 << 23;  // multiplications
+  static constexpr int64_t longest_short = 1 << 23;   // multiplications
+  static constexpr int64_t rows_by_tiles = 64;        // that read the matrix only once
+
+  static bool by_tiles() { return !std::is_same_v<Storage, A> && reads_storage<Storage>(); }
+
   bool long_;
   Packed<Storage> packed_;
 };
 
-// Contiguous rows in the type of the arithmetic: the memory itself, or a copy of a half type.
+// f(begin, end) for parts of `rows` rows of `columns` numbers each, which a pass over the memory takes.
+template <class F>
+void share_rows(int64_t rows, int64_t columns, const F& f) {
+  share(rows, grain_of_copies / std::max<int64_t>(columns, 1) + 1, f);
+}
+
+// Contiguous rows as the left operand of products: as they are where products read them so, or a copy in the
+// type of the arithmetic.
 template <class Storage>
-class Widened {
+class Operand {
  public:
   using A = typename Arithmetic<Storage>::type;
 
-  Widened(const Storage* data, int64_t rows, int64_t columns)
-      : columns_(columns), copy_(std::is_same_v<Storage, A> ? 0 : rows * columns) {
-    if constexpr (std::is_same_v<Storage, A>)
-      data_ = data;
-    else
-      walk_rows(Read<Storage, A>{columns, {data, columns}, 1, {copy_.data(), columns}}, 0, rows);
-    if constexpr (!std::is_same_v<Storage, A>) data_ = copy_.data();
+  Operand(const Storage* data, int64_t rows, int64_t columns)
+      : stored_{data, columns}, copied_(!reads_storage<Storage>()), copy_(copied_ ? rows * columns : 0) {
+    if (!copied_) return;
+    const Read<Storage, A> row{columns, stored_, 1, {copy_.data(), columns}};
+    share_rows(rows, columns, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
   }
-  RowView<const A> rows() const { return {data_, columns_}; }
-  const A* data() const { return data_; }
+
+  // f(rows) with the rows from `first` on, of type Storage or A.
+  template <class F>
+  void with_rows(int64_t first, const F& f) const {
+    if (!copied_) return f(RowView<const Storage>{stored_[first], stored_.stride});
+    if constexpr (!std::is_same_v<Storage, A>)
+      f(RowView<const A>{copy_.data() + first * stored_.stride, stored_.stride});
+  }
 
  private:
-  int64_t columns_;
+  RowView<const Storage> stored_;
+  bool copied_;
   Aligned<A> copy_;
-  const A* data_;
 };
 
 // out [rows, N] contiguous = in [rows, K] times the matrix of the product, plus what `out` holds if `adds`.
-template <class Storage, class Out>
-void product_into(const MatrixProduct<Storage>& product, RowView<const typename Matrix<Storage>::A> in,
-                  int64_t in_stride, int64_t rows, int64_t N, Out* out, bool adds) {
+template <class Storage, class In, class Out>
+void product_into(const MatrixProduct<Storage>& product, RowView<const In> in, int64_t in_stride, int64_t rows,
+                  int64_t N, Out* out, bool adds) {
   using A = typename Matrix<Storage>::A;
   if constexpr (std::is_same_v<Out, A>)
     if (N % panel_width<A> == 0) return product(in, in_stride, rows, {out, N}, adds);
   Buffer<A> found(rows, N);
   product(in, in_stride, rows, found);
-  for (int64_t r = 0; adds && r < rows; ++r)
-    for (int64_t j = 0; j < N; ++j) found[r][j] += widen(out[r * N + j]);
-  walk_rows(Write<Out, A>{N, found, {out, N}}, 0, rows);
+  share_rows(rows, N, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; adds && r < end; ++r)
+      for (int64_t j = 0; j < N; ++j) found[r][j] += widen(out[r * N + j]);
+    walk_rows(Write<Out, A>{N, found, {out, N}}, begin, end);
+  });
 }
 
 // Adds rows of a matrix to `sums`, each column in one chain of doubles.
-template <class A>
+template <class In>
 struct AddRows {
-  RowView<const A> in;
+  RowView<const In> in;
   int64_t rows;
   double* sums;
 
@@ -104,18 +133,18 @@ struct AddRows {
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows; ++r) {
-      const A* row = in[r];
+      const In* row = in[r];
       FASTRNN_SIMD
-      for (int64_t j = begin; j < end; ++j) sums[j] += double(row[j]);
+      for (int64_t j = begin; j < end; ++j) sums[j] += double(widen(row[j]));
     }
   }
 };
 
-template <class A>
-void add_rows(RowView<const A> in, int64_t rows, std::vector<double>& sums) {
+template <class In>
+void add_rows(RowView<const In> in, int64_t rows, std::vector<double>& sums) {
   constexpr int64_t grain = 1 << 17;  // additions that are worth waking a thread
   share(sums.size(), grain / std::max<int64_t>(rows, 1) + 1,
-        [&](int64_t begin, int64_t end) { walk_widest(AddRows<A>{in, rows, sums.data()}, begin, end); });
+        [&](int64_t begin, int64_t end) { walk_widest(AddRows<In>{in, rows, sums.data()}, begin, end); });
 }
 
 template <class Storage>

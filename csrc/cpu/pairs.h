@@ -1,7 +1,5 @@
-// Products of bfloat16 numbers by pairs of terms, as processors with AVX512-BF16 add them: in float32, twice
-// as many terms an instruction as of float32, with weights of half the size.
-//
-// They lose nothing only where the left operand holds bfloat16 numbers: Packed's `exact`.
+// Products of bfloat16 numbers by pairs of terms, as processors with AVX512-BF16 and AMX add them: in float32,
+// more terms an instruction than of float32, with weights of half the size.
 #pragma once
 
 #include <atomic>
@@ -13,20 +11,52 @@
 #define FASTRNN_AVX512_BF16
 #include <immintrin.h>
 #endif
+#if defined(FASTRNN_AVX512_BF16) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define FASTRNN_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastrnn {
 
-using Pair = uint32_t;  // two terms, the first in the lower half
+using Pair = uint32_t;                // two terms, the first in the lower half
+constexpr int64_t rows_of_tile = 16;  // of AMX; also the words of a row
 
-enum class PairProducts : int64_t { none, portable, avx512 };
+// The instructions of AVX512-BF16 or of AMX, or the same arithmetic in plain C++, for tests.
+enum class PairProducts : int64_t { none, portable, avx512, portable_tiles, amx };
 
-inline PairProducts fastest_pair_products() {
+inline bool by_tiles(PairProducts kind) {
+  return kind == PairProducts::portable_tiles || kind == PairProducts::amx;
+}
+
+// Whether the processor has AMX with bfloat16, and Linux lets this process use it.
+inline bool may_use_amx() {
+#ifdef FASTRNN_AMX
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;  // Intel's manual, CPUID leaf 7, EDX
+  constexpr long request = 0x1023, tile_data = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles) &&
+         syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+inline bool may_use_avx512_pairs() {
 #ifdef FASTRNN_AVX512_BF16
   __builtin_cpu_init();
-  if (widest_vectors() == Vectors::avx512 && __builtin_cpu_supports("avx512bf16"))
-    return PairProducts::avx512;
+  return widest_vectors() == Vectors::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
 #endif
-  return PairProducts::none;
+}
+
+inline PairProducts fastest_pair_products() {
+  static const PairProducts fastest = may_use_avx512_pairs() && may_use_amx() ? PairProducts::amx
+                                      : may_use_avx512_pairs()                ? PairProducts::avx512
+                                                                              : PairProducts::none;
+  return fastest;
 }
 
 // How the products are computed that may go by pairs. Tests change it.
@@ -62,7 +92,7 @@ struct PortablePairs {
 };
 
 #ifdef FASTRNN_AVX512_BF16
-#define FASTRNN_PAIRS_ISA FASTRNN_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define FASTRNN_PAIRS_ISA FASTRNN_TARGET("avx512bf16," FASTRNN_AVX512)
 
 struct Avx512Pairs {
   using Word = Pair;

@@ -95,27 +95,50 @@ struct Matrix {
   }
 
   // Packs the rows of words k to k_end of the panel whose first column is n into `to` [k_end - k,
-  // panel_width]; zeros after the last column.
+  // panel_width]; zeros after the last column and the last word.
   template <int bytes, class Word>
   FASTRNN_INLINE void panel(int64_t n, int64_t k, int64_t k_end, Word* to) const {
     constexpr int64_t lanes = Square<Word, bytes>::lanes, width = panel_width<Word>;
+    const int64_t last = std::max(std::min(k_end, words<Word>()), k);
+    std::fill_n(to + (last - k) * width, (k_end - last) * width, Word(0));
     if (k_stride == 1) {  // each column is contiguous
       for (int64_t j = 0; j < width; j += lanes)
-        for (int64_t i = k; i < k_end; i += lanes)
-          square<bytes>(i, std::min(lanes, k_end - i), n + j, to + (i - k) * width + j);
+        for (int64_t i = k; i < last; i += lanes)
+          square<bytes>(i, std::min(lanes, last - i), n + j, to + (i - k) * width + j);
       return;
     }
     int64_t columns = std::min(width, N - n);
-    for (int64_t i = k; i < k_end; ++i, to += width) {
+    for (int64_t i = k; i < last; ++i, to += width) {
       const Storage* from = data + i * terms<Word> * k_stride + n * n_stride;
       const Storage* next = from + columns * n_stride;  // of the next panel
       __builtin_prefetch(next), __builtin_prefetch(next + 64 / sizeof(Storage));
-      for (int64_t j = 0; j < columns; ++j) to[j] = word<Word>(from + j * n_stride, i);
-      std::fill_n(to + columns, width - columns, Word(0));
+      if (n_stride == 1 && columns == width && (i + 1) * terms<Word> <= K) {
+        if constexpr (std::is_same_v<Word, A>)
+          whole_row(from, to);
+        else
+          pairs_of(i, n, width, to);
+      } else {
+        for (int64_t j = 0; j < columns; ++j) to[j] = word<Word>(from + j * n_stride, i);
+        std::fill_n(to + columns, width - columns, Word(0));
+      }
     }
   }
 
+  // The k-th words of some contiguous columns, from the n-th on.
+  FASTRNN_INLINE void pairs_of(int64_t k, int64_t n, int64_t columns, Pair* to) const {
+    const Storage *first = data + 2 * k * k_stride + n, *second = first + k_stride;
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < columns; ++j)
+      to[j] = static_cast<Pair>(first[j]) | static_cast<Pair>(second[j]) << 16;
+  }
+
  private:
+  // A row of a panel, of contiguous columns.
+  static FASTRNN_INLINE void whole_row(const Storage* from, A* to) {
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < panel_width<A>; ++j) to[j] = widen(from[j]);
+  }
+
   // The k-th word of a column, whose first number is at `from`.
   template <class Word>
   FASTRNN_INLINE Word word(const Storage* from, int64_t k) const {
@@ -153,16 +176,17 @@ struct Matrix {
 };
 
 // Packs the panels from begin to end, in the order of the matrix in memory, into
-// `panels` [padded(N) / panel_width, words, panel_width].
+// `panels` [padded(N) / panel_width, K, panel_width].
 template <class Storage, class Word = typename Matrix<Storage>::A>
 struct Pack {
   Matrix<Storage> matrix;
+  int64_t K;  // words, those after the matrix's last one included
   Word* panels;
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
     constexpr int64_t width = panel_width<Word>;
-    int64_t K = matrix.template words<Word>(), rows = matrix.k_stride == 1 ? std::max<int64_t>(K, 1) : 1;
+    const int64_t rows = matrix.k_stride == 1 ? std::max<int64_t>(K, 1) : 1;
     for (int64_t k = 0; k < K; k += rows)
       for (int64_t n = begin * width; n < end * width; n += width)
         matrix.template panel<bytes>(n, k, k + rows, panels + n * K + k * width);
@@ -176,20 +200,24 @@ struct Packed {
   using A = typename Matrix<Storage>::A;
 
   Matrix<Storage> matrix;
-  const bool by_pairs;  // whether the words are pairs, which are as long as the numbers of type A
-  Aligned<A> panels;    // see `Pack`; empty if it is read once
-  Aligned<A> start;     // [padded(N)], what is added to each row of the product
+  const bool exact;          // whether it is multiplied only with numbers that the storage type holds
+  const PairProducts pairs;  // none where the words are numbers of type A; pairs are as long
+  const int64_t words;       // of a column; a multiple of `rows_of_tile` for products by tiles
+  Aligned<A> panels;         // see `Pack`; empty if it is read once
+  Aligned<A> start;          // [padded(N)], what is added to each row of the product
 
-  // `bias` [N] or null. `exact`: the matrix is multiplied only with numbers that the storage type holds.
+  // `bias` [N] or null.
   Packed(const Matrix<Storage>& matrix, bool once, const A* bias, bool exact = false)
       : matrix(matrix),
-        by_pairs(std::is_same_v<Storage, BFloat16> && exact && pair_products() != PairProducts::none),
-        panels(once ? 0 : padded<A>(matrix.N) * (by_pairs ? (matrix.K + 1) / 2 : matrix.K)),
+        exact(exact),
+        pairs(pairs_for(exact)),
+        words(words_of(matrix, pairs)),
+        panels(once ? 0 : padded<A>(matrix.N) * words),
         start(padded<A>(matrix.N)),
         once(once) {
-    if (!once && !by_pairs) pack(panels.data());
+    if (!once && pairs == PairProducts::none) pack(panels.data());
     if constexpr (std::is_same_v<Storage, BFloat16>)
-      if (!once && by_pairs) pack(reinterpret_cast<Pair*>(panels.data()));
+      if (!once && pairs != PairProducts::none) pack(reinterpret_cast<Pair*>(panels.data()));
     for (int64_t n = 0; n < padded<A>(matrix.N); ++n)
       start.data()[n] = n < matrix.N && bias != nullptr ? bias[n] : A(0);
   }
@@ -199,8 +227,7 @@ struct Packed {
   template <int bytes, class Word>
   FASTRNN_INLINE const Word* panel(int64_t n, int64_t k, int64_t k_end, Word* scratch) const {
     if (!once)
-      return reinterpret_cast<const Word*>(panels.data()) + n * matrix.template words<Word>() +
-             k * panel_width<Word>;
+      return reinterpret_cast<const Word*>(panels.data()) + n * words + k * panel_width<Word>;
     matrix.template panel<bytes>(n, k, k_end, scratch);
     return scratch;
   }
@@ -210,16 +237,26 @@ struct Packed {
   template <class Word>
   FASTRNN_INLINE const Word* following(const Word* panel, int64_t n, int64_t k) const {
     if (once) return panel;
-    const int64_t K = matrix.template words<Word>();
-    return reinterpret_cast<const Word*>(panels.data()) + (n < matrix.N ? n * K : 0) + k * panel_width<Word>;
+    return reinterpret_cast<const Word*>(panels.data()) + (n < matrix.N ? n * words : 0) + k * panel_width<Word>;
   }
 
  private:
+  // Products by tiles take any left operand: they multiply with what the storage type leaves of it, too.
+  static PairProducts pairs_for(bool exact) {
+    const PairProducts kind = pair_products();
+    return std::is_same_v<Storage, BFloat16> && (exact || by_tiles(kind)) ? kind : PairProducts::none;
+  }
+  static int64_t words_of(const Matrix<Storage>& matrix, PairProducts pairs) {
+    if (pairs == PairProducts::none) return matrix.K;
+    const int64_t words = matrix.template words<Pair>();
+    return by_tiles(pairs) ? (words + rows_of_tile - 1) / rows_of_tile * rows_of_tile : words;
+  }
+
   template <class Word>
   void pack(Word* to) const {
     constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
-    share(padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(matrix.K, 1)) + 1,
-          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage, Word>{matrix, to}, begin, end); });
+    share(padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(words, 1)) + 1,
+          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage, Word>{matrix, words, to}, begin, end); });
   }
 
   bool once;

@@ -14,6 +14,15 @@ template void walk_widest(const MultiplyPairs<PortablePairs>&, int64_t, int64_t)
 template void walk_avx512_bf16(const MultiplyPairs<Avx512Pairs>&, int64_t, int64_t);
 #endif
 
+#define FASTRNN_INSTANCE_OF_TILES(In) \
+  template void walk_baseline(const MultiplyTiles<PortableTiles, In>&, int64_t, int64_t);
+FASTRNN_INSTANCE_OF_TILES(float)
+FASTRNN_INSTANCE_OF_TILES(BFloat16)
+#ifdef FASTRNN_AMX
+template void walk_amx(const MultiplyTiles<AmxTiles, float>&, int64_t, int64_t);
+template void walk_amx(const MultiplyTiles<AmxTiles, BFloat16>&, int64_t, int64_t);
+#endif
+
 template void walk_widest(const RowsOfProduct<float>&, int64_t, int64_t);
 template void walk_widest(const RowsOfProduct<double>&, int64_t, int64_t);
 

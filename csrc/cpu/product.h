@@ -5,10 +5,12 @@
 #pragma once
 
 #include <cstring>
+#include <stdexcept>
 
 #include "instances.h"
 #include "panels.h"
 #include "row_ops.h"
+#include "tiles.h"
 
 namespace fastrnn {
 
@@ -32,7 +34,7 @@ struct Multiply {
   // One panel after the other, so that its part of the result stays in the cache.
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    const int64_t K = packed.matrix.template words<Word>();
+    const int64_t K = packed.words;
     alignas(64) Word scratch[depth * panel_width<Word>];
     for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>)
       for (int64_t k = 0; k < K || k == 0; k += depth) {
@@ -52,7 +54,7 @@ struct Multiply {
   template <int bytes, class BeforePanel = Nothing>
   FASTRNN_INLINE void over_terms(const RowView<const Word>& terms, int64_t begin, int64_t end, int64_t k,
                                  int64_t k_end, const BeforePanel& before_panel = {}) const {
-    const int64_t K = packed.matrix.template words<Word>();
+    const int64_t K = packed.words;
     alignas(64) Word scratch[depth * panel_width<Word>];
     for (int64_t n = 0; n < packed.matrix.N; n += panel_width<A>) {
       before_panel(n);
@@ -140,7 +142,7 @@ struct MultiplyPairs {
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    const int64_t K = packed.matrix.template words<Pair>();
+    const int64_t K = packed.words;
     alignas(64) Pair pairs[block * depth];
     for (int64_t b = begin; b < end; b += block) {
       const int64_t rows = std::min(block, end - b);
@@ -165,20 +167,32 @@ struct MultiplyPairs {
   }
 };
 
-// Rows begin to end of `out` = `in` times the matrix, as in Multiply.
-template <class Storage>
-void multiply_rows_of(const Packed<Storage>& packed, RowView<const typename Packed<Storage>::A> in,
-                      int64_t in_stride, RowView<typename Packed<Storage>::A> out, bool adds, int64_t begin,
-                      int64_t end) {
+// Rows begin to end of `out` = `in` times the matrix, as in Multiply. The rows of `in` may be of the storage
+// type where the product goes by tiles.
+template <class Storage, class In>
+void multiply_rows_of(const Packed<Storage>& packed, RowView<const In> in, int64_t in_stride,
+                      RowView<typename Packed<Storage>::A> out, bool adds, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<Storage, BFloat16>) {
-#ifdef FASTRNN_AVX512_BF16
-    if (packed.by_pairs && pair_products() == PairProducts::avx512)
-      return walk_avx512_bf16(MultiplyPairs<Avx512Pairs>{packed, in, in_stride, out, adds}, begin, end);
+#ifdef FASTRNN_AMX
+    if (packed.pairs == PairProducts::amx)
+      return walk_amx(MultiplyTiles<AmxTiles, In>{packed, in, in_stride, out, adds}, begin, end);
 #endif
-    if (packed.by_pairs)
-      return walk_widest(MultiplyPairs<PortablePairs>{packed, in, in_stride, out, adds}, begin, end);
+    if (by_tiles(packed.pairs))
+      return walk_baseline(MultiplyTiles<PortableTiles, In>{packed, in, in_stride, out, adds}, begin, end);
   }
-  walk_widest(Multiply<Storage>{packed, in, in_stride, out, adds}, begin, end);
+  if constexpr (std::is_same_v<In, typename Packed<Storage>::A>) {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+#ifdef FASTRNN_AVX512_BF16
+      if (packed.pairs == PairProducts::avx512)
+        return walk_avx512_bf16(MultiplyPairs<Avx512Pairs>{packed, in, in_stride, out, adds}, begin, end);
+#endif
+      if (packed.pairs != PairProducts::none)
+        return walk_widest(MultiplyPairs<PortablePairs>{packed, in, in_stride, out, adds}, begin, end);
+    }
+    walk_widest(Multiply<Storage>{packed, in, in_stride, out, adds}, begin, end);
+  } else {
+    throw std::logic_error("only products by tiles read their rows in the type of the storage");
+  }
 }
 
 #define FASTRNN_INSTANCE(S)                                                          \

@@ -19,6 +19,7 @@ struct BackwardScan : Scan {
   Steps<const A> dc;              // [T, B, C]
   Steps<const Storage> dh_n;      // [1, B, P]
   Steps<const A> dc_n;            // [1, B, C]
+  Steps<const A> dh_after;        // in place of dh_n where a scan of later steps wrote it as dh_before
   Steps<const Storage> saved, y;  // [T, B, saved * H], [T, B, P]
   Steps<const A> c;               // [T, B, C]
   Steps<const Storage> gx;        // [T, B, gates * H]; only where the layer norm is of W_ih x + W_hh h
@@ -32,6 +33,7 @@ struct BackwardScan : Scan {
   Steps<Storage> dgx, dgh;            // [T, B, gates * H]; dgh only where it differs
   Steps<Storage> dh_new;              // [T, B, P], may not exist
   Steps<Storage> dh0;                 // [1, B, P]
+  Steps<A> dh_before;                 // in place of dh0 where a scan of earlier steps reads it
   Steps<A> dc0;                       // [1, B, C]
   Steps<A> db_hh, dln_hh;             // [1, B, gates * H], may not exist
   Steps<A> dln_c_weight, dln_c_bias;  // [1, B, H], may not exist
@@ -120,7 +122,10 @@ struct BackwardScan : Scan {
   // All steps of `rows` sequences from b on.
   void walk(int64_t b, int64_t rows, Work& work) const {
     work.all = {{0, rows}};
-    read_or_zero<Storage>(dh_n, P, b, work.all, work.carried_h);
+    if (dh_after)
+      read(work.all, P, dh_after, 0, b, work.carried_h);
+    else
+      read_or_zero<Storage>(dh_n, P, b, work.all, work.carried_h);
     if (has_c()) read_or_zero<A>(dc_n, C, b, work.all, work.carried_c);
     if (recurrent_mask) read(work.all, mask_width(), recurrent_mask, 0, b, work.recurrent_mask);
     each_parameter(
@@ -141,7 +146,10 @@ struct BackwardScan : Scan {
       carry(t, b, work);
       write_padding(t, b, work.ended);
     }
-    walk_runs(work.all, Write<Storage, A>{P, work.carried_h, dh0.at(0, b)});
+    if (dh_before)
+      walk_runs(work.all, Write<A, A>{P, work.carried_h, dh_before.at(0, b)});
+    else
+      walk_runs(work.all, Write<Storage, A>{P, work.carried_h, dh0.at(0, b)});
     if (has_c()) walk_runs(work.all, Write<A, A>{C, work.carried_c, dc0.at(0, b)});
     each_parameter(b, work, [&](int64_t width, RowView<double> sums, RowView<A> out) {
       walk_runs(work.all, Write<A, double>{width, {sums.data, sums.stride}, out});

@@ -10,6 +10,13 @@
 #define FASTRNN_TARGET(isa)
 #endif
 
+// Of its own accord g++ makes loops of half the width.
+#ifdef __clang__
+#define FASTRNN_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#else
+#define FASTRNN_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
+#endif
+
 // A function without it would not be compiled for the caller's vectors.
 #define FASTRNN_INLINE inline __attribute__((always_inline))
 
@@ -43,7 +50,7 @@ inline Vectors widest_vectors() {
 
 // A body has walk<bytes>(begin, end), which computes the rows from begin to end with vectors of `bytes`.
 template <class Body>
-FASTRNN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+FASTRNN_TARGET(FASTRNN_AVX512)
 void walk_avx512(const Body& body, int64_t begin, int64_t end) {
   body.template walk<64>(begin, end);
 }
