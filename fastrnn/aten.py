@@ -43,12 +43,17 @@ def refused_by_cudnn(x: Tensor, training: bool) -> bool:
 
 
 def refused_by_onednn(cell: str, x: Tensor, proj_size: int, packed: bool) -> bool:
-    """Whether torch hands the call to oneDNN in a half type that it does not have here, by autocast."""
-    if not torch._C._is_any_autocast_enabled() or not HALVES_WITHOUT_ONEDNN:
+    """Whether torch hands the call to oneDNN in a half type that it does not have here, by autocast.
+
+    In float16 oneDNN only infers, and torch wants an LSTM that trains wherever gradients are enabled.
+    """
+    if not torch._C._is_any_autocast_enabled() or not torch.backends.mkldnn.is_available():
         return False
     if cell != "lstm" or proj_size or packed or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in HALVES_WITHOUT_ONEDNN
+    half = torch.get_autocast_dtype("cpu")
+    missing = half in HALVES_WITHOUT_ONEDNN or (half == torch.float16 and torch.is_grad_enabled())
+    return torch.is_autocast_enabled("cpu") and missing
 
 
 def network(options, x: Tensor, states: tuple[Tensor, ...], params: Mapping[str, Tensor], batch_sizes: Tensor | None):

@@ -1,4 +1,4 @@
-"""Products of bfloat16 by pairs of terms: the sums' order, every path of the C++ library, and what must not take them.
+"""Products of bfloat16 by pairs of terms, of AVX512-BF16 and of AMX: the sums' order, and every path of the C++ library.
 
 The processor's instruction is replaced by the same arithmetic in plain C++; packing, tiles and all else are the same.
 """
@@ -18,14 +18,16 @@ if cpu.MISSING is not None:
     pytest.skip(f"csrc: {cpu.MISSING}", allow_module_level=True)
 
 choose = torch.ops.fastrnn_c.choose_pair_products
-NONE, PORTABLE, INSTRUCTION = range(3)
-AT_ONCE = 256  # terms that are summed by themselves
+NONE, PAIRS, AVX512, TILES, AMX = range(5)  # PairProducts of csrc/cpu/pairs.h
+AT_ONCE = 256  # terms that are summed by themselves by AVX512-BF16
+OF_TILE = 32  # and by AMX
+every_order = pytest.mark.parametrize("kind", [PAIRS, TILES], ids=["pairs", "tiles"])
 
 
-def has_instruction():
+def has_instruction(kind):
     before = choose(NONE)
     try:
-        choose(INSTRUCTION)
+        choose(kind)
     except RuntimeError:
         return False
     finally:
@@ -41,10 +43,10 @@ def by(poisoned):
     choose(before)
 
 
-def of_both_kinds(by, f):
-    """What f() gives with products of single numbers, and with products by pairs."""
+def of_both_kinds(by, f, kind):
+    """What f() gives with products of single numbers, and with those of this kind."""
     found = []
-    for kind in (NONE, PORTABLE):
+    for kind in (NONE, kind):
         by(kind)
         found.append(f())
     return found
@@ -73,28 +75,39 @@ def operands(B, H, seed=0):
     return tuple(torch.randn(*shape, generator=generator).bfloat16() for shape in ((B, H), (H, H)))
 
 
-def in_order(h, w_hh):
-    """The product as the instruction sums it: of each pair the second term first. A product of two terms is exact."""
+def in_order(kind, h, w_hh):
+    """The product as the instruction sums it. A product of two terms is exact."""
     terms = h.float()[:, None, :] * w_hh.float()
     total = torch.zeros(terms.shape[:2])
-    for begin in range(0, terms.shape[2], AT_ONCE):
-        part = torch.zeros_like(total)
-        for pair in terms[..., begin : begin + AT_ONCE].split(2, dim=2):
-            for term in reversed(pair.unbind(2)):
-                part += term
-        total += part
+    if kind == PAIRS:  # of each pair the second term first
+        for some in terms.split(AT_ONCE, dim=2):
+            part = torch.zeros_like(total)
+            for pair in some.split(2, dim=2):
+                for term in reversed(pair.unbind(2)):
+                    part += term
+            total += part
+        return total
+    for some in terms.split(OF_TILE, dim=2):  # the first terms of all pairs, and the second ones
+        sums = [torch.zeros_like(total), torch.zeros_like(total)]
+        for k, term in enumerate(some.unbind(2)):
+            sums[k % 2] += term
+        total += sums[0] + sums[1]
     return total
 
 
-# Odd numbers of terms; columns beyond whole panels of 32; rows beyond tiles of 3 and blocks of 64; more terms than are
-# summed at once.
-@pytest.mark.parametrize(("B", "H"), [(1, 1), (2, 5), (3, 32), (70, 65), (4, 257), (5, 514)])
-def test_sums_are_in_the_instructions_order(by, B, H):
+# Odd numbers of terms; columns beyond whole panels of 32; rows beyond tiles of 3 and 16, groups of 32 and blocks of 64;
+# more terms than are read at once.
+SHAPES = [(1, 1), (2, 5), (3, 32), (20, 33), (70, 65), (4, 257), (5, 514)]
+
+
+@every_order
+@pytest.mark.parametrize(("B", "H"), SHAPES)
+def test_sums_are_in_the_instructions_order(by, kind, B, H):
     h, w_hh = operands(B, H)
-    expected, exact = in_order(h, w_hh), h.double() @ w_hh.double().t()
+    expected, exact = in_order(kind, h, w_hh), h.double() @ w_hh.double().t()
     scale = h.double().abs() @ w_hh.double().abs().t()
     assert ((expected - exact).abs() <= min(H, AT_ONCE + H // AT_ONCE) * 2**-24 * scale).all()
-    by(PORTABLE)
+    by(kind)
     by_columns = w_hh.t().contiguous().t()
     spread = torch.stack((w_hh, w_hh), 2)[..., 1]
     for steps in (1, 2):  # packed as it is read, where there is one step; otherwise beforehand
@@ -106,17 +119,20 @@ def test_sums_are_in_the_instructions_order(by, B, H):
         assert not torch.equal(product(h, w_hh), expected)
 
 
-@pytest.mark.skipif(not has_instruction(), reason="the processor has no AVX512-BF16")
+@pytest.mark.parametrize(("instruction", "kind"), [(AVX512, PAIRS), (AMX, TILES)], ids=["AVX512-BF16", "AMX"])
 @pytest.mark.parametrize(("B", "H"), [(1, 5), (11, 65), (70, 257)])
-def test_the_instruction_has_these_bits(by, B, H):
+def test_the_instruction_has_these_bits(by, instruction, kind, B, H):
+    if not has_instruction(instruction):
+        pytest.skip("the processor has no such instruction")
     h, w_hh = operands(B, H)
-    by(INSTRUCTION)
+    by(instruction)
     for steps in (1, 2):
-        assert torch.equal(product(h, w_hh, steps), in_order(h, w_hh))
+        assert torch.equal(product(h, w_hh, steps), in_order(kind, h, w_hh))
 
 
-def test_infinities_and_nan_stay_in_their_rows_and_columns(by):
-    by(PORTABLE)
+@every_order
+def test_infinities_and_nan_stay_in_their_rows_and_columns(by, kind):
+    by(kind)
     h, w_hh = operands(7, 33)
     h[3, 5], h[5, 32], w_hh[8, 32] = float("nan"), float("inf"), float("-inf")
     finite = product(h, w_hh).isfinite()
@@ -125,17 +141,49 @@ def test_infinities_and_nan_stay_in_their_rows_and_columns(by):
     assert torch.equal(finite, expected)
 
 
-def test_heads_are_blocks_of_a_matrix(by):
-    by(PORTABLE)
+@every_order
+def test_heads_are_blocks_of_a_matrix(by, kind):
+    by(kind)
     h, _ = operands(5, 24)
     blocks = torch.stack([operands(1, 12, seed)[1] for seed in (1, 2)])
-    assert torch.equal(product(h, blocks), in_order(h, torch.block_diag(*blocks)))
+    each = [in_order(kind, part, block) for part, block in zip(h.split(12, 1), blocks, strict=True)]
+    assert torch.equal(product(h, blocks), torch.cat(each, 1))
 
 
+def masked(h, w_hh, mask):
+    """W_hh (h mask) in float32; the mask is bfloat16 [B, H]."""
+    inputs = random_inputs(SHOWS_PRODUCT, sizes=(1, *h.shape), dtype=torch.bfloat16, bias=False)
+    gx, c0 = torch.zeros(1, *h.shape, dtype=torch.bfloat16), torch.zeros(h.shape)
+    inputs = inputs._replace(gx=gx, w_hh=w_hh, h0=h, c0=c0, recurrent_mask=mask)
+    return cpu.forward(inputs, Walk(SHOWS_PRODUCT, False, "cpu", None), True).c[0]
+
+
+@pytest.mark.parametrize(("B", "H"), [(2, 5), (20, 65), (5, 514)])
+def test_other_numbers_go_by_tiles_in_two_parts(by, B, H):
+    """The product of two bfloat16 numbers has 16 bits, which two parts of 8 bits hold."""
+    (h, w_hh), (mask, _) = operands(B, H), operands(B, H, 1)
+    by(TILES)
+    operand = (h.float() * mask.float()).double()
+    exact, scale = operand @ w_hh.double().t(), operand.abs() @ w_hh.double().abs().t()
+    assert ((masked(h, w_hh, mask) - exact).abs() <= (2 * OF_TILE + H // OF_TILE) * 2**-24 * scale).all()
+    mask[:, 1] = 1 + 2**-7  # a second part that counts: h alone has no more than 8 bits
+    assert not torch.equal(masked(h, w_hh, mask), in_order(TILES, (h * mask), w_hh))
+
+
+def test_in_two_parts_what_is_not_finite_stays_so(by):
+    h, w_hh = operands(4, 33)
+    h[0, 3], h[1, 3], h[2, 32] = float("inf"), float("nan"), 3e38
+    w_hh[:, 3], w_hh[:, 32] = 1, 0.125
+    by(TILES)
+    found = masked(h, w_hh, torch.ones_like(h))
+    assert (found[0] == float("inf")).all() and found[1].isnan().all() and found[2:].isfinite().all()
+
+
+@every_order
 @pytest.mark.parametrize("features", ["plain", "flags", "layer_norm"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_scan_is_the_references(by, cell, features):
-    by(PORTABLE)
+def test_a_scan_is_the_references(by, kind, cell, features):
+    by(kind)
     given = problem(cell, 4, 5, 33, torch.bfloat16, FEATURES[features])
     found, expected = run(cpu, cell, given), run(reference, cell, given)
     for name in expected.keys() - {"saved"}:
@@ -148,21 +196,37 @@ def test_a_scan_is_the_references(by, cell, features):
 @pytest.mark.parametrize("feature", ["recurrent_mask", "decay"])
 def test_h_times_another_number_does_not_go_by_pairs(by, feature):
     given = problem("lstm", 3, 5, 65, torch.bfloat16, (feature,))
-    same(*of_both_kinds(by, lambda: run(cpu, "lstm", given)))
+    same(*of_both_kinds(by, lambda: run(cpu, "lstm", given), PAIRS))
+
+
+def gradients(given):
+    """f() gives the gradients of a scan, whose forward ran with single numbers."""
+    walk = Walk("lstm", False, "cpu", None)
+    inputs = ScanInputs(*map(given.get, ScanInputs._fields))
+    kept = cpu.forward(inputs, walk, True)
+    kept, inputs = Kept(kept.y, kept.c, kept.saved), inputs._replace(gx=None)
+    incoming = IncomingGradients(*map(given.get, IncomingGradients._fields))
+    return lambda: cpu.backward(incoming, kept, inputs, walk, True)
 
 
 def test_the_gradients_do_not_go_by_pairs(by):
-    given, walk = problem("lstm", 3, 5, 65, torch.bfloat16), Walk("lstm", False, "cpu", None)
-    inputs = ScanInputs(*map(given.get, ScanInputs._fields))
-    single, pairs = of_both_kinds(by, lambda: cpu.forward(inputs, walk, True))
-    assert not torch.equal(single.c, pairs.c)
-    incoming = IncomingGradients(*map(given.get, IncomingGradients._fields))
-    kept, inputs = Kept(single.y, single.c, single.saved), inputs._replace(gx=None)
-    assert all(map(torch.equal, *of_both_kinds(by, lambda: cpu.backward(incoming, kept, inputs, walk, False))))
+    by(NONE)
+    f = gradients(problem("lstm", 3, 5, 65, torch.bfloat16))
+    assert all(map(torch.equal, *of_both_kinds(by, f, PAIRS)))
 
 
-def test_bits_do_not_depend_on_rows_threads_or_chunks(by):
-    by(PORTABLE)
+def test_the_gradients_go_by_tiles_in_two_parts(by):
+    """The norms, which are float32, show that the gradients of the gates are not rounded to bfloat16."""
+    by(NONE)
+    f = gradients(problem("lstm", 9, 5, 65, torch.bfloat16))
+    single, tiles = (found.norms for found in of_both_kinds(by, f, TILES))
+    assert not torch.equal(single, tiles)
+    torch.testing.assert_close(tiles, single, rtol=9 * 2**-16, atol=0)
+
+
+@every_order
+def test_bits_do_not_depend_on_rows_threads_or_chunks(by, kind):
+    by(kind)
     given = problem("lstm", 5, 70, 33, torch.bfloat16)
     walk = Walk("lstm", False, "cpu", None)
 
@@ -185,7 +249,8 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(by):
     assert torch.equal(torch.cat((first.y, rest.y)), whole.y[:, :9])
 
 
-def test_both_products_of_a_whole_network_go_by_pairs(by):
+@every_order
+def test_both_products_of_a_whole_network_go_by_pairs(by, kind):
     """Terms that cancel: in order their sum is 1; by pairs, the 1 is added to 2^30 and lost."""
     model, ones = fastrnn.RNN(4, 4, nonlinearity="relu", bias=False, dtype=torch.bfloat16), torch.ones(1, 1, 4)
     with torch.no_grad():
@@ -196,20 +261,24 @@ def test_both_products_of_a_whole_network_go_by_pairs(by):
         with fastrnn.backend("cpu"):
             return model(ones.bfloat16(), ones.bfloat16())[0].unique().item()
 
-    assert of_both_kinds(by, output) == [2, 0]
+    assert of_both_kinds(by, output, kind) == [2, 0]
 
 
-def test_a_whole_network_and_its_gradients(by):
+@every_order
+@pytest.mark.parametrize(("steps", "batch", "sizes"), [(4, 3, (35, 33)), (30, 21, (40, 32)), (3, 200, (31, 48))], ids=str)
+def test_a_whole_network_and_its_gradients(by, kind, steps, batch, sizes):
+    """Also in chunks of steps, of which the longest of these calls needs two; odd numbers of everything."""
     torch.manual_seed(0)
-    model = fastrnn.GRU(35, 33, num_layers=2, bidirectional=True, dtype=torch.bfloat16)
-    x = torch.randn(4, 3, 35).bfloat16()
+    model = fastrnn.GRU(*sizes, num_layers=2, bidirectional=True, dtype=torch.bfloat16)
+    x = torch.randn(steps, batch, sizes[0]).bfloat16()
+    dy = torch.randn(steps, batch, 2 * sizes[1]).bfloat16()
 
     def results():
         with fastrnn.backend("cpu"):
             y, _ = model(x)
-        return y, *torch.autograd.grad(y.sum(), list(model.parameters()))
+        return y, *torch.autograd.grad(y, list(model.parameters()), dy)
 
-    for want, got in zip(*of_both_kinds(by, results), strict=True):
+    for want, got in zip(*of_both_kinds(by, results, kind), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=8 * 2**-8 * max(1, want.abs().max().item()))
 
 

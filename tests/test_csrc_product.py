@@ -60,6 +60,7 @@ int wrong(const Walk& walk) {
 }
 
 int main() {
+  pair_products() = PairProducts::none;
   Vectors widest = widest_vectors();
   int count = wrong([](const auto& body, int64_t begin, int64_t end) { walk_baseline(body, begin, end); });
   if (widest >= Vectors::avx2)

@@ -103,7 +103,10 @@ def test_gradients_are_autograds(name, reverse):
 @every_text
 @pytest.mark.parametrize("features", ["plain", "all"])
 def test_errors_are_at_most_twice_the_references(name, features):
-    """Float32 against float64: products of 300 terms and 12 steps, in the largest error of each result."""
+    """Float32 against float64: products of 300 terms and 12 steps, in the root mean square of each result's errors.
+
+    A single error says little: where a cell divides by a small number, any rounding before it is magnified.
+    """
     given = problem(name, 12, 5, 300, torch.float32, FEATURES[features])
     if name == "leaky":  # a leak beyond 1 makes the errors grow from step to step
         given["parameters"].sigmoid_()
@@ -113,8 +116,8 @@ def test_errors_are_at_most_twice_the_references(name, features):
         if not exact.numel():
             continue
         exact = padding(given, key, exact)
-        error, own = ((padding(given, key, r[key]) - exact).abs().max().item() for r in (found, yardstick))
-        floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        error, own = ((padding(given, key, r[key]) - exact).norm().item() for r in (found, yardstick))
+        floor = torch.finfo(torch.float32).eps * exact.norm().item()
         assert error <= 2 * own + floor, f"{key}: {error:.2e}, the reference's {own:.2e}"
 
 

@@ -4,14 +4,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from half_lstm import SUPPORTED, under_autocast
+from half_lstm import HALVES, supported, under_autocast
 from setups import agree
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
 
-every_half = pytest.mark.parametrize("half", SUPPORTED, ids=str)
+every_half = pytest.mark.parametrize("half", HALVES, ids=str)
 
 
 @every_half
@@ -34,7 +34,7 @@ def test_it_has_torch_nns_dtypes_and_values(settings, gradients, half):
 def test_torchs_kernels_are_refused_just_where_they_fail(half):
     torchs, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     ours = fastrnn.convert(torchs)
-    cannot = torch.backends.mkldnn.is_available() and not SUPPORTED[half]
+    cannot = torch.backends.mkldnn.is_available() and not supported(half)
     with torch.autocast("cpu", dtype=half):
         with pytest.raises(RuntimeError, match="primitive") if cannot else nullcontext():
             torchs(x)

@@ -108,7 +108,7 @@ struct Call {
 
   // Whether each thread reads the weights only once: for a single step, in one block of rows that all run.
   bool reads_once(const Steps<const uint8_t>& flags) const {
-    if (T > 1 || B > Scan::block) return false;
+    if (T > 1 || B > Scan::block()) return false;
     for (int64_t b = 0; T == 1 && b < B; ++b)
       if (flags && (*flags.at(0, b).data & pad)) return false;
     return true;

@@ -2,7 +2,8 @@
 //
 // The scans call a cell once for a step of many rows, through an interface, so that they are compiled once
 // for all cells. Two kinds implement it: those of csrc/cells, whose equations are compiled
-// (built_in_cell.cpp), and those of users, whose equations are read from a text (program_cell.cpp).
+// (built_in_cell.cpp), and those of users, whose equations are read from a text (program_cell.cpp). All that
+// a cell is given has the type of the arithmetic, float or double: the scans convert from and to half types.
 #pragma once
 
 #include <memory>
@@ -14,35 +15,33 @@
 namespace fastrnn {
 
 // c: the states beyond h, a plane each. Rows that a cell does not have may be null.
-template <class Storage>
+template <class A>
 struct ForwardStep {
-  using A = typename Arithmetic<Storage>::type;
   int64_t H;
-  RowView<const Storage> gx;        // [B, gates * H]
+  RowView<const A> gx;              // [B, gates * H]
   RowView<const A> gh;              // [B, gates * H]
   RowView<const A> h_prev, c_prev;  // [B, H], [B, (states - 1) * H]
   RowView<const A> parameters;      // [1, parameters * H], for all rows
-  RowView<const Storage> inputs;    // [B, inputs * H]
+  RowView<const A> inputs;          // [B, inputs * H]
   Affine<A> ln_c;
-  RowView<A> h, c;         // [B, H], [B, (states - 1) * H]; c is the same memory as c_prev
-  RowView<Storage> saved;  // [B, saved * H]
+  RowView<A> h, c;   // [B, H], [B, (states - 1) * H]; c is the same memory as c_prev
+  RowView<A> saved;  // [B, saved * H]
 };
 
-template <class Storage>
+template <class A>
 struct BackwardStep {
-  using A = typename Arithmetic<Storage>::type;
   int64_t H;
-  RowView<const Storage> saved;
+  RowView<const A> saved;
   RowView<const A> h_prev, c_prev;
   RowView<const A> parameters;
-  RowView<const Storage> inputs;
+  RowView<const A> inputs;
   Affine<A> ln_c;
   RowView<const A> dh, dc;        // the gradients of the new states
   RowView<A> total_h, total_c;    // the same, with the paths inside the step; total_h: see `adds_to_dh`
   RowView<A> c_hat;               // [B, H], c normalised; only with a layer norm of c
   RowView<A> dgx, dgh;            // [B, gates * H]; dgh only where it differs from dgx
   RowView<A> dh_past_w, dc_prev;  // dh_past_w: of h_prev, without the path through W_hh
-  RowView<Storage> dcell;         // [B, (parameters + inputs) * H]
+  RowView<A> dcell;               // [B, (parameters + inputs) * H]
   RowView<double> dln_c_weight, dln_c_bias;  // [B, H], sums over the steps
 };
 
@@ -60,7 +59,7 @@ struct CellTraits {
   bool built_in = false;      // which has projections, and a layer norm of c
 };
 
-template <class S>
+template <class A>
 class Cell : public CellTraits {
  public:
   // What one thread needs for its calls.
@@ -70,18 +69,18 @@ class Cell : public CellTraits {
 
   virtual ~Cell() = default;
   virtual std::unique_ptr<Memory> memory() const { return nullptr; }
-  virtual void forward(const Runs& runs, const ForwardStep<S>& step, Memory* memory) const = 0;
-  virtual void total(const Runs& runs, const BackwardStep<S>& step, Memory* memory) const = 0;
+  virtual void forward(const Runs& runs, const ForwardStep<A>& step, Memory* memory) const = 0;
+  virtual void total(const Runs& runs, const BackwardStep<A>& step, Memory* memory) const = 0;
   // dh and dc of the step: the totals, unless `joined`.
-  virtual void backward(const Runs& runs, const BackwardStep<S>& step, bool joined, Memory* memory) const = 0;
+  virtual void backward(const Runs& runs, const BackwardStep<A>& step, bool joined, Memory* memory) const = 0;
 };
 
-// The cell of csrc/cells with this name, for tensors of type S. Raises std::runtime_error for another name.
-template <class S>
-const Cell<S>& built_in_cell(const std::string& name);
+// The cell of csrc/cells with this name. Raises std::runtime_error for another name.
+template <class A>
+const Cell<A>& built_in_cell(const std::string& name);
 
 // The user's cell with this text, which is parsed once.
-template <class S>
-std::shared_ptr<const Cell<S>> program_cell(const std::string& text);
+template <class A>
+std::shared_ptr<const Cell<A>> program_cell(const std::string& text);
 
 }  // namespace fastrnn

@@ -23,21 +23,21 @@ struct Affine {
 };
 
 // gx, gh, state_prev -> state, saved. c may be the same memory as c_prev.
-template <class Cell, class Storage, class A, bool layer_norm>
+template <class Cell, class A, bool layer_norm>
 struct ForwardRow {
   int64_t H;
-  RowView<const Storage> gx;        // [B, gates * H]
+  RowView<const A> gx;              // [B, gates * H]
   RowView<const A> gh;              // [B, gates * H]
   RowView<const A> h_prev, c_prev;  // [B, H]
   Affine<A> ln_c;
-  RowView<A> h, c;         // [B, H]
-  RowView<Storage> saved;  // [B, saved * H]
+  RowView<A> h, c;   // [B, H]
+  RowView<A> saved;  // [B, saved * H]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    const Storage* gx_row = gx[b];
+    const A* gx_row = gx[b];
     const A *gh_row = gh[b], *h_prev_row = h_prev[b], *c_prev_row = c_prev[b];
     A *h_row = h[b], *c_row = c[b];
-    Storage* saved_row = saved[b];
+    A* saved_row = saved[b];
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A gx_j[Cell::gates], gh_j[Cell::gates], prev[Cell::states], state[Cell::states], saved_j[Cell::saved];
@@ -59,13 +59,13 @@ struct ForwardRow {
   }
 
   // h, which needs all of c; and c itself, where the normalised one is carried.
-  FASTRNN_INLINE void outputs(const Storage* gx_row, const A* gh_row, A* c_row, A* h_row) const {
+  FASTRNN_INLINE void outputs(const A* gx_row, const A* gh_row, A* c_row, A* h_row) const {
     const bool carried = ln_c.carried;
     RowStats<A> stats = row_stats(c_row, H, ln_c.eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A gx_j[Cell::gates], gh_j[Cell::gates], saved_j[Cell::saved];
-      load(gx_row, H, j, gx_j);  // not saved_row, which may be rounded to bfloat16
+      load(gx_row, H, j, gx_j);
       load(gh_row, H, j, gh_j);
       Cell::pre_activations(gx_j, gh_j, saved_j);
       A normal = ln_c.apply(stats.xhat(c_row[j]), j);
@@ -76,9 +76,8 @@ struct ForwardRow {
 };
 
 // Computes c of a row again from what was saved, into `c_row`, and returns its statistics.
-template <class Cell, class Storage, class A>
-FASTRNN_INLINE RowStats<A> recompute(const Storage* saved_row, const A* c_prev_row, A* c_row, int64_t H,
-                                     A eps) {
+template <class Cell, class A>
+FASTRNN_INLINE RowStats<A> recompute(const A* saved_row, const A* c_prev_row, A* c_row, int64_t H, A eps) {
   FASTRNN_SIMD
   for (int64_t j = 0; j < H; ++j) {
     A saved_j[Cell::saved];
@@ -89,17 +88,17 @@ FASTRNN_INLINE RowStats<A> recompute(const Storage* saved_row, const A* c_prev_r
 }
 
 // saved, state_prev, dstate -> dc plus the gradient that reaches c through this step's h
-template <class Cell, class Storage, class A, bool layer_norm>
+template <class Cell, class A, bool layer_norm>
 struct TotalRow {
   int64_t H;
-  RowView<const Storage> saved;     // [B, saved * H]
+  RowView<const A> saved;           // [B, saved * H]
   RowView<const A> c_prev, dh, dc;  // [B, H]
   Affine<A> ln_c;
   RowView<A> c_hat;     // [B, H], out: c normalised; only with layer norm
   RowView<A> dc_total;  // [B, H]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    const Storage* saved_row = saved[b];
+    const A* saved_row = saved[b];
     const A *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b];
     A* out_row = dc_total[b];
     if constexpr (layer_norm) {
@@ -117,7 +116,7 @@ struct TotalRow {
 
   // xhat_row holds c, then xhat; out_row holds dL/dxhat until the last loop. Where the normalised c is
   // carried, that is the state, and the gradient stops before the norm.
-  FASTRNN_INLINE void through_layer_norm(const Storage* saved_row, const A* c_prev_row, const A* dh_row,
+  FASTRNN_INLINE void through_layer_norm(const A* saved_row, const A* c_prev_row, const A* dh_row,
                                          const A* dc_row, A* xhat_row, A* out_row) const {
     RowStats<A> stats = recompute<Cell>(saved_row, c_prev_row, xhat_row, H, ln_c.eps);
     const bool carried = ln_c.carried;
@@ -146,17 +145,17 @@ struct TotalRow {
 };
 
 // saved, state_prev, dstate (total, unless `joined`) -> dgx, dgh, dstate_prev
-template <class Cell, class Storage, class A, bool layer_norm, bool joined = false>
+template <class Cell, class A, bool layer_norm, bool joined = false>
 struct BackwardRow {
   int64_t H;
-  RowView<const Storage> saved;             // [B, saved * H]
+  RowView<const A> saved;                   // [B, saved * H]
   RowView<const A> h_prev, c_prev, dh, dc;  // [B, H]
   Affine<A> ln_c;
   RowView<A> dgx, dgh;          // [B, gates * H]; dgh only where it differs from dgx
   RowView<A> dh_prev, dc_prev;  // [B, H]; dh_prev (past W_hh) only where it is not zero
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    const Storage* saved_row = saved[b];
+    const A* saved_row = saved[b];
     const A *h_prev_row = h_prev[b], *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b];
     A *dgx_row = dgx[b], *dgh_row = dgh[b], *dh_prev_row = dh_prev[b], *dc_prev_row = dc_prev[b];
     RowStats<A> stats{};
@@ -212,16 +211,16 @@ struct BackwardRow {
 
 // Adds the row's part of dL/dweight and dL/dbias of the layer norm of c, from dL/dh and c's xhat; where the
 // normalised c is carried, from its gradient.
-template <class Cell, class Storage, class A>
+template <class Cell, class A>
 struct CellNormGradients {
   int64_t H;
-  RowView<const Storage> saved;   // [B, saved * H]
+  RowView<const A> saved;         // [B, saved * H]
   RowView<const A> xhat, dh, dc;  // [B, H]
   Affine<A> ln_c;
   RowView<double> dweight, dbias;  // [B, H]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    const Storage* saved_row = saved[b];
+    const A* saved_row = saved[b];
     const A *xhat_row = xhat[b], *dh_row = dh[b], *dc_row = dc[b];
     const bool carried = ln_c.carried;
     double *dweight_row = dweight[b], *dbias_row = dbias[b];

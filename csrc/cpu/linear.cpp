@@ -54,8 +54,8 @@ bool prefers_network() { return prefers_linear() || widest_vectors() == Vectors:
 // processors have.
 int64_t choose_pair_products(int64_t chosen) {
   const PairProducts kind = static_cast<PairProducts>(chosen);
-  const bool anywhere = kind == PairProducts::none || kind == PairProducts::portable ||
-                        kind == PairProducts::portable_tiles;
+  const bool anywhere =
+      kind == PairProducts::none || kind == PairProducts::portable || kind == PairProducts::portable_tiles;
   const bool avx512 = kind == PairProducts::avx512 && may_use_avx512_pairs();
   check(anywhere || avx512 || kind == fastest_pair_products(), "this processor has no pair products of kind ",
         chosen);

@@ -84,7 +84,7 @@ auto with_network(NetworkArguments& given, const F& f) {
   const NetworkSizes sizes = sizes_of(given);
   return with_dtype("x", given.x, [&](auto dtype) {
     using Storage = typename decltype(dtype)::Storage;
-    const Cell<Storage>& cell = built_in_cell<Storage>(given.cell);
+    const auto& cell = built_in_cell<typename Arithmetic<Storage>::type>(given.cell);
     expect_weights<Storage>(given, sizes, cell);
     return f(Network<Storage>(cell, given, sizes));
   });

@@ -192,9 +192,8 @@ class NetworkBackward : NetworkBase<Storage> {
       Aligned<A> dh_new(rows * P);
       const Read<Storage, A> row{P, {work.dh_new.data(), P}, 1, {dh_new.data(), P}};
       share_rows(rows, P, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
-      of_matrix(RowView<const A>{dh_new.data(), P},
-                Matrix<A>{work.unprojected[0], rows, H, padded<A>(H), 1}, P,
-                sums_of(*found.w_hr, work.dw_hr), adds);
+      of_matrix(RowView<const A>{dh_new.data(), P}, Matrix<A>{work.unprojected[0], rows, H, padded<A>(H), 1},
+                P, sums_of(*found.w_hr, work.dw_hr), adds);
     }
     if (!sizes_.bias) return;
     add_rows(RowView<const Storage>{work.dgx.data(), width_}, rows, work.db_ih);

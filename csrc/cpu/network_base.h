@@ -25,7 +25,7 @@ class NetworkBase {
  public:
   using A = typename Arithmetic<Storage>::type;
 
-  NetworkBase(const Cell<Storage>& cell, const NetworkArguments& given, NetworkSizes sizes)
+  NetworkBase(const Cell<A>& cell, const NetworkArguments& given, NetworkSizes sizes)
       : cell_(cell),
         has_c_(cell.states > 1),
         x_(given.x),
@@ -119,7 +119,7 @@ class NetworkBase {
   }
 
   // Whether each thread reads the weights of the scan only once.
-  bool once() const { return sizes_.T == 1 && sizes_.B <= Scan::block; }
+  bool once() const { return sizes_.T == 1 && sizes_.B <= Scan::block(); }
   Recurrence<Storage> recurrence(const Matrix<Storage>& matrix, const A* bias, bool exact) const {
     return Recurrence<Storage>::dense(matrix, once(), bias, exact, sizes_.T, sizes_.B);
   }
@@ -133,7 +133,7 @@ class NetworkBase {
     scan.reverse = d == 1;
   }
 
-  const Cell<Storage>& cell_;
+  const Cell<A>& cell_;
   const bool has_c_;
   const Tensor& x_;
   const std::vector<Tensor>& weights_;

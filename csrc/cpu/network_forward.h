@@ -59,8 +59,8 @@ class NetworkForward : NetworkBase<Storage> {
 
  private:
   // One layer in one direction. `input`: all rows of the layer's input.
-  void walk_forward(int64_t layer, int64_t d, const Operand<Storage>& input, const Optional& h0, const Optional& c0,
-                    const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
+  void walk_forward(int64_t layer, int64_t d, const Operand<Storage>& input, const Optional& h0,
+                    const Optional& c0, const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
                     const Tensor& c_n) const {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, P = sizes_.P;
     NetworkWeights weights = weights_of(weights_.data(), k, sizes_);

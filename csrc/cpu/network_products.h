@@ -63,8 +63,8 @@ class MatrixProduct {
   }
 
  private:
-  static constexpr int64_t longest_short = 1 << 23;   // multiplications
-  static constexpr int64_t rows_by_tiles = 64;        // that read the matrix only once
+  static constexpr int64_t longest_short = 1 << 23;  // multiplications
+  static constexpr int64_t rows_by_tiles = 64;       // that read the matrix only once
 
   static bool by_tiles() { return !std::is_same_v<Storage, A> && reads_storage<Storage>(); }
 
@@ -108,8 +108,8 @@ class Operand {
 
 // out [rows, N] contiguous = in [rows, K] times the matrix of the product, plus what `out` holds if `adds`.
 template <class Storage, class In, class Out>
-void product_into(const MatrixProduct<Storage>& product, RowView<const In> in, int64_t in_stride, int64_t rows,
-                  int64_t N, Out* out, bool adds) {
+void product_into(const MatrixProduct<Storage>& product, RowView<const In> in, int64_t in_stride,
+                  int64_t rows, int64_t N, Out* out, bool adds) {
   using A = typename Matrix<Storage>::A;
   if constexpr (std::is_same_v<Out, A>)
     if (N % panel_width<A> == 0) return product(in, in_stride, rows, {out, N}, adds);

@@ -1,5 +1,5 @@
-// Products of bfloat16 numbers by pairs of terms, as processors with AVX512-BF16 and AMX add them: in float32,
-// more terms an instruction than of float32, with weights of half the size.
+// Products of bfloat16 numbers by pairs of terms, as processors with AVX512-BF16 and AMX add them: in
+// float32, more terms an instruction than of float32, with weights of half the size.
 #pragma once
 
 #include <atomic>

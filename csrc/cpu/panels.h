@@ -226,8 +226,7 @@ struct Packed {
   // packed yet.
   template <int bytes, class Word>
   FASTRNN_INLINE const Word* panel(int64_t n, int64_t k, int64_t k_end, Word* scratch) const {
-    if (!once)
-      return reinterpret_cast<const Word*>(panels.data()) + n * words + k * panel_width<Word>;
+    if (!once) return reinterpret_cast<const Word*>(panels.data()) + n * words + k * panel_width<Word>;
     matrix.template panel<bytes>(n, k, k_end, scratch);
     return scratch;
   }
@@ -237,7 +236,8 @@ struct Packed {
   template <class Word>
   FASTRNN_INLINE const Word* following(const Word* panel, int64_t n, int64_t k) const {
     if (once) return panel;
-    return reinterpret_cast<const Word*>(panels.data()) + (n < matrix.N ? n * words : 0) + k * panel_width<Word>;
+    return reinterpret_cast<const Word*>(panels.data()) + (n < matrix.N ? n * words : 0) +
+           k * panel_width<Word>;
   }
 
  private:
@@ -255,8 +255,9 @@ struct Packed {
   template <class Word>
   void pack(Word* to) const {
     constexpr int64_t grain = 1 << 15;  // elements that are worth waking a thread
-    share(padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(words, 1)) + 1,
-          [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage, Word>{matrix, words, to}, begin, end); });
+    share(
+        padded<A>(matrix.N) / panel_width<A>, grain / (panel_width<A> * std::max<int64_t>(words, 1)) + 1,
+        [&](int64_t begin, int64_t end) { walk_widest(Pack<Storage, Word>{matrix, words, to}, begin, end); });
   }
 
   bool once;

@@ -1,6 +1,7 @@
 #include "program_ops.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "functions.h"
 #include "vectors.h"
@@ -84,18 +85,15 @@ struct Elements {
   }
 };
 
-template <class From, class To>
-struct Convert {
+template <class A>
+struct CopyPlane {
   static FASTRNN_INLINE void run(void* out, const void* x, const void*, const void*, int64_t n) {
-    To* to = static_cast<To*>(out);
-    const From* from = static_cast<const From*>(x);
-    FASTRNN_SIMD
-    for (int64_t j = 0; j < n; ++j) narrow(widen(from[j]), to[j]);
+    std::memmove(out, x, n * sizeof(A));
   }
 };
 
 template <class Body>
-FASTRNN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+FASTRNN_TARGET(FASTRNN_AVX512)
 void run_avx512(void* out, const void* x, const void* y, const void* z, int64_t n) {
   Body::run(out, x, y, z, n);
 }
@@ -180,16 +178,8 @@ const Operation* find_operation(std::string_view name) {
   return nullptr;
 }
 
-template <class From, class To>
-Loop conversion() {
-  return widest<Convert<From, To>>();
+Loop copy_loop(bool is_double) {
+  return is_double ? run_baseline<CopyPlane<double>> : run_baseline<CopyPlane<float>>;
 }
-
-template Loop conversion<float, float>();
-template Loop conversion<double, double>();
-template Loop conversion<BFloat16, float>();
-template Loop conversion<float, BFloat16>();
-template Loop conversion<Float16, float>();
-template Loop conversion<float, Float16>();
 
 }  // namespace fastrnn

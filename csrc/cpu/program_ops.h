@@ -30,8 +30,7 @@ struct Operation {
 // The operation of this name, or null.
 const Operation* find_operation(std::string_view name);
 
-// From one type in memory to another; float and double are also types of the arithmetic.
-template <class From, class To>
-Loop conversion();
+// out[j] = x[j]
+Loop copy_loop(bool is_double);
 
 }  // namespace fastrnn

@@ -7,9 +7,12 @@ namespace fastrnn {
 // Chooses where each value of a program is, and writes the steps.
 class PlanBuilder {
  public:
-  PlanBuilder(Plan& plan, const Program& program, const PlanTypes& types,
-              const std::vector<PlaneGroup>& inputs, const std::vector<PlaneGroup>& results)
-      : plan_(plan), program_(program), types_(types), values_(program.inputs + program.instructions.size()) {
+  PlanBuilder(Plan& plan, const Program& program, bool is_double, const std::vector<PlaneGroup>& inputs,
+              const std::vector<PlaneGroup>& results)
+      : plan_(plan),
+        program_(program),
+        is_double_(is_double),
+        values_(program.inputs + program.instructions.size()) {
     add_inputs(inputs);
     add_results(results, inputs);
     find_uses();
@@ -29,11 +32,9 @@ class PlanBuilder {
     bool in_register = false;
     int group = -1;  // of an input
     int64_t plane = 0;
-    bool stored = false;
   };
   struct Result {
     int value, slot;
-    bool stored;
     int overwrites;  // the input with the same addresses, or -1
     bool late;       // written at the end
     bool in_place;   // the instruction writes it itself
@@ -46,7 +47,6 @@ class PlanBuilder {
     return program_.instructions[value - program_.inputs];
   }
   bool is_constant(int value) const { return !is_input(value) && instruction_of(value).operation == nullptr; }
-  bool converted(bool stored) const { return stored && types_.converts; }
 
   int add_plane(int group, int64_t plane) {
     plan_.planes_.push_back({group, plane});
@@ -58,7 +58,6 @@ class PlanBuilder {
     for (size_t g = 0; g < groups.size(); ++g)
       for (int64_t k = 0; k < groups[g].count; ++k, ++value) {
         values_[value].group = static_cast<int>(g), values_[value].plane = k;
-        values_[value].stored = groups[g].stored;
       }
   }
 
@@ -74,8 +73,8 @@ class PlanBuilder {
             overwrites += static_cast<int>(inputs[before].count);
         }
         if (value == overwrites) continue;  // it is there already
-        results_.push_back({value, add_plane(static_cast<int>(inputs.size() + g), k), groups[g].stored,
-                            overwrites, false, false});
+        results_.push_back(
+            {value, add_plane(static_cast<int>(inputs.size() + g), k), overwrites, false, false});
       }
   }
 
@@ -100,14 +99,14 @@ class PlanBuilder {
       int position = result.value - program_.inputs;
       if (result.overwrites >= 0 && values_[result.overwrites].last_use > position) {
         delay(result);
-      } else if (values_[result.value].slot == nowhere && !converted(result.stored)) {
+      } else if (values_[result.value].slot == nowhere) {
         values_[result.value].slot = result.slot;
         result.in_place = true;
       }
     }
     for (int k = 0; k < program_.inputs; ++k) {
       Value& input = values_[k];
-      if (input.needed && !converted(input.stored)) input.slot = add_plane(input.group, input.plane);
+      if (input.needed) input.slot = add_plane(input.group, input.plane);
     }
   }
 
@@ -116,13 +115,8 @@ class PlanBuilder {
     values_[result.value].last_use = end();
   }
 
-  // Registers are numbered after the planes, of which there must be no more from here on; an input that is
-  // converted adds its plane first.
+  // Registers are numbered after the planes, of which there must be no more from here on.
   void place_constants() {
-    load_from_.assign(program_.inputs, nowhere);
-    for (int k = 0; k < program_.inputs; ++k)
-      if (values_[k].needed && converted(values_[k].stored))
-        load_from_[k] = add_plane(values_[k].group, values_[k].plane);
     first_register_ = static_cast<int>(plan_.planes_.size());
     for (int k = 0; k < instruction_count(); ++k) {
       int value = program_.inputs + k;
@@ -152,47 +146,34 @@ class PlanBuilder {
   void step(Loop loop, int out, int x, int y, int z) { plan_.steps_.push_back({loop, out, x, y, z}); }
   void step(Loop loop, int out, int x) { step(loop, out, x, x, x); }
 
-  // The slot of a value of the arithmetic's type; an input of another type is loaded when it is needed first.
-  int slot_of(int value) {
-    Value& found = values_[value];
-    if (found.slot == nowhere) {
-      take_register(found);
-      step(types_.load, found.slot, load_from_[value]);
-    }
-    return found.slot;
-  }
-
   void emit(int k) {
     const Instruction& instruction = program_.instructions[k];
     int value = program_.inputs + k;
     Value& result = values_[value];
     if (!result.needed || instruction.operation == nullptr) return;
     int operands[3], count = instruction.operation->operands;
-    for (int i = 0; i < count; ++i) operands[i] = slot_of(instruction.operands[i]);
+    for (int i = 0; i < count; ++i) operands[i] = values_[instruction.operands[i]].slot;
     for (int i = count; i < 3; ++i) operands[i] = operands[0];
     for (int i = 0; i < count; ++i)
       if (values_[instruction.operands[i]].last_use == k) release(values_[instruction.operands[i]]);
     if (result.slot == nowhere) take_register(result);
-    Loop loop = types_.is_double ? instruction.operation->float64 : instruction.operation->float32;
+    Loop loop = is_double_ ? instruction.operation->float64 : instruction.operation->float32;
     step(loop, result.slot, operands[0], operands[1], operands[2]);
     for (const Result& out : results_)
       if (out.value == value && !out.late && !out.in_place) write(out);
     if (result.last_use <= k) release(result);
   }
 
-  void write(const Result& out) {
-    step(converted(out.stored) ? types_.store : types_.copy, out.slot, slot_of(out.value));
-  }
+  void write(const Result& out) { step(copy_loop(is_double_), out.slot, values_[out.value].slot); }
 
   // Inputs that are results themselves leave their memory first: another result may overwrite it.
   void emit_late_results() {
     for (const Result& out : results_) {
       Value& value = values_[out.value];
       if (!out.late || !is_input(out.value) || value.in_register) continue;
-      int from = slot_of(out.value);
-      if (value.in_register) continue;  // it was loaded just now
+      const int from = value.slot;
       take_register(value);
-      step(types_.copy, value.slot, from);
+      step(copy_loop(is_double_), value.slot, from);
     }
     for (const Result& out : results_)
       if (out.late) write(out);
@@ -200,17 +181,17 @@ class PlanBuilder {
 
   Plan& plan_;
   const Program& program_;
-  const PlanTypes& types_;
+  const bool is_double_;
   std::vector<Value> values_;
   std::vector<Result> results_;
-  std::vector<int> free_, load_from_;
+  std::vector<int> free_;
   int first_register_ = 0;
 };
 
-Plan::Plan(const Program& program, const PlanTypes& types, const std::vector<PlaneGroup>& inputs,
+Plan::Plan(const Program& program, bool is_double, const std::vector<PlaneGroup>& inputs,
            const std::vector<PlaneGroup>& results)
-    : is_double_(types.is_double), input_groups_(static_cast<int>(inputs.size())) {
-  PlanBuilder(*this, program, types, inputs, results);
+    : is_double_(is_double), input_groups_(static_cast<int>(inputs.size())) {
+  PlanBuilder(*this, program, is_double, inputs, results);
   constexpr int64_t cache = 1 << 14, least = 64, most = 256;  // bytes of all registers; elements of a block
   int64_t size = is_double_ ? sizeof(double) : sizeof(float);
   int64_t fitting = cache / (size * std::max(registers_, 1));

@@ -28,22 +28,8 @@ struct Planes {
 // What a plan has to know of planes beforehand.
 struct PlaneGroup {
   int64_t count;
-  bool stored;           // in the type of the memory, otherwise in that of the arithmetic
   bool wanted = true;    // of results: whether anything reads them
   int same_memory = -1;  // of results: the group of inputs that has the same addresses
-};
-
-// The types of the planes, and the loops that depend on them.
-struct PlanTypes {
-  bool is_double, converts;  // converts: whether the type of the memory is not that of the arithmetic
-  Loop load, store, copy;    // from the memory's type, to it, and within the arithmetic
-
-  template <class Storage>
-  static PlanTypes of() {
-    using A = typename Arithmetic<Storage>::type;
-    return {std::is_same_v<A, double>, !std::is_same_v<A, Storage>, conversion<Storage, A>(),
-            conversion<A, Storage>(), conversion<A, A>()};
-  }
 };
 
 class Plan {
@@ -54,7 +40,8 @@ class Plan {
     std::vector<char*> slots;
   };
 
-  Plan(const Program& program, const PlanTypes& types, const std::vector<PlaneGroup>& inputs,
+  // The planes are of double or of float.
+  Plan(const Program& program, bool is_double, const std::vector<PlaneGroup>& inputs,
        const std::vector<PlaneGroup>& results);
 
   // Whether it reads any plane of this group of inputs.

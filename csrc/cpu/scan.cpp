@@ -16,18 +16,21 @@ using ScanOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                  Tensor, Tensor, Tensor, Tensor>;
 
-// f(cell) with the cell of this name or text, for tensors of the dtype of `t`.
+template <class Storage>
+using CellOf = Cell<typename Arithmetic<Storage>::type>;
+
+// f(dtype, cell) with the dtype of `t` and the cell of this name or text.
 template <class F>
 auto with_cell_of(const std::string& cell, const char* name, const Tensor& t, const F& f) {
   check(t.dim() == 3, name, " must have shape [T, B, planes * H], got ", shape_of(t));
   return with_dtype(name, t, [&](auto dtype) {
-    using Storage = typename decltype(dtype)::Storage;
-    return cell.rfind("cell ", 0) == 0 ? f(*program_cell<Storage>(cell)) : f(built_in_cell<Storage>(cell));
+    using A = typename Arithmetic<typename decltype(dtype)::Storage>::type;
+    return cell.rfind("cell ", 0) == 0 ? f(dtype, *program_cell<A>(cell)) : f(dtype, built_in_cell<A>(cell));
   });
 }
 
 template <class Storage>
-ScanOutputs forward(const Cell<Storage>& cell, Tensor& gx, const ScanInputs& inputs, bool reverse,
+ScanOutputs forward(const CellOf<Storage>& cell, Tensor& gx, const ScanInputs& inputs, bool reverse,
                     const LayerNorms& layer_norms, bool save) {
   using A = typename Arithmetic<Storage>::type;
   Call<Storage, A> call("gx", gx, cell.gates, inputs.h0, cell.states);
@@ -53,7 +56,7 @@ ScanOutputs forward(const Cell<Storage>& cell, Tensor& gx, const ScanInputs& inp
 }
 
 template <class Storage>
-ScanGradients backward(const Cell<Storage>& cell, const IncomingGradients& incoming, const Kept& kept,
+ScanGradients backward(const CellOf<Storage>& cell, const IncomingGradients& incoming, const Kept& kept,
                        const Optional& gx, const ScanInputs& inputs, bool reverse,
                        std::optional<double> clip_value, const LayerNorms& layer_norms, bool with_norms) {
   using A = typename Arithmetic<Storage>::type;
@@ -132,8 +135,9 @@ ScanOutputs scan_forward(Tensor gx, Optional w_hh, Tensor h0, Optional c0, Optio
   ScanInputs inputs{w_hh,        h0,        c0,         b_hh,           w_hr,     ln_hh,
                     ln_c_weight, ln_c_bias, flags,      recurrent_mask, zone_h,   zone_c,
                     decay_h,     decay_c,   parameters, step_inputs,    clip_norm};
-  return with_cell_of(cell, "gx", gx,
-                      [&](const auto& of) { return forward(of, gx, inputs, reverse, layer_norms, save); });
+  return with_cell_of(cell, "gx", gx, [&](auto dtype, const auto& of) {
+    return forward<typename decltype(dtype)::Storage>(of, gx, inputs, reverse, layer_norms, save);
+  });
 }
 
 ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc_n, Optional dsaved, Tensor y,
@@ -150,9 +154,9 @@ ScanGradients scan_backward(Optional dy, Optional dc, Optional dh_n, Optional dc
   ScanInputs inputs{w_hh,        h0,        c0,         b_hh,           w_hr,     ln_hh,
                     ln_c_weight, ln_c_bias, flags,      recurrent_mask, zone_h,   zone_c,
                     decay_h,     decay_c,   parameters, step_inputs,    clip_norm};
-  return with_cell_of(cell, "saved", saved, [&](const auto& of) {
-    return backward(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, gx, inputs, reverse, clip_value, layer_norms,
-                    norms);
+  return with_cell_of(cell, "saved", saved, [&](auto dtype, const auto& of) {
+    return backward<typename decltype(dtype)::Storage>(of, {dy, dc, dh_n, dc_n}, {y, c, saved}, gx, inputs,
+                                                       reverse, clip_value, layer_norms, norms);
   });
 }
 

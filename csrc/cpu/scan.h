@@ -37,7 +37,7 @@ struct Steps {
   }
 };
 
-// [block, columns] of one thread, uninitialised.
+// [rows, columns] of one thread, uninitialised.
 template <class A>
 class Buffer {
  public:
@@ -87,7 +87,9 @@ void elementwise(const Runs& runs, int64_t width, const Op& op, const Buffer<A>&
 }
 
 struct Scan {
-  static constexpr int64_t block = 64;  // rows
+  // The rows that a thread walks through the steps together. Products by tiles take so little time that W_hh,
+  // which each block reads in every step, has to serve more rows.
+  static int64_t block() { return by_tiles(pair_products()) ? 128 : 64; }
 
   int64_t T, B, H, P, C;  // C: the width of the states beyond h
   bool reverse;           // whether the forward walks back in time
@@ -141,6 +143,15 @@ template <class Storage, class A>
 void read(const Runs& runs, int64_t width, const Steps<const Storage>& from, int64_t t, int64_t b,
           const Buffer<A>& to) {
   walk_runs(runs, Read<Storage, A>{width, from.at(t, b), from.j_stride, to});
+}
+
+// Rows whose columns lie side by side, in the type of the arithmetic: the memory itself, or `copy`.
+template <class Storage, class A>
+RowView<const A> in_arithmetic(const Runs& runs, int64_t width, const Steps<const Storage>& from, int64_t t,
+                               int64_t b, const Buffer<A>& copy) {
+  if constexpr (std::is_same_v<Storage, A>) return from.at(t, b);
+  if (from) read(runs, width, from, t, b, copy);
+  return copy;
 }
 
 }  // namespace fastrnn

@@ -14,7 +14,7 @@ struct BackwardScan : Scan {
   using Storage = S;
   using A = typename Arithmetic<S>::type;
 
-  const Cell<S>& cell;
+  const Cell<A>& cell;
   Steps<const Storage> dy;        // [T, B, P]; none of the incoming gradients need exist
   Steps<const A> dc;              // [T, B, C]
   Steps<const Storage> dh_n;      // [1, B, P]
@@ -42,12 +42,14 @@ struct BackwardScan : Scan {
   A* norms = nullptr;                 // [2, states, T, B] or null
   int64_t norms_stride = 0;           // from one state's to the next one's
 
-  explicit BackwardScan(const Cell<S>& cell) : cell(cell) {}
+  explicit BackwardScan(const Cell<A>& cell) : cell(cell) {}
 
   // Sequences from begin to end.
   void operator()(int64_t begin, int64_t end) const;
 
  private:
+  static constexpr bool half = !std::is_same_v<Storage, A>;
+
   bool has_c() const { return cell.states > 1; }
   int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
   bool reads_h_prev() const { return cell.reads_h_prev || dln_hh; }
@@ -66,6 +68,8 @@ struct BackwardScan : Scan {
     Buffer<A> total_h, total_c;          // the same, with the gradients between the states of this step
     Buffer<A> c_hat;                     // c, normalised
     Buffer<A> h_prev, c_prev;            // the state before the step
+    Buffer<A> saved, step_inputs;        // widened from a half type
+    Buffer<A> dcell;                     // before it is narrowed to one
     Buffer<A> dgx, dgh;                  // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;            // W_hh h_prev and its gradient, before that layer norm
     Buffer<A> gx;                        // W_ih x, where that layer norm is of the sum
@@ -77,7 +81,7 @@ struct BackwardScan : Scan {
     // Sums over the steps, of which there may be many.
     Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
     Buffer<A> norm_of_state, norms_of_row, factor;  // of clipping by norm
-    std::unique_ptr<typename Cell<S>::Memory> of_cell;
+    std::unique_ptr<typename Cell<A>::Memory> of_cell;
     Runs all, running, ended;
 
     Work(const BackwardScan& scan, int64_t rows)
@@ -93,7 +97,10 @@ struct BackwardScan : Scan {
           c_hat(rows, scan.dln_c_weight ? scan.H : 0),
           h_prev(rows, scan.reads_h_prev() ? scan.P : 0),
           c_prev(rows, scan.C),
-          dgx(rows, std::is_same_v<Storage, A> ? 0 : scan.cell.gates * scan.H),
+          saved(rows, half ? scan.cell.saved * scan.H : 0),
+          step_inputs(rows, half ? scan.cell.inputs * scan.H : 0),
+          dcell(rows, half ? (scan.cell.parameters + scan.cell.inputs) * scan.H : 0),
+          dgx(rows, half ? scan.cell.gates * scan.H : 0),
           dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
@@ -172,6 +179,8 @@ struct BackwardScan : Scan {
     return weights.w_hr ? work.dh_cell : dh_new_of(work);
   }
 
+  static RowView<const A> read_only(const RowView<A>& rows) { return {rows.data, rows.stride}; }
+
   template <class X>
   static void read_or_zero(const Steps<const X>& from, int64_t width, int64_t b, const Runs& runs,
                            const Buffer<A>& to) {
@@ -228,6 +237,8 @@ struct BackwardScan : Scan {
     }
     if (zone_h) read(runs, P, zone_h, t, b, work.zone_h);
     if (zone_c) read(runs, C, zone_c, t, b, work.zone_c);
+    if (half) read(runs, cell.saved * H, saved, t, b, work.saved);
+    if (half && step_inputs) read(runs, cell.inputs * H, step_inputs, t, b, work.step_inputs);
   }
 
   // Through zoneout and projection: from dh and dc to dh_cell, and to total_h and total_c.
@@ -239,24 +250,34 @@ struct BackwardScan : Scan {
     if (!joined()) cell.total(runs, step_of(t, b, work), work.of_cell.get());
   }
 
-  BackwardStep<Storage> step_of(int64_t t, int64_t b, Work& work) const {
+  // The rows of a step in the type of the arithmetic: the memory itself, or those of the thread.
+  template <class X>
+  static RowView<A> rows_of(const Steps<X>& steps, int64_t t, int64_t b, const Buffer<A>& own) {
+    if constexpr (!half) {
+      const RowView<X> rows = steps.at(t, b);
+      return {const_cast<A*>(rows.data), rows.stride};
+    }
+    return own;
+  }
+
+  BackwardStep<A> step_of(int64_t t, int64_t b, Work& work) const {
     return {H,
-            saved.at(t, b),
+            read_only(rows_of(saved, t, b, work.saved)),
             work.h_prev,
             work.c_prev,
             weights.parameters(),
-            step_inputs.at(t, b),
+            read_only(rows_of(step_inputs, t, b, work.step_inputs)),
             weights.ln_c(),
             dh_cell_of(work),
             dc_new_of(work),
             work.total_h,
             work.total_c,
             work.c_hat,
-            dgx_rows(t, b, work),
+            rows_of(dgx, t, b, work.dgx),
             work.dgh,
             work.dh_past_w,
             work.carried_c,
-            dcell.at(t, b),
+            rows_of(dcell, t, b, work.dcell),
             work.dln_c_weight,
             work.dln_c_bias};
   }
@@ -316,22 +337,15 @@ struct BackwardScan : Scan {
     cell.backward(work.running, step_of(t, b, work), joined(), work.of_cell.get());
   }
 
-  // In float32 and float64 dgx is computed in the output itself.
-  RowView<A> dgx_rows(int64_t t, int64_t b, const Work& work) const {
-    if constexpr (std::is_same_v<Storage, A>) return dgx.at(t, b);
-    return work.dgx;
-  }
-
   // The gradient of W_hh h_prev at step t, before its layer norm where there is one.
   RowView<const A> dgh_rows(int64_t t, int64_t b, const Work& work) const {
     if (dln_hh) return work.dgh_raw;
-    RowView<A> rows = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
-    return {rows.data, rows.stride};
+    return read_only(cell.distinct_dgh ? RowView<A>(work.dgh) : rows_of(dgx, t, b, work.dgx));
   }
 
   void backward_of_gate_norm(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
-    RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : dgx_rows(t, b, work);
+    RowView<A> dgh = cell.distinct_dgh ? RowView<A>(work.dgh) : rows_of(dgx, t, b, work.dgx);
     if (weights.forward_masked_gates) {
       weights.forward_masked_gates.times(runs, work.h_prev, work.recurrent_mask, work.operand,
                                          work.gates_of_head, work.gates);
@@ -357,8 +371,9 @@ struct BackwardScan : Scan {
   void write_step(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t width = cell.gates * H;
-    if constexpr (!std::is_same_v<Storage, A>)
-      walk_runs(runs, Write<Storage, A>{width, work.dgx, dgx.at(t, b)});
+    if (half) walk_runs(runs, Write<Storage, A>{width, work.dgx, dgx.at(t, b)});
+    if (half && dcell)
+      walk_runs(runs, Write<Storage, A>{(cell.parameters + cell.inputs) * H, work.dcell, dcell.at(t, b)});
     if (dh_new) walk_runs(runs, Write<Storage, A>{P, dh_new_of(work), dh_new.at(t, b)});
     if (dln_hh) backward_of_gate_norm(t, b, work);
     if (weights.ln_of_sum) walk_runs(runs, Write<Storage, A>{width, work.dgh_raw, dgx.at(t, b)});
@@ -421,8 +436,9 @@ struct BackwardScan : Scan {
 
 template <class S>
 void BackwardScan<S>::operator()(int64_t begin, int64_t end) const {
-  Work work(*this, std::min(block, end - begin));
-  for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
+  const int64_t rows = std::min(block(), end - begin);
+  Work work(*this, rows);
+  for (int64_t b = begin; b < end; b += rows) walk(b, std::min(rows, end - b), work);
 }
 
 #define FASTRNN_INSTANCE(S) extern template struct BackwardScan<S>;

@@ -10,7 +10,7 @@ struct ForwardScan : Scan {
   using Storage = S;
   using A = typename Arithmetic<S>::type;
 
-  const Cell<S>& cell;
+  const Cell<A>& cell;
   Steps<const Storage> gx, zone_h, zone_c;  // [T, B, gates * H], [T, B, P], [T, B, C]
   Steps<const Storage> decay_h, decay_c;    // [T, B, P], [T, B, C]
   Steps<const Storage> step_inputs;         // [T, B, inputs * H]
@@ -22,25 +22,28 @@ struct ForwardScan : Scan {
   Steps<Storage> h_n;       // [1, B, P]
   Steps<A> c_n;             // [1, B, C]
 
-  explicit ForwardScan(const Cell<S>& cell) : cell(cell) {}
+  explicit ForwardScan(const Cell<A>& cell) : cell(cell) {}
 
   // Sequences from begin to end.
   void operator()(int64_t begin, int64_t end) const;
 
  private:
+  static constexpr bool half = !std::is_same_v<Storage, A>;
+
   bool has_c() const { return cell.states > 1; }
   int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
+  // Whether the cell saves into memory of the thread: to be narrowed, or because nobody wants it.
+  bool saves_aside() const { return saved ? half : cell.always_saves; }
 
   // One thread's rows. h, c: the states. operand: h times the recurrent mask. cell_h: h as the cell returns
   // it. projected_h: after the projection.
   struct Work {
     Buffer<A> h, operand, gates, gates_of_head, cell_h, projected_h, c, c_before, recurrent_mask, zone_h,
         zone_c, decay_h, decay_c;
-    Buffer<Storage> unsaved;  // what the cell would save
-    // Where W_ih x is inside the layer norm: its rows, and the zeros that the cell gets for them.
-    Buffer<A> gx;
-    Buffer<Storage> no_gx;
-    std::unique_ptr<typename Cell<S>::Memory> of_cell;
+    // What the cell saves, unless that goes straight to the output; the operands of a half type, widened.
+    Buffer<A> saved, gx, step_inputs;
+    Buffer<A> no_gx;  // zeros, which the cell gets where W_ih x is inside the layer norm
+    std::unique_ptr<typename Cell<A>::Memory> of_cell;
     Runs all, running, ended;
 
     Work(const ForwardScan& scan, int64_t rows)
@@ -57,11 +60,12 @@ struct ForwardScan : Scan {
           zone_c(rows, scan.zone_c ? scan.C : 0),
           decay_h(rows, scan.decay_h ? scan.P : 0),
           decay_c(rows, scan.decay_c ? scan.C : 0),
-          unsaved(rows, !scan.saved && scan.cell.always_saves ? scan.cell.saved * scan.H : 0),
-          of_cell(scan.cell.memory()),
-          gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
-          no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0) {
-      if (scan.weights.ln_of_sum) std::fill_n(no_gx[0], scan.cell.gates * scan.H, Storage{});
+          saved(rows, scan.saves_aside() ? scan.cell.saved * scan.H : 0),
+          gx(rows, half || scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          step_inputs(rows, half ? scan.cell.inputs * scan.H : 0),
+          no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          of_cell(scan.cell.memory()) {
+      if (scan.weights.ln_of_sum) std::fill_n(no_gx[0], scan.cell.gates * scan.H, A(0));
     }
   };
 
@@ -134,20 +138,25 @@ struct ForwardScan : Scan {
 
   // c is updated in place.
   void run_cell(int64_t t, int64_t b, Work& work) const {
-    RowView<Storage> unsaved = work.unsaved;
-    if (!cell.always_saves) unsaved.data = nullptr;
-    ForwardStep<Storage> step{H,
-                              weights.ln_of_sum ? RowView<const Storage>{work.no_gx[0], 0} : gx.at(t, b),
+    const Runs& runs = work.running;
+    RowView<A> to_save{nullptr, 0};
+    if (saves_aside()) to_save = work.saved;
+    if constexpr (!half)
+      if (saved) to_save = saved.at(t, b);
+    const ForwardStep<A> step{H,
+                              weights.ln_of_sum ? RowView<const A>{work.no_gx[0], 0}
+                                                : in_arithmetic(runs, cell.gates * H, gx, t, b, work.gx),
                               work.gates,
                               work.h,
                               work.c,
                               weights.parameters(),
-                              step_inputs.at(t, b),
+                              in_arithmetic(runs, cell.inputs * H, step_inputs, t, b, work.step_inputs),
                               weights.ln_c(),
                               work.cell_h,
                               work.c,
-                              saved ? saved.at(t, b) : unsaved};
-    cell.forward(work.running, step, work.of_cell.get());
+                              to_save};
+    cell.forward(runs, step, work.of_cell.get());
+    if (half && saved) walk_runs(runs, Write<Storage, A>{cell.saved * H, work.saved, saved.at(t, b)});
   }
 
   // After the end of a sequence its outputs are zero; its state stays.
@@ -160,8 +169,9 @@ struct ForwardScan : Scan {
 
 template <class S>
 void ForwardScan<S>::operator()(int64_t begin, int64_t end) const {
-  Work work(*this, std::min(block, end - begin));
-  for (int64_t b = begin; b < end; b += block) walk(b, std::min(block, end - b), work);
+  const int64_t rows = std::min(block(), end - begin);
+  Work work(*this, rows);
+  for (int64_t b = begin; b < end; b += rows) walk(b, std::min(rows, end - b), work);
 }
 
 #define FASTRNN_INSTANCE(S) extern template struct ForwardScan<S>;

@@ -1,5 +1,5 @@
-// Products of bfloat16 numbers by tiles, as processors with AMX compute them: an instruction multiplies 16 rows
-// of 32 terms with 32 rows of 16 columns, and adds to 16 x 16 float32 sums.
+// Products of bfloat16 numbers by tiles, as processors with AMX compute them: an instruction multiplies 16
+// rows of 32 terms with 32 rows of 16 columns, and adds to 16 x 16 float32 sums.
 //
 // A left operand of float32 numbers goes in two parts, each a bfloat16 number, which keep 16 of its 24 bits.
 // An element of the result is always summed in the same order, whatever the other rows are.
@@ -27,12 +27,14 @@ struct PortableTiles {
 
   template <int row>
   void load_sums(const float* from, int64_t stride) {
-    for (int64_t r = 0; r < rows_of_tile; ++r) std::memcpy(sums[row][r], from + r * stride, sizeof sums[row][r]);
+    for (int64_t r = 0; r < rows_of_tile; ++r)
+      std::memcpy(sums[row][r], from + r * stride, sizeof sums[row][r]);
   }
 
   template <int row>
   void store_sums(float* to, int64_t stride) const {
-    for (int64_t r = 0; r < rows_of_tile; ++r) std::memcpy(to + r * stride, sums[row][r], sizeof sums[row][r]);
+    for (int64_t r = 0; r < rows_of_tile; ++r)
+      std::memcpy(to + r * stride, sums[row][r], sizeof sums[row][r]);
   }
 
   template <int rows>
@@ -51,8 +53,7 @@ struct PortableTiles {
 };
 
 #ifdef FASTRNN_AMX
-#define FASTRNN_AMX_ISA \
-  FASTRNN_TARGET("amx-tile,amx-bf16," FASTRNN_AVX512)
+#define FASTRNN_AMX_ISA FASTRNN_TARGET("amx-tile,amx-bf16," FASTRNN_AVX512)
 
 // Registers 0 to 3 hold the sums, 4 and 5 the left operand, 6 and 7 the panel. The functions are no
 // FASTRNN_INLINE: their callers have this target only once they are inlined into `walk_amx`.
@@ -122,9 +123,10 @@ FASTRNN_INLINE void memory_is_read() {
 // Multiply (product.h) of bfloat16 by tiles. In: float or BFloat16.
 template <class Tiles, class In>
 struct MultiplyTiles {
-  // Words of the left operand at a time, and of one of its rows: they stay in the second cache, and a panel of
-  // as many words in the first, while all these rows are multiplied with it.
-  static constexpr int64_t room = 1 << 15, most_depth = 256;
+  // Words of the left operand at a time, and of one of its rows: they stay in the second cache, and a panel
+  // of as many words in the first, while all these rows are multiplied with it.
+  static constexpr int64_t room = 1 << 17, most_depth = 256;
+  static constexpr int64_t group = 2 * rows_of_tile;  // rows that are multiplied at once
   static constexpr bool may_split = std::is_same_v<In, float>;
 
   const Packed<BFloat16>& packed;
@@ -135,10 +137,13 @@ struct MultiplyTiles {
 
   template <int bytes>
   FASTRNN_INLINE void walk(int64_t begin, int64_t end) const {
-    alignas(64) Pair left[room], scratch[most_depth * panel_width<Pair>];
+    static thread_local const Aligned<Pair> memory(room);
+    Pair* const left = memory.data();
+    alignas(64) Pair scratch[most_depth * panel_width<Pair>];
     const int64_t words = packed.words, depth = std::clamp(words, rows_of_tile, most_depth);
-    const int64_t stride = depth + rows_of_tile;  // no power of two, whose rows would share few places of a cache
-    const int64_t block = room / (splits() ? 2 : 1) / stride / (2 * rows_of_tile) * (2 * rows_of_tile);
+    const int64_t stride =
+        depth + rows_of_tile;  // no power of two, whose rows would share few places of a cache
+    const int64_t block = room / (splits() ? 2 : 1) / stride / group * group;
     Tiles tiles;
     for (int64_t b = begin; b < end; b += block) {
       const int64_t rows = std::min(block, end - b);
@@ -149,8 +154,8 @@ struct MultiplyTiles {
         for (int64_t n = 0; n < packed.matrix.N; n += panel_width<Pair>) {
           const Pair* panel = packed.template panel<bytes>(n, k, k_end, scratch);
           memory_is_read();
-          for (int64_t r = 0; r < rows; r += 2 * rows_of_tile) {
-            const int64_t some = std::min(2 * rows_of_tile, rows - r);
+          for (int64_t r = 0; r < rows; r += group) {
+            const int64_t some = std::min(group, rows - r);
             const float* start = k == 0 && !adds ? packed.start.data() + n : nullptr;
             RowView<float> sums{out[b + r] + n, out.stride};
             if (some > rows_of_tile)
@@ -179,13 +184,13 @@ struct MultiplyTiles {
     return (rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile;
   }
 
-  // `some` rows of a panel, in as many tiles as `rows`: the sums, which begin as the row `start` unless that is
-  // null, plus the products of `words` words.
+  // `some` rows of a panel, in as many tiles as `rows`: the sums, which begin as the row `start` unless that
+  // is null, plus the products of `words` words.
   template <int rows>
   FASTRNN_INLINE void tile(Tiles& tiles, const Left& left, const Pair* panel, int64_t words,
                            const float* start, RowView<float> sums, int64_t some) const {
-    constexpr int64_t width = 2 * rows_of_tile;
-    alignas(64) float spare[2 * rows_of_tile * width];  // where the last tile has fewer rows
+    constexpr int64_t width = panel_width<Pair>;
+    alignas(64) float spare[group * width];  // where the last tile has fewer rows
     const bool whole = some == rows * rows_of_tile;
     const RowView<float> memory = whole ? sums : RowView<float>{spare, width};
     if (start == nullptr && !whole) {
@@ -197,7 +202,7 @@ struct MultiplyTiles {
     tiles.template load_sums<0>(first[0], first.stride);
     if constexpr (rows == 2) tiles.template load_sums<1>(first[rows_of_tile], first.stride);
     for (int64_t k = 0; k < words; k += rows_of_tile) {
-      const Pair *terms = left.data + k, *weights = panel + k * panel_width<Pair>;
+      const Pair *terms = left.data + k, *weights = panel + k * width;
       tiles.template add<rows>(terms, left.stride, weights);
       if (left.rest) tiles.template add<rows>(terms + left.rest, left.stride, weights);
     }
@@ -207,7 +212,8 @@ struct MultiplyTiles {
       for (int64_t r = 0; r < some; ++r) std::memcpy(sums[r], memory[r], width * sizeof(float));
   }
 
-  // Words k to k_end of `rows` rows from b on; zeros after the last term and the last row, up to a whole tile.
+  // Words k to k_end of `rows` rows from b on; zeros after the last term and the last row, up to a whole
+  // tile.
   template <int bytes>
   FASTRNN_INLINE void copy(int64_t b, int64_t rows, int64_t k, int64_t k_end, const Left& left) const {
     const int64_t terms = packed.matrix.K, whole = std::max(std::min(k_end, terms / 2), k);
@@ -221,8 +227,10 @@ struct MultiplyTiles {
     }
     for (int64_t r = 0; r < rows_in_tiles(rows); ++r) {
       int64_t filled = r < rows ? whole : k;
-      if (r < rows && filled < k_end && 2 * filled < terms)
-        put(in[b + r][2 * filled * in_stride], left[r] + filled++ - k, left.rest);
+      if (r < rows && filled < k_end && 2 * filled < terms) {  // a last, odd term
+        put(in[b + r][2 * filled * in_stride], left[r] + filled - k, left.rest);
+        ++filled;
+      }
       std::fill_n(left[r] + filled - k, k_end - filled, 0);
       if (left.rest) std::fill_n(left[r] + left.rest + filled - k, k_end - filled, 0);
     }
@@ -240,7 +248,7 @@ struct MultiplyTiles {
     return rest == rest ? (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16 : 0;
   }
 
-  // A last, odd term.
+  // A term without a second one.
   static FASTRNN_INLINE void put(In x, Pair* to, int64_t rest) {
     *to = high(x);
     if constexpr (may_split)
@@ -262,13 +270,15 @@ struct MultiplyTiles {
       std::memcpy(to, row + 2 * k, (k_end - k) * sizeof(Pair));
     } else {
       FASTRNN_SIMD
-      for (int64_t i = k; i < k_end; ++i) to[i - k] = high(row[2 * i * stride]) | high(row[(2 * i + 1) * stride]) << 16;
+      for (int64_t i = k; i < k_end; ++i)
+        to[i - k] = high(row[2 * i * stride]) | high(row[(2 * i + 1) * stride]) << 16;
     }
     if constexpr (may_split) {
       if (!rest) return;
       Pair* remainder = to + rest;
       FASTRNN_SIMD
-      for (int64_t i = k; i < k_end; ++i) remainder[i - k] = low(row[2 * i * stride]) | low(row[(2 * i + 1) * stride]) << 16;
+      for (int64_t i = k; i < k_end; ++i)
+        remainder[i - k] = low(row[2 * i * stride]) | low(row[(2 * i + 1) * stride]) << 16;
     }
   }
 
