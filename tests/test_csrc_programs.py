@@ -110,6 +110,8 @@ def test_errors_are_at_most_twice_the_references(name, features):
     given = problem(name, 12, 5, 300, torch.float32, FEATURES[features])
     if name == "leaky":  # a leak beyond 1 makes the errors grow from step to step
         given["parameters"].sigmoid_()
+    if name == "width":  # it divides by the root of the squares of a gate and a parameter
+        given["parameters"] += given["parameters"].sign() / 2
     wide = {key: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in given.items()}
     truth, found, yardstick = (run(b, TEXT[name], x) for b, x in ((reference, wide), (cpu, given), (reference, given)))
     for key, exact in truth.items():

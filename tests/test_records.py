@@ -296,6 +296,30 @@ def test_the_record_of_the_same_instructions_goes_first(monkeypatch, tmp_path):
     assert found.time == 0.5 and found.shipped.threads == 64
 
 
+def test_half_types_need_the_same_instructions(monkeypatch, tmp_path):
+    """A processor without instructions for products of bfloat16 is told of the other types alone."""
+    monkeypatch.setattr(records, "SHIPPED", tmp_path)
+    here = records.where("cpu", 2)
+    vectors = here.architecture.partition(",")[0]
+    requests = [REQUEST._replace(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    keys = [evidence.key_of(request) for request in requests]
+
+    def write(name, architecture, time):
+        entries = [ENTRY._replace(key=key, ratio=(time, time, time)) for key in keys]
+        records.write(tmp_path / name, records.text_of(here._replace(architecture=architecture), entries))
+
+    def times():
+        found = [evidence.Book("cpu", 2).find(key, "cpu") for key in keys]
+        return [one and one.time for one in found]
+
+    write("a.json", "other", 0.5)
+    assert times() == [0.5, None]
+    write("b.json", f"{vectors}, of another kind", 0.6)
+    assert times() == [0.6, None]
+    write("c.json", here.architecture, 0.7)
+    assert times() == [0.7, 0.7]
+
+
 def test_the_shipped_records_are_whole():
     files = records.files(Path(records.__file__).with_name("shipped"))
     assert files
@@ -306,30 +330,6 @@ def test_the_shipped_records_are_whole():
         assert len({(entry.key, entry.candidate) for entry in entries}) == len(entries)
         assert {entry.verdict for entry in entries} == {"measured"}
         assert {len(Key(*entry.key)) for entry in entries} == {8} and where.device
-
-
-def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
-    """By the measurements that the shipped record was made of: beyond noise, which a busy machine widens."""
-    calls = json.loads((Path(__file__).parents[1] / "bench/results/auto-cpu.json").read_text())["calls"]
-    book, taken, slower, slowest = evidence.Book("cpu", 2), 0, [], {}
-    for row in calls:
-        projection = row["H"] // 2 if row["projected"] else 0
-        features = frozenset({"layer_norm"} if row["layer_norm"] else ())
-        request = Request(
-            row["cell"], "cpu", torch.float32, row["H"], projection, features, row["T"], row["B"], row["packed"],
-            row["mode"] == "train",
-        )  # fmt: skip
-        key, high = evidence.key_of(request), row["ratio"]["interval"][1]
-        slowest[key] = max(high, slowest.get(key, 0.0))
-        finding = book.find(key, "cpu")
-        if finding is not None and finding.time < 1:
-            taken += 1
-            if high >= 1:
-                slower.append(row)
-    assert taken > len(calls) / 4
-    assert not slower
-    _, entries = records.read(records.SHIPPED / "cpu-2-threads.json")
-    assert {entry.key: entry.ratio[2] for entry in entries} == {k: float(f"{high:.4g}") for k, high in slowest.items()}
 
 
 def test_a_single_wide_step_goes_to_the_reference():

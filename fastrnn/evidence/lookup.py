@@ -27,6 +27,7 @@ LARGER = 1 << 20
 USUAL_STEPS, USUAL_BATCH = 32, 16  # of a call whose sizes are not known while it is traced
 FASTER = 0.97
 """A candidate is faster where the upper end of its interval is below this: a bucket has calls that were not timed."""
+HALVES = ("bfloat16", "float16")
 PLAIN = frozenset({"projection"})  # the features of a call that torch.nn can do
 
 
@@ -111,7 +112,7 @@ def key_of_check(request, kernel: str) -> Key:
 
 def _shipped(device: str, here: records.Where) -> tuple[records.Where | None, list[Entry]]:
     """The shipped record that is nearest to this machine: of a GPU only the same one's, of a CPU by its instructions,
-    then by the threads."""
+    then by the threads. Of the half types, a CPU's counts only where all instructions are the same."""
     found = []
     for file in records.files(records.SHIPPED):
         record = records.read(file)
@@ -119,13 +120,21 @@ def _shipped(device: str, here: records.Where) -> tuple[records.Where | None, li
             continue
         if device == "cpu":
             threads = abs(math.log2(max(here.threads, 1) / max(record[0].threads, 1)))
-            found.append((record[0].architecture != here.architecture, threads, len(found), *record))
+            differs = record[0].architecture != here.architecture, _vectors(record[0]) != _vectors(here)
+            found.append((sum(differs), threads, len(found), *record))
         elif record[0].device == here.device:
-            found.append((False, 0.0, len(found), *record))
+            found.append((0, 0.0, len(found), *record))
     if not found:
         return None, []
     *_, machine, entries = min(found)
-    return machine, [entry for entry in entries if entry.key.device == device]
+    same = device != "cpu" or machine.architecture == here.architecture
+    return machine, [
+        entry for entry in entries if entry.key.device == device and (same or entry.key.dtype not in HALVES)
+    ]
+
+
+def _vectors(where: records.Where) -> str:
+    return where.architecture.partition(",")[0]
 
 
 def _at_any_steps(key: Key, candidate: str) -> tuple[Key, str]:

@@ -61,7 +61,7 @@ class Where(NamedTuple):
     """The machine and the libraries for which a record holds."""
 
     device: str  # the name of the GPU or the processor
-    architecture: str  # of a GPU, or the instruction set
+    architecture: str  # of a GPU, or a processor's `_instructions`
     threads: int  # of a CPU; 0 of a GPU
     torch: str
     triton: str
@@ -76,13 +76,24 @@ def today() -> str:
 
 
 @cache
-def _processor() -> str:
+def _cpuinfo(*fields: str) -> str:
+    """The first of these fields in Linux's account of the processor; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part"))]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(fields)), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name", "CPU part") or platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The processor's vectors, and the instructions that it has for products of bfloat16: "AVX512, AMX"."""
+    flags = _cpuinfo("flags").split()
+    of_halves = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "BF16")) if flag in flags]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *of_halves[:1]])
 
 
 @cache
@@ -124,7 +135,7 @@ def _gpu(device: str) -> tuple[str, str]:
 def where(device: str, threads: int) -> Where:
     """This machine, for calls on a device type; `threads` counts on a CPU only."""
     if device == "cpu":
-        name, architecture = _processor(), torch.backends.cpu.get_cpu_capability()
+        name, architecture = _processor(), _instructions()
     else:
         name, architecture, threads = *_gpu(device), 0
     return Where(name, architecture, threads, torch.__version__, _triton(), _library())
