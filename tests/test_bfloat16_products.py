@@ -1,4 +1,4 @@
-"""Products of bfloat16 by pairs of terms, of AVX512-BF16 and of AMX: the sums' order, and every path of the C++ library.
+"""Products of bfloat16 by pairs of terms, as AVX512-BF16 and AMX compute them: the sums' order, every path of csrc.
 
 The processor's instruction is replaced by the same arithmetic in plain C++; packing, tiles and all else are the same.
 """
@@ -46,8 +46,8 @@ def by(poisoned):
 def of_both_kinds(by, f, kind):
     """What f() gives with products of single numbers, and with those of this kind."""
     found = []
-    for kind in (NONE, kind):
-        by(kind)
+    for one in (NONE, kind):
+        by(one)
         found.append(f())
     return found
 
@@ -265,7 +265,9 @@ def test_both_products_of_a_whole_network_go_by_pairs(by, kind):
 
 
 @every_order
-@pytest.mark.parametrize(("steps", "batch", "sizes"), [(4, 3, (35, 33)), (30, 21, (40, 32)), (3, 200, (31, 48))], ids=str)
+@pytest.mark.parametrize(
+    ("steps", "batch", "sizes"), [(4, 3, (35, 33)), (30, 21, (40, 32)), (3, 200, (31, 48))], ids=str
+)
 def test_a_whole_network_and_its_gradients(by, kind, steps, batch, sizes):
     """Also in chunks of steps, of which the longest of these calls needs two; odd numbers of everything."""
     torch.manual_seed(0)
