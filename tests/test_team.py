@@ -83,6 +83,7 @@ CASES = [
     ("LSTM", torch.float32, 1, 700, {}),  # chunks of steps
     ("GRU", torch.float32, 1, 6, {"bidirectional": True, "num_layers": 2}),
     ("RNN", torch.float64, 2, 5, {}),
+    ("RNN", torch.float64, 7, 5, {"bidirectional": True}),  # a matrix of 2 MB, which no core need read as a whole
     ("LSTM", torch.float32, 2, 5, {"proj_size": 160}),
     # Not the operation of whole networks. Products and sums around a scan are torch's then, whose bits may depend on
     # the threads: one layer of few inputs, and the gradients of the states.

@@ -35,7 +35,8 @@ struct Recurrence {
   static Recurrence dense(const Matrix<Storage>& matrix, bool once, const A* bias, bool exact, int64_t T,
                           int64_t B) {
     Recurrence found;
-    if (once || !Team::helps(T, B, B * matrix.K * matrix.N)) {
+    const int64_t size = pairs_for<Storage>(exact) != PairProducts::none ? sizeof(Storage) : sizeof(A);
+    if (once || !Team::helps(T, B, B * matrix.K * matrix.N, matrix.K * matrix.N * size)) {
       found.heads.push_back(std::make_unique<Packed<Storage>>(matrix, once, bias, exact));
       return found;
     }

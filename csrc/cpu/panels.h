@@ -193,6 +193,15 @@ struct Pack {
   }
 };
 
+// How a matrix is multiplied. `exact`: whether only with numbers that the storage type holds. Products by
+// tiles take any left operand: they multiply with what the storage type leaves of it, too.
+template <class Storage>
+PairProducts pairs_for(bool exact) {
+  if (!std::is_same_v<Storage, BFloat16>) return PairProducts::none;
+  const PairProducts kind = pair_products();
+  return exact || by_tiles(kind) ? kind : PairProducts::none;
+}
+
 // A matrix as products read it: packed beforehand, by PyTorch's threads; or, if it is read only once, left in
 // place, and packed a few rows of a panel at a time when a product needs them.
 template <class Storage>
@@ -210,7 +219,7 @@ struct Packed {
   Packed(const Matrix<Storage>& matrix, bool once, const A* bias, bool exact = false)
       : matrix(matrix),
         exact(exact),
-        pairs(pairs_for(exact)),
+        pairs(pairs_for<Storage>(exact)),
         words(words_of(matrix, pairs)),
         panels(once ? 0 : padded<A>(matrix.N) * words),
         start(padded<A>(matrix.N)),
@@ -241,11 +250,6 @@ struct Packed {
   }
 
  private:
-  // Products by tiles take any left operand: they multiply with what the storage type leaves of it, too.
-  static PairProducts pairs_for(bool exact) {
-    const PairProducts kind = pair_products();
-    return std::is_same_v<Storage, BFloat16> && (exact || by_tiles(kind)) ? kind : PairProducts::none;
-  }
   static int64_t words_of(const Matrix<Storage>& matrix, PairProducts pairs) {
     if (pairs == PairProducts::none) return matrix.K;
     const int64_t words = matrix.template words<Pair>();
