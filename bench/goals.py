@@ -74,7 +74,7 @@ TRAINING, FORWARD = ("train",), ("infer",)
 FULL, HALF = ("float32",), ("bfloat16",)
 BY_PRODUCTS = "torch's LSTM is one operation, too, whose products take most of the time"
 BY_CALL = "the arithmetic takes a few microseconds; Python, autograd and the allocation of tensors take the rest"
-BY_DOTS = "without an instruction for bfloat16, products are those of float32, and conversions come on top"
+BY_DOTS = "beside fast products of bfloat16, the arithmetic of the cells and the memory take most of the time"
 
 GOALS = (
     Goal("LSTM, training, B 16 to 256, H 128 to 512", 0.8, of_suite("grid", cell=LSTM, mode=TRAINING, dtype=FULL),
