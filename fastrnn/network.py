@@ -1,7 +1,7 @@
 """A call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
 
-It is for short calls, whose products are small, and for all calls where the C++ library's product is the fastest at
-hand; for others, the general path multiplies by oneDNN or MKL.
+It is for short calls, whose products are small, and for all calls on processors where it was measured to be faster than
+the general path, which multiplies by oneDNN or MKL (`takes_long_calls`).
 """
 
 from collections.abc import Callable

@@ -103,10 +103,8 @@ def test_gradients_are_autograds(name, reverse):
 @every_text
 @pytest.mark.parametrize("features", ["plain", "all"])
 def test_errors_are_at_most_twice_the_references(name, features):
-    """Float32 against float64: products of 300 terms and 12 steps, in the root mean square of each result's errors.
-
-    A single error says little: where a cell divides by a small number, any rounding before it is magnified.
-    """
+    """Float32 against float64: products of 300 terms and 12 steps, in the largest error of each result, and in their root
+    mean square."""
     given = problem(name, 12, 5, 300, torch.float32, FEATURES[features])
     if name == "leaky":  # a leak beyond 1 makes the errors grow from step to step
         given["parameters"].sigmoid_()
@@ -118,9 +116,14 @@ def test_errors_are_at_most_twice_the_references(name, features):
         if not exact.numel():
             continue
         exact = padding(given, key, exact)
-        error, own = ((padding(given, key, r[key]) - exact).norm().item() for r in (found, yardstick))
-        floor = torch.finfo(torch.float32).eps * exact.norm().item()
-        assert error <= 2 * own + floor, f"{key}: {error:.2e}, the reference's {own:.2e}"
+        errors = [padding(given, key, result[key]) - exact for result in (found, yardstick)]
+        eps = torch.finfo(torch.float32).eps
+        error, own = (one.norm().item() for one in errors)
+        assert error <= 2 * own + eps * exact.norm().item(), f"{key}: {error:.2e}, the reference's {own:.2e}, in all"
+        if name == "traced three" and features == "plain":
+            continue  # its steps magnify every rounding: the largest of a few thousand errors is chance
+        error, own = (one.abs().max().item() for one in errors)
+        assert error <= 2 * own + 4 * eps * exact.abs().max().item(), f"{key}: {error:.2e}, the reference's {own:.2e}"
 
 
 @every_text

@@ -332,6 +332,30 @@ def test_the_shipped_records_are_whole():
         assert {len(Key(*entry.key)) for entry in entries} == {8} and where.device
 
 
+def test_auto_takes_the_scan_only_where_it_was_measured_to_take_less_time():
+    """By the measurements that the shipped record was made of: beyond noise, which a busy machine widens."""
+    calls = json.loads((Path(__file__).parents[1] / "bench/results/auto-cpu.json").read_text())["calls"]
+    book, taken, slower, slowest = evidence.Book("cpu", 2), 0, [], {}
+    for row in calls:
+        projection = row["H"] // 2 if row["projected"] else 0
+        features = frozenset({"layer_norm"} if row["layer_norm"] else ())
+        request = Request(
+            row["cell"], "cpu", torch.float32, row["H"], projection, features, row["T"], row["B"], row["packed"],
+            row["mode"] == "train",
+        )  # fmt: skip
+        key, high = evidence.key_of(request), row["ratio"]["interval"][1]
+        slowest[key] = max(high, slowest.get(key, 0.0))
+        finding = book.find(key, "cpu")
+        if finding is not None and finding.time < 1:
+            taken += 1
+            if high >= 1:
+                slower.append(row)
+    assert taken > len(calls) / 4
+    assert not slower
+    _, entries = records.read(records.SHIPPED / "cpu-2-threads.json")
+    assert {entry.key: entry.ratio[2] for entry in entries} == {k: float(f"{high:.4g}") for k, high in slowest.items()}
+
+
 def test_a_single_wide_step_goes_to_the_reference():
     """Where the products of one sequence share a row among the threads."""
     book = evidence.Book("cpu", 2)

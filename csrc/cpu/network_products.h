@@ -44,7 +44,7 @@ class MatrixProduct {
   // `rows`: of all products with this matrix. `bias` [N] or null. `exact`: as of Packed.
   MatrixProduct(const Matrix<Storage>& matrix, const A* bias, int64_t rows, bool exact = false)
       : long_(std::is_same_v<Storage, A> && rows * matrix.K * matrix.N > longest_short),
-        packed_(matrix, !long_ && (!tiled() || rows <= rows_read_once), bias, exact) {}
+        packed_(matrix, !long_ && (!half || rows <= rows_read_once), bias, exact) {}
 
   // out [rows, padded(N)] = in [rows, K] times the matrix, plus the bias, or plus what `out` holds if `adds`.
   // The elements of a row of `in` are in_stride apart. In: A, or Storage if `reads_storage`.
@@ -54,8 +54,9 @@ class MatrixProduct {
     const Matrix<Storage>& matrix = packed_.matrix;
     if constexpr (std::is_same_v<Storage, A> && std::is_same_v<In, A>)
       if (long_) return multiply_rows({in.data, rows, matrix.K, in.stride, in_stride}, packed_, out, adds);
-    const int64_t grain = tiled() ? 1 << 23 : 1 << 20;  // multiplications that are worth waking a thread
-    const int64_t unit = tiled() ? 2 * rows_of_tile : 1;
+    const bool tiled = half && reads_storage<Storage>();
+    const int64_t grain = tiled ? 1 << 23 : 1 << 20;  // multiplications that are worth waking a thread
+    const int64_t unit = tiled ? 2 * rows_of_tile : 1;
     share((rows + unit - 1) / unit, grain / std::max<int64_t>(unit * matrix.K * matrix.N, 1) + 1,
           [&](int64_t begin, int64_t end) {
             multiply_rows_of(packed_, in, in_stride, out, adds, begin * unit, std::min(end * unit, rows));
@@ -63,10 +64,9 @@ class MatrixProduct {
   }
 
  private:
+  static constexpr bool half = !std::is_same_v<Storage, A>;
   static constexpr int64_t longest_short = 1 << 23;  // multiplications
-  static constexpr int64_t rows_read_once = 64;      // that read the matrix only once
-
-  static bool tiled() { return !std::is_same_v<Storage, A> && reads_storage<Storage>(); }
+  static constexpr int64_t rows_read_once = 64;      // in a half type, whose calls go in chunks
 
   bool long_;
   Packed<Storage> packed_;

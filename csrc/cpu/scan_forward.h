@@ -32,7 +32,8 @@ struct ForwardScan : Scan {
 
   bool has_c() const { return cell.states > 1; }
   int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
-  // Whether the cell saves into memory of the thread: to be narrowed, or because nobody wants it.
+  // Whether the cell saves into memory of the thread: a half type is narrowed from there; and where there is
+  // no output, some cells need the memory all the same.
   bool saves_aside() const { return saved ? half : cell.always_saves; }
 
   // One thread's rows. h, c: the states. operand: h times the recurrent mask. cell_h: h as the cell returns
