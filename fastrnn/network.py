@@ -282,7 +282,7 @@ def step(module: nn.Module, x: Tensor, state, chosen: Callable[..., str | None])
     operation = _STEPS.get(cell)
     if operation is None or type(x) is not Tensor or not x.is_cpu or dtype not in FULL_DTYPES:
         return None
-    if _operations_are_seen() or hooks or hooks_before or (dropout and training):
+    if operations_are_seen() or hooks or hooks_before or (dropout and training):
         return None
     weights = [stored.get(name) for names in all_names for name in names]
     for weight in weights:
@@ -329,10 +329,10 @@ def _fits(module: nn.Module, x: Tensor, states: tuple[Tensor | None, ...], weigh
 def _seen_by_others() -> bool:
     """Whether autocast, forward mode or what sees every operation or every saved tensor is on: the general path knows
     these, and saves the same tensors when a checkpoint recomputes a call, with a monitor or without one."""
-    return _operations_are_seen() or _top_hooks(True) is not None
+    return operations_are_seen() or _top_hooks(True) is not None
 
 
-def _operations_are_seen() -> bool:
+def operations_are_seen() -> bool:
     return (
         _is_any_autocast_enabled()
         or forward_ad._current_level >= 0

@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from .cell_table import spec_of
-from .equations import accumulate_dtype
+from .cell_table import layer_shapes, spec_of, suffixes
+from .equations import LN_EPS, accumulate_dtype
 from .linear import transformed
+from .packing import pack, packed_lengths, packed_positions
 from .scan import without_autocast
+from .stack import NO_MASKS, Masks, Options
+from .stack import run as run_stack
 
 
 class Shape(NamedTuple):
@@ -23,6 +26,25 @@ class Shape(NamedTuple):
     bias: bool
     projects: bool
     batch_first: bool
+
+
+class NormsAndMasks(NamedTuple):
+    """The last arguments of both ops, which a plain call leaves out."""
+
+    masks: tuple[Masks, ...] = ()  # of each layer and direction, or none
+    ln_eps: float = LN_EPS
+    ln_of: str = ""  # the layer norm of the gates, as in Walk of arguments.py, if there is one
+    ln_c: str = ""  # that of c: "inside" the tanh or "carried"
+
+    def arguments(self, like: Tensor) -> tuple:
+        """As the ops take them: an empty tensor for a mask that does not exist."""
+        if self == NO_NORMS_OR_MASKS:
+            return ()
+        masks = [like.new_empty(0) if one is None else one for each in self.masks for one in each]
+        return masks or None, *self[1:]
+
+
+NO_NORMS_OR_MASKS = NormsAndMasks()
 
 
 class Bounds(NamedTuple):
@@ -46,16 +68,22 @@ class Inputs(NamedTuple):
     c0: Tensor | None = None  # the same with H in place of P
 
 
-def run(shape: Shape, inputs: Inputs, weights: list[Tensor], bounds: Bounds, differentiated: bool):
+def run(
+    shape: Shape, inputs: Inputs, weights: list[Tensor], bounds: Bounds, differentiated: bool,
+    beyond: NormsAndMasks = NO_NORMS_OR_MASKS,
+):  # fmt: skip
     """`(y, h_n, c_n)`; c_n is empty where the cell has no c.
 
-    weights: those of each layer and direction in torch.nn's order. `differentiated`: whether a backward may follow.
+    weights: those of each layer and direction in the order of `cell_table.layer_shapes`. `differentiated`: whether a
+    backward may follow.
     """
     if differentiated:
         # Without Function.apply's look at transforms: a transformed call takes the general path.
-        return super(Function, Network).apply(shape, bounds, *inputs, *weights)
+        return super(Function, Network).apply(shape, bounds, beyond, *inputs, *weights)
     x, batch_sizes, reset_mask, _, h0, c0 = inputs
-    y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(x, batch_sizes, reset_mask, h0, c0, weights, *shape, False)
+    y, h_n, c_n, _ = torch.ops.fastrnn_c.network_forward(
+        x, batch_sizes, reset_mask, h0, c0, weights, *shape, False, *beyond.arguments(x)
+    )
     return y, h_n, c_n
 
 
@@ -68,43 +96,52 @@ class Roles(NamedTuple):
 
 
 @cache
-def _roles(count: int, bidirectional: bool, bias: bool, projects: bool, needs_dx: bool) -> Roles:
-    each = 2 + 2 * bias + projects
-    first = 0 if needs_dx else each * (1 + bidirectional)
-    biases = (2, 3) if bias else ()
+def _roles(shape: Shape, count: int, needs_dx: bool) -> Roles:
+    each = count // (shape.num_layers * (1 + shape.bidirectional))
+    first = 0 if needs_dx else each * (1 + shape.bidirectional)
+    biases = (2, 3) if shape.bias else ()
     unread = tuple(k for k in range(count) if k % each in biases or (k % each == 0 and k < first))
     return Roles(tuple(k for k in range(count) if k not in unread), unread)
 
 
-FIRST, COUNT = 2, len(Inputs._fields)
+FIRST, COUNT = 3, len(Inputs._fields)
 """Where the inputs are among the arguments of `Network`, and how many there are."""
+NO_GRADIENTS = (None,) * FIRST
+"""Of the arguments before the inputs."""
 
 
 class Network(Function):
-    """Arguments: a Shape, Bounds, Inputs, the weights. Outputs: y, h_n, c_n."""
+    """Arguments: a Shape, Bounds, NormsAndMasks, Inputs, the weights. Outputs: y, h_n, c_n."""
 
     @staticmethod
-    def forward(ctx, shape, bounds, *tensors):
+    def forward(ctx, shape, bounds, beyond, *tensors):
         x, batch_sizes, reset_mask, _, h0, c0 = tensors[:COUNT]
         weights = tensors[COUNT:]
         y, h_n, c_n, kept = torch.ops.fastrnn_c.network_forward(
-            x, batch_sizes, reset_mask, h0, c0, weights, *shape, True
+            x, batch_sizes, reset_mask, h0, c0, weights, *shape, True, *beyond.arguments(x)
         )
         ctx.shape, ctx.bounds = shape, bounds
         ctx.set_materialize_grads(False)
-        read, unread = _roles(len(weights), *shape[2:5], ctx.needs_input_grad[FIRST])
+        read, unread = _roles(shape, len(weights), ctx.needs_input_grad[FIRST])
         ctx.unread = [weights[k] for k in unread]
         ctx.versions = [one._version for one in ctx.unread]
-        ctx.save_for_backward(x, batch_sizes, reset_mask, h0, c0, kept, *[weights[k] for k in read])
+        masks = [one for each in beyond.masks for one in each]
+        ctx.beyond = beyond._replace(masks=()) if masks else beyond
+        ctx.masks = len(masks)
+        ctx.save_for_backward(x, batch_sizes, reset_mask, h0, c0, kept, *masks, *[weights[k] for k in read])
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
         shape, bounds = ctx.shape, ctx.bounds
-        x, batch_sizes, reset_mask, h0, c0, kept, *matrices = ctx.saved_tensors
+        x, batch_sizes, reset_mask, h0, c0, kept, *others = ctx.saved_tensors
+        beyond, masks, matrices = ctx.beyond, others[: ctx.masks], others[ctx.masks :]
+        if masks:
+            each = len(Masks._fields)
+            beyond = beyond._replace(masks=tuple(Masks(*masks[k : k + each]) for k in range(0, len(masks), each)))
         needs = Inputs(*ctx.needs_input_grad[FIRST : FIRST + COUNT])
         count = len(matrices) + len(ctx.unread)
-        roles = _roles(count, *shape[2:5], needs.x)
+        roles = _roles(shape, count, needs.x)
         placed = dict(zip((*roles.read, *roles.unread), (*matrices, *ctx.unread), strict=True))
         weights = [placed[k] for k in range(count)]
         given = (dy, dh_n, dc_n)
@@ -114,15 +151,17 @@ class Network(Function):
             if [one._version for one in ctx.unread] != ctx.versions:
                 raise RuntimeError("a weight of this call has been modified by an inplace operation")
             inputs = Inputs(x, batch_sizes, reset_mask, None, h0, c0)
-            return None, None, *_differentiable(shape, bounds, inputs, weights, given, ctx.needs_input_grad[FIRST:])
+            needed = ctx.needs_input_grad[FIRST:]
+            return *NO_GRADIENTS, *_differentiable(shape, bounds, beyond, inputs, weights, given, needed)
         dx, dh0, dc0, norms, *of_weights = torch.ops.fastrnn_c.network_backward(
-            *given, x, batch_sizes, reset_mask, h0, c0, weights, kept, *shape, *bounds, needs.tap, needs.x
-        )
+            *given, x, batch_sizes, reset_mask, h0, c0, weights, kept, *shape, *bounds, needs.tap, needs.x,
+            *beyond.arguments(x),
+        )  # fmt: skip
         gradients = Inputs(
             dx if needs.x else None, None, None, norms if needs.tap else None,
             dh0 if needs.h0 else None, dc0 if needs.c0 else None,
         )  # fmt: skip
-        return None, None, *gradients, *of_weights
+        return *NO_GRADIENTS, *gradients, *of_weights
 
 
 def _is_batched(gradient: Tensor | None) -> bool:
@@ -130,11 +169,11 @@ def _is_batched(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def _differentiable(shape: Shape, bounds: Bounds, inputs: Inputs, weights, incoming, needed) -> list[Tensor | None]:
+def _differentiable(shape, bounds, beyond, inputs: Inputs, weights, incoming, needed) -> list[Tensor | None]:
     """The gradients of the inputs and the weights by the general path, run again: differentiable, and known to vmap."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast("cpu"):
-        return _by_general_path(shape, bounds, inputs, weights, incoming, needed, again)
+        return _by_general_path(shape, bounds, beyond, inputs, weights, incoming, needed, again)
 
 
 def _new_tap(shape: Shape, inputs: Inputs) -> Tensor:
@@ -147,30 +186,12 @@ def _new_tap(shape: Shape, inputs: Inputs) -> Tensor:
     return torch.zeros(walks, 2, states, steps, batch, dtype=accumulate_dtype(x.dtype), requires_grad=True)
 
 
-def _by_general_path(shape, bounds, inputs, weights, incoming, needed, again: bool) -> list[Tensor | None]:
-    from . import functional  # which comes to this module by way of `modules`
-
+def _by_general_path(shape, bounds, beyond, inputs, weights, incoming, needed, again: bool) -> list[Tensor | None]:
     if needed[Inputs._fields.index("tap")]:
         inputs = inputs._replace(tap=_new_tap(shape, inputs))
     # Each by itself, although one tensor may be two of the inputs.
     own = [t.view_as(t) if need else t for t, need in zip((*inputs, *weights), needed, strict=True)]
-    x, batch_sizes, reset_mask, tap, h0, c0 = own[:COUNT]
-    biases = ("bias_ih", "bias_hh") if shape.bias else ()
-    kinds = ("weight_ih", "weight_hh", *biases, *(("weight_hr",) if shape.projects else ()))
-    names = (
-        f"{kind}_l{layer}{direction}"
-        for layer in range(shape.num_layers)
-        for direction in (("", "_reverse") if shape.bidirectional else ("",))
-        for kind in kinds
-    )
-    hx = h0 if c0 is None or h0 is None else (h0, c0)
-    x = x if batch_sizes is None else PackedSequence(x, batch_sizes)
-    y, hidden = functional.recurrent(
-        shape.cell, x, hx, dict(zip(names, own[COUNT:], strict=True)), "cpu", num_layers=shape.num_layers,
-        bidirectional=shape.bidirectional, batch_first=shape.batch_first, reset_mask=reset_mask, tap=tap,
-        clip_state_grad_norm=bounds.norm, clip_state_grad_value=bounds.value,
-    )  # fmt: skip
-    outputs = (y if batch_sizes is None else y.data, *(hidden if isinstance(hidden, tuple) else (hidden,)))
+    outputs = _on_stack(shape, bounds, beyond, Inputs(*own[:COUNT]), own[COUNT:])
     pairs = [(out, grad) for out, grad in zip(outputs, incoming, strict=False) if grad is not None]
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(
@@ -179,3 +200,35 @@ def _by_general_path(shape, bounds, inputs, weights, incoming, needed, again: bo
         )
     )
     return [next(found) if need else None for need in needed]
+
+
+def _on_stack(shape: Shape, bounds: Bounds, beyond: NormsAndMasks, inputs: Inputs, weights) -> list[Tensor]:
+    """The outputs of `run` by `stack.run`: one scan for each layer and direction."""
+    x, sizes, reset_mask, tap, *states = inputs
+    kinds = layer_shapes(shape.cell, 1, 1, int(shape.projects), shape.bias, beyond.ln_of, bool(beyond.ln_c))
+    walks = [name for layer in suffixes(shape.num_layers, shape.bidirectional) for name in layer]
+    params = dict(zip([f"{kind}_{name}" for name in walks for kind in kinds], weights, strict=True))
+    unbatched, turned = x.dim() == 2 and sizes is None, shape.batch_first and x.dim() == 3
+    x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if turned else x
+    batch = x.shape[1] if sizes is None else int(sizes[0])
+    w_hh = params["weight_hh_l0"]
+    widths = (w_hh.shape[1], w_hh.shape[0] // len(spec_of(shape.cell).gates))  # of h and of c
+    states = [
+        x.new_zeros(len(walks), batch, width) if state is None else state.unsqueeze(1) if unbatched else state
+        for state, width in zip(states, widths, strict=True)
+    ][: len(spec_of(shape.cell).states)]
+    options = Options(
+        shape.cell, shape.num_layers, shape.bidirectional, clip_norm=bounds.norm, clip_value=bounds.value,
+        layer_norm_eps=beyond.ln_eps, layer_norm=beyond.ln_of or "separate", layer_norm_cell=beyond.ln_c or None,
+    )  # fmt: skip
+    y, found, _, _ = run_stack(
+        x if sizes is None else PackedSequence(x, sizes), tuple(states), params, options,
+        lengths=None if sizes is None else packed_lengths(sizes, batch), reset_mask=reset_mask, tap=tap,
+        masks=beyond.masks or (NO_MASKS,) * len(walks), keep_c=False, keep_layers=False, backend="cpu",
+    )  # fmt: skip
+    found = [state.to(x.dtype) for state in found]
+    if sizes is not None:
+        y = pack(y, sizes, packed_positions(sizes)).data
+    elif unbatched:
+        y, found = y.squeeze(1), [state.squeeze(1) for state in found]
+    return [y.transpose(0, 1) if turned else y, *found]

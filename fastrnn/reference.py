@@ -284,7 +284,8 @@ def backward(
     )
     pad, reset = (_by_step(flags, bit, T, look=not differentiable) for bit in (PAD, RESET))
     if ln_hh is not None:
-        normalised = times_w_hh(before[0].to(acc), w_hh, mask)
+        # One step at a time, as in the forward: the bits of a product may depend on the number of its rows.
+        normalised = torch.stack([times_w_hh(h, w_hh, mask) for h in before[0].to(acc)])
         if walk.ln_of != "separate":
             normalised = normalised + inputs.gx
         gh_hat, gh_rstd = normalize_gates(normalised, _groups(walk), walk.ln_eps)

@@ -102,6 +102,17 @@ def _zoneout(probability: float, training: bool, like: Tensor, shape) -> Tensor 
     return torch.bernoulli(torch.full((), probability, dtype=like.dtype, device=like.device).expand(shape))
 
 
+class Masks(NamedTuple):
+    """What acts on the states of one layer in one direction. They have no gradient."""
+
+    recurrent: Tensor | None = None  # [B, P], or [B, G*P]: one for each gate
+    zone_h: Tensor | None = None  # [T, B, P]
+    zone_c: Tensor | None = None  # [T, B, (S-1)*H]
+
+
+NO_MASKS = Masks()
+
+
 class Direction(NamedTuple):
     """Parameters, masks and states of one layer in one direction."""
 
@@ -122,27 +133,34 @@ def _zoneout_of_others(options: Options, h0: Tensor, c0: Tensor, T: int) -> Tens
     return torch.cat([h0.new_zeros(shape) if one is None else one for one in each], -1)
 
 
+def draw_masks(options: Options, T: int, h0: Tensor, c0: Tensor | None = None) -> Masks:
+    """The masks of one layer in one direction, whose initial states are `h0 [B, P]` and `c0 [B, (S-1)*H]`."""
+    recurrent = zone_h = zone_c = None
+    if options.recurrent_dropout and options.training:
+        like = h0
+        if options.recurrent_dropout_per_gate:
+            gates = spec_of(options.cell).gates
+            like = h0.new_empty(*h0.shape[:-1], len(gates) * h0.shape[-1])
+        recurrent = F.dropout(torch.ones_like(like), options.recurrent_dropout)
+    if any(options.zoneout):
+        zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
+        zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
+    return Masks(recurrent, zone_h, zone_c)
+
+
 def _direction(
     T: int, params: Mapping[str, Tensor], name: str, options: Options, h0, c0, flags, clip_norm, tap, step_inputs,
-    decay,
+    decay, masks: Masks | None,
 ) -> Direction:  # fmt: skip
-    """The parameters of one direction, and its masks, drawn; `decay [T, B, 1 or H]`, folded."""
+    """The parameters of one direction, and its masks, drawn if there are none; `decay [T, B, 1 or H]`, folded."""
     spec = spec_of(options.cell)
     b_ih, b_hh = params.get(f"bias_ih_{name}"), params.get(f"bias_hh_{name}")
     if options.layer_norm != "separate" and f"ln_hh_{name}" in params:
         b_ih, b_hh = None, b_hh if b_ih is None else b_ih + b_hh  # added after the layer norm of the sum
     elif b_hh is not None and not spec.distinct_dgh:
         b_ih, b_hh = b_ih + b_hh, None  # only their sum is used, and outside of the recursion it costs less
-    recurrent_mask = None
-    if options.recurrent_dropout and options.training:
-        like = h0
-        if options.recurrent_dropout_per_gate:
-            like = h0.new_empty(*h0.shape[:-1], len(spec.gates) * h0.shape[-1])
-        recurrent_mask = F.dropout(torch.ones_like(like), options.recurrent_dropout)
-    zone_h = zone_c = decay_h = decay_c = None
-    if any(options.zoneout):
-        zone_h = _zoneout(options.zoneout[0], options.training, h0, (T, *h0.shape))
-        zone_c = None if c0 is None else _zoneout_of_others(options, h0, c0, T)
+    masks = draw_masks(options, T, h0, c0) if masks is None else masks
+    decay_h = decay_c = None
     if decay is not None:
         decay_h = decay.expand(T, *h0.shape)
         if c0 is not None:
@@ -159,9 +177,9 @@ def _direction(
         ln_c_weight=params.get(f"ln_c_{name}"),
         ln_c_bias=params.get(f"ln_c_bias_{name}"),
         flags=flags,
-        recurrent_mask=recurrent_mask,
-        zone_h=zone_h,
-        zone_c=zone_c,
+        recurrent_mask=masks.recurrent,
+        zone_h=masks.zone_h,
+        zone_c=masks.zone_c,
         decay_h=decay_h,
         decay_c=decay_c,
         parameters=torch.cat([params[f"{one}_{name}"] for one in spec.parameters]) if spec.parameters else None,
@@ -223,7 +241,7 @@ def _locked_dropout(y: Tensor, probability: float, training: bool) -> Tensor:
     return y * F.dropout(torch.ones_like(y[:1]), probability, training)
 
 
-def _to_next_layer(y: Tensor, sizes: Tensor | None, positions: Tensor | None, options: Options):
+def to_next_layer(y: Tensor, sizes: Tensor | None, positions: Tensor | None, options: Options):
     """y `[T, B, N]` after the dropout between layers: the next layer's input, and the tensor that `residual` adds."""
     drop = (options.dropout, options.training)
     if options.dropout and options.locked_dropout:
@@ -251,6 +269,7 @@ def run(
     tap: Tensor | None,  # [L*D, 2, S, T, B]
     step_inputs: tuple[Tensor, ...] = (),  # [L*D, T, B, H] each
     decay: Tensor | None = None,  # [T, B, 1 or H]
+    masks: tuple[Masks, ...] | None = None,  # of each layer and direction; None: to be drawn
     keep_c: bool,
     keep_layers: bool,
     backend: str,
@@ -291,7 +310,8 @@ def run(
             h0, c0 = states[0][k], as_planes([state[k].to(acc) for state in states[1:]])
             tap_k = None if tap is None else tap[k]
             given = as_planes([one[k] for one in step_inputs]) if step_inputs else None
-            each.append(_direction(T, params, name, options, h0, c0, flags[d], clip_norm, tap_k, given, decays[d]))
+            own = (flags[d], clip_norm, tap_k, given, decays[d], None if masks is None else masks[k])
+            each.append(_direction(T, params, name, options, h0, c0, *own))
         if side_by_side:
             outputs = _both_directions(x, each, walks[0], keep_c)
         else:
@@ -303,7 +323,7 @@ def run(
         if layer < options.num_layers - 1:
             if keep_layers:
                 below.append(y.clone() if apart else y)
-            x, before = _to_next_layer(y, sizes, positions, options)
+            x, before = to_next_layer(y, sizes, positions, options)
     if y is outputs[0].y and apart:
         y = y.clone()  # the scan keeps y for its backward; torch's CPU kernels give memory that the user may change
     h_n = torch.stack([out.h_n for out in final])

@@ -103,7 +103,7 @@ def test_gradients_are_autograds(name, reverse):
 @every_text
 @pytest.mark.parametrize("features", ["plain", "all"])
 def test_errors_are_at_most_twice_the_references(name, features):
-    """Float32 against float64: products of 300 terms and 12 steps, in the largest error of each result, and in their root
+    """Float32 against float64: products of 300 terms and 12 steps, in the largest error of each result and in the root
     mean square."""
     given = problem(name, 12, 5, 300, torch.float32, FEATURES[features])
     if name == "leaky":  # a leak beyond 1 makes the errors grow from step to step

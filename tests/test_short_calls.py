@@ -23,7 +23,7 @@ def test_a_mode_sees_the_ops_of_a_call():
     with Names() as names:
         y, _ = model(x)
         y.sum().backward()
-    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected)  # which came by one operation, whose roundings are others
     for name in ("scan_forward", "scan_backward"):
         assert f"fastrnn.{name}.default" in names.seen
 

@@ -104,10 +104,12 @@ def test_a_temporary_folder_is_removed_at_the_end_of_the_process(folder):
     assert path.endswith(".py") and not os.path.exists(os.path.dirname(path))
 
 
-def _write_often(folder, started):
+def _write_often(folder, started, seen):
     os.environ["FASTRNN_CACHE"] = folder
     started.wait()
-    for _ in range(200):
+    for k in range(20_000):
+        if k >= 200 and seen.is_set():
+            break
         path = programs.written("leaky", SOURCE)
         if programs._content(path) not in (None, SOURCE.encode()):
             os._exit(1)
@@ -120,8 +122,8 @@ def _write_often(folder, started):
 def test_two_processes_write_the_same_file(folder):
     """Each removes it again, so that both keep writing; a reader sees all of the file or none of it."""
     fork = multiprocessing.get_context("fork")
-    started = fork.Event()
-    writers = [fork.Process(target=_write_often, args=(str(folder), started)) for _ in range(2)]
+    started, some_seen = fork.Event(), fork.Event()
+    writers = [fork.Process(target=_write_often, args=(str(folder), started, some_seen)) for _ in range(2)]
     for writer in writers:
         writer.start()
     started.set()
@@ -129,6 +131,8 @@ def test_two_processes_write_the_same_file(folder):
     while any(writer.is_alive() for writer in writers):
         content = programs._content(path)
         assert content in (None, SOURCE.encode())
-        seen += content is not None
+        if content is not None:
+            seen += 1
+            some_seen.set()
     assert seen and [writer.exitcode for writer in writers] == [0, 0]
     assert not list(folder.glob("*.tmp"))

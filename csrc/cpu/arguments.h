@@ -26,8 +26,9 @@ struct ScanInputs {
 // The layer norms of a call, as in Walk of fastrnn/arguments.py.
 struct LayerNorms {
   double eps;
-  const std::string& of;
+  std::string of;
   bool c_carried;
+  bool of_c = false;  // of a network; a scan has the weights
 };
 struct IncomingGradients {
   const Optional &dy, &dc, &dh_n, &dc_n;
@@ -222,6 +223,15 @@ struct Call {
     return found;
   }
 
+  static void set_norms(Weights<Storage>& weights, const LayerNorms& norms, int64_t gates) {
+    check(norms.of == "separate" || norms.of == "sum" || norms.of == "gates",
+          "ln_of should be separate, sum or gates, got ", norms.of);
+    weights.ln_eps = static_cast<A>(norms.eps);
+    weights.ln_of_sum = norms.of != "separate";
+    weights.ln_groups = norms.of == "gates" ? gates : 1;
+    weights.ln_c_carried = norms.c_carried;
+  }
+
   // The fields that the forward and the backward scan share.
   template <class ScanOfCell>
   void fill(ScanOfCell& scan, const ScanInputs& inputs, bool forward, bool reverse,
@@ -231,13 +241,8 @@ struct Call {
     scan.flags = flags(inputs.flags);
     scan.weights =
         weights(inputs, scan.cell.gates * H, scan.cell.parameters, forward, reads_once(scan.flags));
-    check(norms.of == "separate" || norms.of == "sum" || norms.of == "gates",
-          "ln_of should be separate, sum or gates, got ", norms.of);
     check(norms.of == "separate" || inputs.ln_hh.has_value(), "a layer norm of the sum needs ln_hh");
-    scan.weights.ln_eps = static_cast<A>(norms.eps);
-    scan.weights.ln_of_sum = norms.of != "separate";
-    scan.weights.ln_groups = norms.of == "gates" ? scan.cell.gates : 1;
-    scan.weights.ln_c_carried = norms.c_carried;
+    set_norms(scan.weights, norms, scan.cell.gates);
     scan.h0 = view<Storage>("h0", inputs.h0, {B, P});
     scan.c0 = view<A>("c0", inputs.c0, {B, C});
     scan.recurrent_mask = view<Storage>("recurrent_mask", inputs.recurrent_mask,

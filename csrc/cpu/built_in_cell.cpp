@@ -21,50 +21,57 @@ class BuiltInCell final : public Cell<A> {
   }
 
   void forward(const Runs& runs, const ForwardStep<A>& step, Memory*) const override {
+    if constexpr (has_c) {
+      if (step.ln_c.weight != nullptr)
+        return with_norm(step.ln_c, [&](auto carried) {
+          walk_runs(runs, NormedForwardRow<Equations, A, carried>{step.H, step.gx, step.gh, step.c_prev,
+                                                                  step.ln_c, step.h, step.c, step.saved});
+        });
+    }
     // A cell with a c reads no h, which a projection makes narrower than H.
     const RowView<const A>& h_prev = has_c ? step.c_prev : step.h_prev;
-    walk<ForwardRow>(runs, step.H, step.ln_c, step.gx, step.gh, h_prev, step.c_prev, step.ln_c, step.h,
-                     step.c, step.saved);
+    walk_runs(runs, ForwardRow<Equations, A>{step.H, step.gx, step.gh, h_prev, step.c_prev, step.h, step.c,
+                                             step.saved});
   }
 
   void total(const Runs& runs, const BackwardStep<A>& step, Memory*) const override {
-    if constexpr (has_c)
-      walk<TotalRow>(runs, step.H, step.ln_c, step.saved, step.c_prev, step.dh, step.dc, step.ln_c,
-                     step.c_hat, step.total_c);
+    if constexpr (has_c) {
+      if (step.ln_c.weight == nullptr)
+        return walk_runs(
+            runs, TotalRow<Equations, A>{step.H, step.saved, step.c_prev, step.dh, step.dc, step.total_c});
+      with_norm(step.ln_c, [&](auto carried) {
+        walk_runs(runs, NormedTotalRow<Equations, A, carried>{step.H, step.saved, step.c_prev, step.dh,
+                                                              step.dc, step.ln_c, step.norm, step.total_c});
+      });
+    }
   }
 
   void backward(const Runs& runs, const BackwardStep<A>& step, bool joined, Memory*) const override {
     const RowView<const A>& h_prev = Equations::distinct_dgh ? step.h_prev : step.dh;
     if constexpr (has_c) {
-      if (joined)
-        return walk_runs(runs, BackwardRow<Equations, A, false, true>{
-                                   step.H, step.saved, h_prev, step.c_prev, step.dh, step.dc, step.ln_c,
-                                   step.dgx, step.dgh, step.dh_past_w, step.dc_prev});
-    }
-    walk<BackwardOfTotal>(runs, step.H, step.ln_c, step.saved, h_prev, step.c_prev, step.dh,
-                          read_only(step.total_c), step.ln_c, step.dgx, step.dgh, step.dh_past_w,
-                          step.dc_prev);
-    if constexpr (has_c) {
       if (step.ln_c.weight != nullptr)
-        walk_runs(runs, CellNormGradients<Equations, A>{step.H, step.saved, read_only(step.c_hat), step.dh,
-                                                        read_only(step.total_c), step.ln_c, step.dln_c_weight,
-                                                        step.dln_c_bias});
+        return with_norm(step.ln_c, [&](auto carried) {
+          walk_runs(runs, NormedBackwardRow<Equations, A, carried>{
+                              step.H, step.saved, step.c_prev, step.dh, read_only(step.total_c), step.ln_c,
+                              step.norm, step.dgx, step.dc_prev, step.dln_c_weight, step.dln_c_bias});
+        });
+      if (joined)
+        return walk_runs(
+            runs, BackwardRow<Equations, A, true>{step.H, step.saved, h_prev, step.c_prev, step.dh, step.dc,
+                                                  step.dgx, step.dgh, step.dh_past_w, step.dc_prev});
     }
+    walk_runs(runs, BackwardRow<Equations, A>{step.H, step.saved, h_prev, step.c_prev, step.dh,
+                                              read_only(step.total_c), step.dgx, step.dgh, step.dh_past_w,
+                                              step.dc_prev});
   }
 
  private:
-  template <class C, class Number, bool layer_norm>
-  using BackwardOfTotal = BackwardRow<C, Number, layer_norm, false>;
-
   static RowView<const A> read_only(const RowView<A>& rows) { return {rows.data, rows.stride}; }
 
-  // Row<Equations, A, whether c has a layer norm>{H, fields...} over the runs.
-  template <template <class, class, bool> class Row, class... Fields>
-  static void walk(const Runs& runs, int64_t H, const Affine<A>& ln_c, const Fields&... fields) {
-    if constexpr (has_c) {
-      if (ln_c.weight != nullptr) return walk_runs(runs, Row<Equations, A, true>{H, fields...});
-    }
-    walk_runs(runs, Row<Equations, A, false>{H, fields...});
+  // f(whether the normalised c is carried), as a constant.
+  template <class F>
+  static void with_norm(const Affine<A>& ln_c, const F& f) {
+    ln_c.carried ? f(std::true_type{}) : f(std::false_type{});
   }
 };
 

@@ -38,7 +38,7 @@ struct BackwardStep {
   Affine<A> ln_c;
   RowView<const A> dh, dc;        // the gradients of the new states
   RowView<A> total_h, total_c;    // the same, with the paths inside the step; total_h: see `adds_to_dh`
-  RowView<A> c_hat;               // [B, H], c normalised; only with a layer norm of c
+  NormOfState<A> norm;            // with a layer norm of c: from `total` to `backward`
   RowView<A> dgx, dgh;            // [B, gates * H]; dgh only where it differs from dgx
   RowView<A> dh_past_w, dc_prev;  // dh_past_w: of h_prev, without the path through W_hh
   RowView<A> dcell;               // [B, (parameters + inputs) * H]

@@ -16,22 +16,17 @@ struct Affine {
   const A* bias;
   A eps;
   bool carried;
-
-  // LN(c) of element j, and its tanh
-  FASTRNN_INLINE A apply(A xhat, int64_t j) const { return xhat * weight[j] + bias[j]; }
-  FASTRNN_INLINE A tanh(A xhat, int64_t j) const { return tanh_of(apply(xhat, j)); }
 };
 
 // gx, gh, state_prev -> state, saved. c may be the same memory as c_prev.
-template <class Cell, class A, bool layer_norm>
+template <class Cell, class A>
 struct ForwardRow {
   int64_t H;
   RowView<const A> gx;              // [B, gates * H]
   RowView<const A> gh;              // [B, gates * H]
   RowView<const A> h_prev, c_prev;  // [B, H]
-  Affine<A> ln_c;
-  RowView<A> h, c;   // [B, H]
-  RowView<A> saved;  // [B, saved * H]
+  RowView<A> h, c;                  // [B, H]
+  RowView<A> saved;                 // [B, saved * H]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
     const A* gx_row = gx[b];
@@ -45,127 +40,135 @@ struct ForwardRow {
       load(gh_row, H, j, gh_j);
       prev[0] = h_prev_row[j];
       if constexpr (Cell::states == 2) prev[1] = c_prev_row[j];
-      if constexpr (layer_norm) {
-        Cell::pre_activations(gx_j, gh_j, saved_j);
-        c_row[j] = Cell::cell_state(saved_j, prev[1]);
-      } else {
-        Cell::forward(gx_j, gh_j, prev, state, saved_j);
-        h_row[j] = state[0];
-        if constexpr (Cell::states == 2) c_row[j] = state[1];
-      }
+      Cell::forward(gx_j, gh_j, prev, state, saved_j);
+      h_row[j] = state[0];
+      if constexpr (Cell::states == 2) c_row[j] = state[1];
       store(saved_row, H, j, saved_j);
     }
-    if constexpr (layer_norm) outputs(gx_row, gh_row, c_row, h_row);
   }
+};
 
-  // h, which needs all of c; and c itself, where the normalised one is carried.
-  FASTRNN_INLINE void outputs(const A* gx_row, const A* gh_row, A* c_row, A* h_row) const {
-    const bool carried = ln_c.carried;
-    RowStats<A> stats = row_stats(c_row, H, ln_c.eps);
+// The same with a layer norm of c.
+template <class Cell, class A, bool carried>
+struct NormedForwardRow {
+  int64_t H;
+  RowView<const A> gx, gh, c_prev;
+  Affine<A> ln_c;
+  RowView<A> h, c;
+  RowView<A> saved;
+
+  FASTRNN_INLINE void operator()(int64_t b) const {
+    const A *gx_row = gx[b], *gh_row = gh[b], *c_prev_row = c_prev[b], *weight = ln_c.weight,
+            *bias = ln_c.bias;
+    A *h_row = h[b], *c_row = c[b], *saved_row = saved[b];
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A gx_j[Cell::gates], gh_j[Cell::gates], saved_j[Cell::saved];
       load(gx_row, H, j, gx_j);
       load(gh_row, H, j, gh_j);
       Cell::pre_activations(gx_j, gh_j, saved_j);
-      A normal = ln_c.apply(stats.xhat(c_row[j]), j);
-      h_row[j] = Cell::output(saved_j, tanh_of(normal));
-      c_row[j] = carried ? normal : c_row[j];
+      c_row[j] = Cell::cell_state(saved_j, c_prev_row[j]);
+      store(saved_row, H, j, saved_j);
     }
-  }
-};
-
-// Computes c of a row again from what was saved, into `c_row`, and returns its statistics.
-template <class Cell, class A>
-FASTRNN_INLINE RowStats<A> recompute(const A* saved_row, const A* c_prev_row, A* c_row, int64_t H, A eps) {
-  FASTRNN_SIMD
-  for (int64_t j = 0; j < H; ++j) {
-    A saved_j[Cell::saved];
-    load(saved_row, H, j, saved_j);
-    c_row[j] = Cell::cell_state(saved_j, c_prev_row[j]);
-  }
-  return row_stats(c_row, H, eps);
-}
-
-// saved, state_prev, dstate -> dc plus the gradient that reaches c through this step's h
-template <class Cell, class A, bool layer_norm>
-struct TotalRow {
-  int64_t H;
-  RowView<const A> saved;           // [B, saved * H]
-  RowView<const A> c_prev, dh, dc;  // [B, H]
-  Affine<A> ln_c;
-  RowView<A> c_hat;     // [B, H], out: c normalised; only with layer norm
-  RowView<A> dc_total;  // [B, H]
-
-  FASTRNN_INLINE void operator()(int64_t b) const {
-    const A* saved_row = saved[b];
-    const A *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b];
-    A* out_row = dc_total[b];
-    if constexpr (layer_norm) {
-      through_layer_norm(saved_row, c_prev_row, dh_row, dc_row, c_hat[b], out_row);
-    } else {
-      FASTRNN_SIMD
-      for (int64_t j = 0; j < H; ++j) {
-        A saved_j[Cell::saved];
-        load(saved_row, H, j, saved_j);
-        A prev[2] = {A(0), c_prev_row[j]}, dstate[2] = {dh_row[j], dc_row[j]};
-        out_row[j] = Cell::total(saved_j, prev, dstate);
-      }
-    }
-  }
-
-  // xhat_row holds c, then xhat; out_row holds dL/dxhat until the last loop. Where the normalised c is
-  // carried, that is the state, and the gradient stops before the norm.
-  FASTRNN_INLINE void through_layer_norm(const A* saved_row, const A* c_prev_row, const A* dh_row,
-                                         const A* dc_row, A* xhat_row, A* out_row) const {
-    RowStats<A> stats = recompute<Cell>(saved_row, c_prev_row, xhat_row, H, ln_c.eps);
-    const bool carried = ln_c.carried;
+    const RowStats<A> stats = row_stats(c_row, H, ln_c.eps);
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A saved_j[Cell::saved];
       load(saved_row, H, j, saved_j);
-      xhat_row[j] = stats.xhat(xhat_row[j]);
-      A u = ln_c.tanh(xhat_row[j], j);
-      A du = Cell::output_backward(saved_j, u, dh_row[j]);
-      out_row[j] = carried ? dc_row[j] + du : du * ln_c.weight[j];
+      const A normal = stats.xhat(c_row[j]) * weight[j] + bias[j];
+      h_row[j] = Cell::output(saved_j, tanh_of(normal));
+      if constexpr (carried) c_row[j] = normal;
     }
-    if (carried) return;
+  }
+};
+
+// saved, state_prev, dstate -> dc plus the gradient that reaches c through this step's h
+template <class Cell, class A>
+struct TotalRow {
+  int64_t H;
+  RowView<const A> saved;           // [B, saved * H]
+  RowView<const A> c_prev, dh, dc;  // [B, H]
+  RowView<A> dc_total;              // [B, H]
+
+  FASTRNN_INLINE void operator()(int64_t b) const {
+    const A *saved_row = saved[b], *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b];
+    A* out_row = dc_total[b];
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < H; ++j) {
+      A saved_j[Cell::saved];
+      load(saved_row, H, j, saved_j);
+      A prev[2] = {A(0), c_prev_row[j]}, dstate[2] = {dh_row[j], dc_row[j]};
+      out_row[j] = Cell::total(saved_j, prev, dstate);
+    }
+  }
+};
+
+// What the layer norm of c is in the backward of one step.
+template <class A>
+struct NormOfState {
+  RowView<A> xhat, u;  // [B, H]: c normalised, and the tanh of it after weight and bias
+  RowView<A> rstd;     // [B, 1]
+};
+
+// The same with a layer norm of c. Where the normalised c is carried, that is the state, and the gradient
+// stops before the norm.
+template <class Cell, class A, bool carried>
+struct NormedTotalRow {
+  int64_t H;
+  RowView<const A> saved;           // [B, saved * H]
+  RowView<const A> c_prev, dh, dc;  // [B, H]
+  Affine<A> ln_c;
+  NormOfState<A> norm;  // out
+  RowView<A> dc_total;  // [B, H]
+
+  FASTRNN_INLINE void operator()(int64_t b) const {
+    const A *saved_row = saved[b], *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b],
+            *weight = ln_c.weight, *bias = ln_c.bias;
+    A *xhat_row = norm.xhat[b], *u_row = norm.u[b], *out_row = dc_total[b];
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < H; ++j) {
+      A saved_j[Cell::saved];
+      load(saved_row, H, j, saved_j);
+      xhat_row[j] = Cell::cell_state(saved_j, c_prev_row[j]);  // c, as the cell computed it
+    }
+    const RowStats<A> stats = row_stats(xhat_row, H, ln_c.eps);
+    norm.rstd[b][0] = stats.rstd;
+    FASTRNN_SIMD
+    for (int64_t j = 0; j < H; ++j) {
+      A saved_j[Cell::saved];
+      load(saved_row, H, j, saved_j);
+      const A xhat = stats.xhat(xhat_row[j]), u = tanh_of(xhat * weight[j] + bias[j]);
+      const A du = Cell::output_backward(saved_j, u, dh_row[j]);
+      xhat_row[j] = xhat, u_row[j] = u;
+      out_row[j] = carried ? dc_row[j] + du : du * weight[j];
+    }
+    if constexpr (carried) return;
     A sum = 0, sum_xhat = 0;
     FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
     for (int64_t j = 0; j < H; ++j) {
       sum += out_row[j];
       sum_xhat += out_row[j] * xhat_row[j];
     }
-    A mean = sum / A(H), mean_xhat = sum_xhat / A(H);
+    const A mean = sum / A(H), mean_xhat = sum_xhat / A(H);
     FASTRNN_SIMD
-    for (int64_t j = 0; j < H; ++j) {
+    for (int64_t j = 0; j < H; ++j)
       out_row[j] = dc_row[j] + stats.backward(out_row[j], xhat_row[j], mean, mean_xhat);
-    }
   }
 };
 
 // saved, state_prev, dstate (total, unless `joined`) -> dgx, dgh, dstate_prev
-template <class Cell, class A, bool layer_norm, bool joined = false>
+template <class Cell, class A, bool joined = false>
 struct BackwardRow {
   int64_t H;
   RowView<const A> saved;                   // [B, saved * H]
   RowView<const A> h_prev, c_prev, dh, dc;  // [B, H]
-  Affine<A> ln_c;
-  RowView<A> dgx, dgh;          // [B, gates * H]; dgh only where it differs from dgx
-  RowView<A> dh_prev, dc_prev;  // [B, H]; dh_prev (past W_hh) only where it is not zero
+  RowView<A> dgx, dgh;                      // [B, gates * H]; dgh only where it differs from dgx
+  RowView<A> dh_prev, dc_prev;              // [B, H]; dh_prev (past W_hh) only where it is not zero
 
   FASTRNN_INLINE void operator()(int64_t b) const {
     const A* saved_row = saved[b];
     const A *h_prev_row = h_prev[b], *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b];
     A *dgx_row = dgx[b], *dgh_row = dgh[b], *dh_prev_row = dh_prev[b], *dc_prev_row = dc_prev[b];
-    RowStats<A> stats{};
-    A mean = 0, mean_xhat = 0;
-    const bool carried = layer_norm && ln_c.carried;
-    // dc_prev_row is scratch for c until the loop below.
-    if constexpr (layer_norm) {
-      stats = recompute<Cell>(saved_row, c_prev_row, dc_prev_row, H, ln_c.eps);
-      if (carried) means(stats, dc_row, dc_prev_row, mean, mean_xhat);
-    }
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
       A saved_j[Cell::saved], prev[Cell::states], dstate[Cell::states], dprev[Cell::states];
@@ -178,11 +181,7 @@ struct BackwardRow {
         dstate[1] = dc_row[j];
       }
       if constexpr (joined) dstate[1] = Cell::total(saved_j, prev, dstate);
-      if constexpr (layer_norm) {
-        A xhat = stats.xhat(dc_prev_row[j]);
-        if (carried) dstate[1] = stats.backward(dc_row[j] * ln_c.weight[j], xhat, mean, mean_xhat);
-        Cell::backward(saved_j, prev, ln_c.tanh(xhat, j), dstate, dgx_j, dprev);
-      } else if constexpr (Cell::distinct_dgh) {
+      if constexpr (Cell::distinct_dgh) {
         Cell::backward(saved_j, prev, dstate, dgx_j, dgh_j, dprev);
         store(dgh_row, H, j, dgh_j);
         dh_prev_row[j] = dprev[0];
@@ -193,45 +192,51 @@ struct BackwardRow {
       if constexpr (Cell::states == 2) dc_prev_row[j] = dprev[1];
     }
   }
-
-  // The means of dL/dxhat and of dL/dxhat * xhat, where the normalised c is carried; `dc_row`: its gradient.
-  FASTRNN_INLINE void means(const RowStats<A>& stats, const A* dc_row, const A* c_row, A& mean,
-                            A& mean_xhat) const {
-    const A* weight_row = ln_c.weight;
-    A sum = 0, sum_xhat = 0;
-    FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
-    for (int64_t j = 0; j < H; ++j) {
-      A dxhat = dc_row[j] * weight_row[j];
-      sum += dxhat;
-      sum_xhat += dxhat * stats.xhat(c_row[j]);
-    }
-    mean = sum / A(H), mean_xhat = sum_xhat / A(H);
-  }
 };
 
-// Adds the row's part of dL/dweight and dL/dbias of the layer norm of c, from dL/dh and c's xhat; where the
-// normalised c is carried, from its gradient.
-template <class Cell, class A>
-struct CellNormGradients {
+// The same with a layer norm of c, of which it adds the row's part of dL/dweight and dL/dbias.
+template <class Cell, class A, bool carried>
+struct NormedBackwardRow {
   int64_t H;
-  RowView<const A> saved;         // [B, saved * H]
-  RowView<const A> xhat, dh, dc;  // [B, H]
+  RowView<const A> saved;           // [B, saved * H]
+  RowView<const A> c_prev, dh, dc;  // [B, H]; dc: total
   Affine<A> ln_c;
+  NormOfState<A> norm;             // of NormedTotalRow
+  RowView<A> dgx;                  // [B, gates * H]
+  RowView<A> dc_prev;              // [B, H]
   RowView<double> dweight, dbias;  // [B, H]
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    const A* saved_row = saved[b];
-    const A *xhat_row = xhat[b], *dh_row = dh[b], *dc_row = dc[b];
-    const bool carried = ln_c.carried;
+    const A *saved_row = saved[b], *c_prev_row = c_prev[b], *dh_row = dh[b], *dc_row = dc[b],
+            *weight = ln_c.weight, *xhat_row = norm.xhat[b], *u_row = norm.u[b];
+    A *dgx_row = dgx[b], *dc_prev_row = dc_prev[b];
     double *dweight_row = dweight[b], *dbias_row = dbias[b];
+    const RowStats<A> stats{A(0), norm.rstd[b][0]};
+    A mean = 0, mean_xhat = 0;
+    if constexpr (carried) {
+      A sum = 0, sum_xhat = 0;
+      FASTRNN_SIMD_REDUCE(+ : sum, sum_xhat)
+      for (int64_t j = 0; j < H; ++j) {
+        const A dxhat = dc_row[j] * weight[j];
+        sum += dxhat;
+        sum_xhat += dxhat * xhat_row[j];
+      }
+      mean = sum / A(H), mean_xhat = sum_xhat / A(H);
+    }
     FASTRNN_SIMD
     for (int64_t j = 0; j < H; ++j) {
-      A saved_j[Cell::saved];
+      A saved_j[Cell::saved], dgx_j[Cell::gates], dprev[2];
       load(saved_row, H, j, saved_j);
-      A du = Cell::output_backward(saved_j, ln_c.tanh(xhat_row[j], j), dh_row[j]);
-      du = carried ? dc_row[j] : du;
-      dweight_row[j] += double(du * xhat_row[j]);
-      dbias_row[j] += double(du);
+      const A xhat = xhat_row[j], u = u_row[j];
+      A prev[2] = {A(0), c_prev_row[j]}, dstate[2] = {dh_row[j], dc_row[j]};
+      // dL/d(the norm's output)
+      const A dnormal = carried ? dstate[1] : Cell::output_backward(saved_j, u, dstate[0]);
+      if constexpr (carried) dstate[1] = stats.backward(dstate[1] * weight[j], xhat, mean, mean_xhat);
+      Cell::backward(saved_j, prev, u, dstate, dgx_j, dprev);
+      store(dgx_row, H, j, dgx_j);
+      dc_prev_row[j] = dprev[1];
+      dweight_row[j] += double(dnormal * xhat);
+      dbias_row[j] += double(dnormal);
     }
   }
 };

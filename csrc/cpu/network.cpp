@@ -46,10 +46,13 @@ NetworkSizes sizes_of(NetworkArguments& given) {
   NetworkSizes sizes;
   sizes.layers = given.layers, sizes.directions = given.bidirectional ? 2 : 1;
   sizes.bias = given.bias, sizes.projects = given.projects;
+  const bool norms = !given.norms.of.empty();
+  sizes.norms_gates = norms, sizes.norms_x = given.norms.of == "separate", sizes.norms_c = given.norms.of_c;
+  check(norms || !sizes.norms_c, "a layer norm of c needs one of the gates");
   const int64_t each = sizes.weights_of_walk();
   check(given.layers > 0 && static_cast<int64_t>(weights.size()) == each * sizes.walks(), "a network needs ",
         each, " weights for each layer and direction");
-  const Tensor &w_hh = weights[1], &w_hr = weights[each - 1];
+  const Tensor &w_hh = weights[1], &w_hr = weights[given.projects ? 2 + 2 * given.bias : 0];
   check(w_hh.dim() == 2, "w_hh must have shape [gates * H, P], got ", shape_of(w_hh));
   check(!given.projects || w_hr.dim() == 2, "w_hr must have shape [P, H], got ", shape_of(w_hr));
   x = torch::stable::contiguous(x);
@@ -66,6 +69,11 @@ NetworkSizes sizes_of(NetworkArguments& given) {
 template <class Storage>
 void expect_weights(const NetworkArguments& given, const NetworkSizes& sizes, const CellTraits& cell) {
   check(!sizes.projects || cell.states > 1, "a projection is for the LSTM");
+  check(!sizes.norms_c || cell.states > 1, "a layer norm of c is for the LSTM");
+  check(!sizes.projects || (!sizes.norms_gates && !given.masks.has_value()),
+        "a network with a projection has no layer norms and no masks here");
+  check(!given.masks.has_value() || static_cast<int64_t>(given.masks->size()) == 3 * sizes.walks(),
+        "a network has no masks, or three for each layer and direction");
   const Frame frame(given.x, sizes.B, sizes.H);
   const int64_t width = cell.gates * sizes.H;
   for (int64_t k = 0; k < sizes.walks(); ++k) {
@@ -75,6 +83,10 @@ void expect_weights(const NetworkArguments& given, const NetworkSizes& sizes, co
     if (w.b_ih) frame.expect<Storage>("b_ih", *w.b_ih, {width});
     if (w.b_hh) frame.expect<Storage>("b_hh", *w.b_hh, {width});
     if (w.w_hr) frame.expect<Storage>("w_hr", *w.w_hr, {sizes.P, sizes.H});
+    if (w.ln_ih) frame.expect<Storage>("ln_ih", *w.ln_ih, {width});
+    if (w.ln_hh) frame.expect<Storage>("ln_hh", *w.ln_hh, {width});
+    if (w.ln_c_weight) frame.expect<Storage>("ln_c_weight", *w.ln_c_weight, {sizes.H});
+    if (w.ln_c_bias) frame.expect<Storage>("ln_c_bias", *w.ln_c_bias, {sizes.H});
   }
 }
 
@@ -90,12 +102,21 @@ auto with_network(NetworkArguments& given, const F& f) {
   });
 }
 
+LayerNorms norms_of(double eps, const std::string& of, const std::string& of_c) {
+  check(of_c.empty() || of_c == "inside" || of_c == "carried",
+        "ln_c should be empty, inside or carried, got ", of_c);
+  return {eps, of, of_c == "carried", !of_c.empty()};
+}
+
 Outputs network_forward(Tensor x, Optional batch_sizes, Optional reset_mask, Optional h0, Optional c0,
                         std::vector<Tensor> weights, std::string cell, int64_t layers, bool bidirectional,
-                        bool bias, bool projects, bool batch_first, bool save) {
+                        bool bias, bool projects, bool batch_first, bool save,
+                        std::optional<std::vector<Tensor>> masks, double ln_eps, std::string ln_of,
+                        std::string ln_c) {
   to_arithmetic(c0);
-  NetworkArguments given{x,      batch_sizes,   reset_mask, weights,  cell,
-                         layers, bidirectional, bias,       projects, batch_first};
+  const LayerNorms norms = norms_of(ln_eps, ln_of, ln_c);
+  NetworkArguments given{x,      batch_sizes,   reset_mask, weights,  masks,       cell,
+                         layers, bidirectional, bias,       projects, batch_first, norms};
   Outputs found =
       with_network<NetworkForward>(given, [&](const auto& network) { return network.forward(h0, c0, save); });
   Tensor& c_n = std::get<2>(found);
@@ -108,10 +129,13 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
                                      std::vector<Tensor> weights, Tensor kept, std::string cell,
                                      int64_t layers, bool bidirectional, bool bias, bool projects,
                                      bool batch_first, std::optional<double> clip_norm,
-                                     std::optional<double> clip_value, bool norms, bool needs_dx) {
+                                     std::optional<double> clip_value, bool norms, bool needs_dx,
+                                     std::optional<std::vector<Tensor>> masks, double ln_eps,
+                                     std::string ln_of, std::string ln_c) {
   to_arithmetic(c0), to_arithmetic(dc_n);
-  NetworkArguments given{x,      batch_sizes,   reset_mask, weights,  cell,
-                         layers, bidirectional, bias,       projects, batch_first};
+  const LayerNorms norms_of_call = norms_of(ln_eps, ln_of, ln_c);
+  NetworkArguments given{x,      batch_sizes,   reset_mask, weights,  masks,       cell,
+                         layers, bidirectional, bias,       projects, batch_first, norms_of_call};
   const BackwardOptions options{clip_norm, clip_value, norms, needs_dx};
   std::vector<Tensor> found = with_network<NetworkBackward>(
       given, [&](const auto& network) { return network.backward(dy, dh_n, dc_n, h0, c0, kept, options); });
@@ -124,20 +148,25 @@ std::vector<Tensor> network_backward(Optional dy, Optional dh_n, Optional dc_n, 
 
 // x [T, B, I], [B, T, I] with batch_first, [T, I], or with batch_sizes [T] packed rows [rows, I]; reset_mask
 // bool [T, B] or none; h0 [layers * D, B, P] and c0 [layers * D, B, H] or none for zeros; weights of each
-// layer and direction in torch.nn's order. `kept` holds what the backward reads, as bytes. What does not
-// exist is an empty tensor.
+// layer and direction in the order of fastrnn/cell_table.py; masks of each layer and direction, as in
+// NetworkMasks, or none; ln_of, the layer norm of the gates: "separate", "sum", "gates" or empty; ln_c, that
+// of c: "inside", "carried" or empty. `kept` holds what the backward reads, as bytes. What does not exist is
+// an empty tensor.
 #define FASTRNN_NETWORK \
   "str cell, int layers, bool bidirectional, bool bias, bool projects, bool batch_first, "
+#define FASTRNN_NORMS_AND_MASKS "Tensor[]? masks=None, float ln_eps=1e-5, str ln_of=\"\", str ln_c=\"\""
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_c, m) {
   m.def(
       "network_forward(Tensor x, Tensor? batch_sizes, Tensor? reset_mask, Tensor? h0, Tensor? c0, "
-      "Tensor[] weights, " FASTRNN_NETWORK "bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
+      "Tensor[] weights, " FASTRNN_NETWORK "bool save, " FASTRNN_NORMS_AND_MASKS
+      ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
   // dx, dh0, dc0, norms [layers * D, 2, states, T, B], and the gradients of the weights.
   m.def(
       "network_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, "
       "Tensor? reset_mask, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor kept, " FASTRNN_NETWORK
-      "float? clip_norm, float? clip_value, bool norms, bool needs_dx) -> Tensor[]");
+      "float? clip_norm, float? clip_value, bool norms, bool needs_dx, " FASTRNN_NORMS_AND_MASKS
+      ") -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_c, CPU, m) {

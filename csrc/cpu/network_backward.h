@@ -59,7 +59,7 @@ class NetworkBackward : NetworkBase<Storage> {
       for (int64_t d = 0; d < sizes_.directions; ++d) {
         const int64_t k = layer * sizes_.directions + d;
         BackwardScan<Storage> scan(cell_);
-        fill(scan, d);
+        fill(scan, k, weights_of(weights_.data(), k, sizes_));
         if (options.clip_norm.has_value()) scan.clip_norm = static_cast<A>(*options.clip_norm);
         if (options.clip_value.has_value()) scan.clip_value = static_cast<A>(*options.clip_value);
         scan.norms_stride = sizes_.T * sizes_.B;
@@ -94,10 +94,14 @@ class NetworkBackward : NetworkBase<Storage> {
     // The sums over the chunks: in a half type, they are rounded once.
     Aligned<A> dw_ih, dw_hh, dw_hr;
     std::vector<double> db_ih, db_hh;
+    // Of the layer norms: the sums over the chunks, and what a scan finds for each sequence, [B, gates * H]
+    // or [B, H].
+    std::vector<double> dln_ih, dln_hh, dln_c_weight, dln_c_bias;
+    Aligned<A> of_b_ih, of_b_hh, of_ln_ih, of_ln_hh, of_ln_c_weight, of_ln_c_bias;
 
     Work(int64_t rows, int64_t inputs, const NetworkSizes& sizes, const CellTraits& cell)
         : dgx(rows * cell.gates * sizes.H),
-          dgh(cell.distinct_dgh ? rows * cell.gates * sizes.H : 0),
+          dgh(cell.distinct_dgh || sizes.norms_gates ? rows * cell.gates * sizes.H : 0),
           dh_new(sizes.projects ? rows * sizes.P : 0),
           h_prev(rows * sizes.P),
           unprojected(sizes.projects ? rows : 0, sizes.H),
@@ -106,7 +110,17 @@ class NetworkBackward : NetworkBase<Storage> {
           dw_hh(half ? cell.gates * sizes.H * sizes.P : 0),
           dw_hr(half && sizes.projects ? sizes.P * sizes.H : 0),
           db_ih(cell.gates * sizes.H),
-          db_hh(cell.distinct_dgh ? cell.gates * sizes.H : 0) {}
+          db_hh(cell.distinct_dgh || sizes.norms_gates ? cell.gates * sizes.H : 0),
+          dln_ih(sizes.norms_x ? cell.gates * sizes.H : 0),
+          dln_hh(sizes.norms_gates ? cell.gates * sizes.H : 0),
+          dln_c_weight(sizes.norms_c ? sizes.H : 0),
+          dln_c_bias(sizes.norms_c ? sizes.H : 0),
+          of_b_ih(sizes.B * dln_ih.size()),
+          of_b_hh(sizes.B * dln_hh.size()),
+          of_ln_ih(sizes.B * dln_ih.size()),
+          of_ln_hh(sizes.B * dln_hh.size()),
+          of_ln_c_weight(sizes.B * dln_c_weight.size()),
+          of_ln_c_bias(sizes.B * dln_c_bias.size()) {}
   };
 
   // One layer in one direction, with its scan ready but for the steps. `dy`: of all its steps. `norms`: of
@@ -121,6 +135,10 @@ class NetworkBackward : NetworkBase<Storage> {
                   *y = memory.y(layer) + d * P;
     const NetworkWeights weights = weights_of(weights_.data(), k, sizes_);
     scan.weights.w_hh = recurrence(matrix_of<Storage>(weights.w_hh), nullptr, false);
+    if (sizes_.norms_gates)
+      scan.weights.forward_w_hh =
+          recurrence(transposed(matrix_of<Storage>(weights.w_hh)), nullptr, !scan.recurrent_mask);
+    scan.weights.ln_ih = widened_vector<Storage>(weights.ln_ih);
     if (weights.w_hr) scan.weights.w_hr = projection(matrix_of<Storage>(*weights.w_hr));
     MatrixProduct<Storage> to_input(matrix_of<Storage>(weights.w_ih), nullptr, to ? sizes_.rows() : 0,
                                     reads_storage<Storage>());
@@ -131,8 +149,11 @@ class NetworkBackward : NetworkBase<Storage> {
     std::vector<A> c_before;
     for (size_t number = chunks_.size(); number-- > 0;) {
       const Chunk& now = chunk(number, d);
-      set_steps(scan, now);
+      set_steps(scan, now, k);
       set_chunk(scan, now, memory.saved(layer, d), y, memory.c(layer, d), work);
+      if (sizes_.norms_gates)
+        scan.gx = sizes_.template steps<const Storage>(memory.gx(layer, d) + now.first * memory.width_gx,
+                                                       memory.width_gx, now.time);
       if (dy) scan.dy = dy.from(now.time);
       if (norms != nullptr) scan.norms = norms + now.time * sizes_.B;
       scan.h0 = first_h, scan.c0 = first_c;
@@ -157,9 +178,16 @@ class NetworkBackward : NetworkBase<Storage> {
     store_matrix(work.dw_ih, found.w_ih);
     store_matrix(work.dw_hh, found.w_hh);
     if (sizes_.projects) store_matrix(work.dw_hr, *found.w_hr);
+    if (sizes_.norms_x) store_sums<Storage>(work.dln_ih, *found.ln_ih);
+    if (sizes_.norms_gates) store_sums<Storage>(work.dln_hh, *found.ln_hh);
+    if (sizes_.norms_c) {
+      store_sums<Storage>(work.dln_c_weight, *found.ln_c_weight);
+      store_sums<Storage>(work.dln_c_bias, *found.ln_c_bias);
+    }
     if (!sizes_.bias) return;
-    store_sums<Storage>(work.db_ih, *found.b_ih);
-    store_sums<Storage>(cell_.distinct_dgh ? work.db_hh : work.db_ih, *found.b_hh);
+    const bool of_sum = sizes_.norms_gates && !sizes_.norms_x;  // to which both are added
+    store_sums<Storage>(of_sum ? work.db_hh : work.db_ih, *found.b_ih);
+    store_sums<Storage>(has_dgh() ? work.db_hh : work.db_ih, *found.b_hh);
   }
 
   // Gives a scan its part of what the forward kept of a walk, and the memory for its gradients.
@@ -170,7 +198,14 @@ class NetworkBackward : NetworkBase<Storage> {
     scan.y = sizes_.steps(y + now.first * outputs, outputs, now.time);
     if (has_c_) scan.c = sizes_.steps(c + now.first * sizes_.H, sizes_.H, now.time);
     scan.dgx = sizes_.steps(work.dgx.data(), width_, now.time);
-    if (cell_.distinct_dgh) scan.dgh = sizes_.steps(work.dgh.data(), width_, now.time);
+    if (has_dgh()) scan.dgh = sizes_.steps(work.dgh.data(), width_, now.time);
+    if (sizes_.norms_x)
+      scan.db_ih = {work.of_b_ih.data(), 0, width_, 1}, scan.dln_ih = {work.of_ln_ih.data(), 0, width_, 1};
+    if (sizes_.norms_gates)
+      scan.db_hh = {work.of_b_hh.data(), 0, width_, 1}, scan.dln_hh = {work.of_ln_hh.data(), 0, width_, 1};
+    if (sizes_.norms_c)
+      scan.dln_c_weight = {work.of_ln_c_weight.data(), 0, sizes_.H, 1},
+      scan.dln_c_bias = {work.of_ln_c_bias.data(), 0, sizes_.H, 1};
     if (sizes_.projects) scan.dh_new = sizes_.steps(work.dh_new.data(), sizes_.P, now.time);
   }
 
@@ -181,8 +216,9 @@ class NetworkBackward : NetworkBase<Storage> {
                   bool adds) const {
     const int64_t rows = now.rows, H = sizes_.H, P = sizes_.P;
     previous_states(scan, now, work.h_prev.data());
-    const Operand<Storage> distinct(work.dgh.data(), cell_.distinct_dgh ? rows : 0, width_);
-    const Operand<Storage>& dgh = cell_.distinct_dgh ? distinct : dgx;
+    if (scan.recurrent_mask) mask_states(scan, now, work.h_prev.data());
+    const Operand<Storage> distinct(work.dgh.data(), has_dgh() ? rows : 0, width_);
+    const Operand<Storage>& dgh = has_dgh() ? distinct : dgx;
     A *const dw_ih = sums_of(found.w_ih, work.dw_ih), *const dw_hh = sums_of(found.w_hh, work.dw_hh);
     of_matrix(dgx, matrix_of<Storage>(input + now.first * inputs, rows, inputs), width_, dw_ih, adds);
     const Operand<Storage> h_prev(work.h_prev.data(), rows, P);
@@ -195,10 +231,25 @@ class NetworkBackward : NetworkBase<Storage> {
       of_matrix(RowView<const A>{dh_new.data(), P}, Matrix<A>{work.unprojected[0], rows, H, padded<A>(H), 1},
                 P, sums_of(*found.w_hr, work.dw_hr), adds);
     }
+    if (sizes_.norms_gates) return of_norms(work);
     if (!sizes_.bias) return;
     add_rows(RowView<const Storage>{work.dgx.data(), width_}, rows, work.db_ih);
     if (cell_.distinct_dgh) add_rows(RowView<const Storage>{work.dgh.data(), width_}, rows, work.db_hh);
   }
+
+  // Adds what a scan found for each sequence.
+  void of_norms(Work& work) const {
+    auto add = [this](const Aligned<A>& of_sequences, std::vector<double>& sums) {
+      const int64_t columns = sums.size();
+      if (columns > 0) add_rows(RowView<const A>{of_sequences.data(), columns}, sizes_.B, sums);
+    };
+    add(work.of_b_hh, work.db_hh), add(work.of_ln_hh, work.dln_hh);
+    if (sizes_.norms_x) add(work.of_b_ih, work.db_ih), add(work.of_ln_ih, work.dln_ih);
+    add(work.of_ln_c_weight, work.dln_c_weight), add(work.of_ln_c_bias, work.dln_c_bias);
+  }
+
+  // Whether the gradients of W_ih x and W_hh h differ.
+  bool has_dgh() const { return cell_.distinct_dgh || sizes_.norms_gates; }
 
   // h before the projection of a chunk's rows, [rows, H].
   void unproject(const BackwardScan<Storage>& scan, int64_t rows, const Buffer<A>& to) const {
@@ -269,6 +320,21 @@ class NetworkBackward : NetworkBase<Storage> {
     const Storage* data = data_of<Storage>(dy) + d * sizes_.P * dy.stride(last);
     if (sizes_.packed()) return {data, 0, dy.stride(0), dy.stride(last), sizes_.first_rows.data()};
     return {data, dy.stride(t), unbatched_ ? 0 : dy.stride(1 - t), dy.stride(last)};
+  }
+
+  // Multiplies the rows of the states with their sequences' mask.
+  void mask_states(const BackwardScan<Storage>& scan, const Chunk& now, Storage* states) const {
+    const int64_t P = sizes_.P, stride = scan.recurrent_mask.j_stride;
+    share(scan.T, grain_of_copies / std::max<int64_t>(sizes_.B * P, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = now.time + begin; t < now.time + end; ++t) {
+        const RowView<Storage> rows{states + (sizes_.row(t) - now.first) * P, sizes_.b_step() * P};
+        for (int64_t b = 0; b < sizes_.running(t); ++b) {
+          const Storage* mask = scan.recurrent_mask.at(0, b).data;
+          Storage* row = rows[b];
+          for (int64_t j = 0; j < P; ++j) narrow(A(widen(row[j])) * A(widen(mask[j * stride])), row[j]);
+        }
+      }
+    });
   }
 
   // The state that each step of the chunk starts from, [rows, P].

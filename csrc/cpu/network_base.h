@@ -15,10 +15,22 @@ struct NetworkArguments {
   Tensor x;
   const Optional &batch_sizes, &reset_mask;
   const std::vector<Tensor>& weights;
+  const std::optional<std::vector<Tensor>>& masks;
   const std::string& cell;
   int64_t layers;
   bool bidirectional, bias, projects, batch_first;
+  const LayerNorms& norms;
 };
+
+template <class Storage>
+std::vector<typename Arithmetic<Storage>::type> widened_vector(const Tensor* t) {
+  if (t == nullptr) return {};
+  std::vector<typename Arithmetic<Storage>::type> found(t->size(0));
+  const Storage* data = data_of<Storage>(*t);
+  const int64_t stride = t->stride(0);
+  for (size_t j = 0; j < found.size(); ++j) found[j] = widen(data[j * stride]);
+  return found;
+}
 
 template <class Storage>
 class NetworkBase {
@@ -30,6 +42,8 @@ class NetworkBase {
         has_c_(cell.states > 1),
         x_(given.x),
         weights_(given.weights),
+        masks_(given.masks),
+        norms_(given.norms),
         sizes_(sizes),
         call_(given.x, sizes.T, sizes.B, sizes.H, sizes.P, cell.states),
         width_(cell.gates * sizes.H),
@@ -82,9 +96,16 @@ class NetworkBase {
   }
 
   template <class ScanOfCell>
-  void set_steps(ScanOfCell& scan, const Chunk& now) const {
+  void set_steps(ScanOfCell& scan, const Chunk& now, int64_t k) const {
     const std::vector<uint8_t>& flags = flags_[scan.reverse];
     scan.T = now.steps;
+    if (masks_.has_value()) {
+      const NetworkMasks masks = masks_of(*masks_, k);
+      if (masks.zone_h)
+        scan.zone_h = mask("zone_h", *masks.zone_h, {sizes_.T, sizes_.B, sizes_.P}).from(now.time);
+      if (masks.zone_c)
+        scan.zone_c = mask("zone_c", *masks.zone_c, {sizes_.T, sizes_.B, sizes_.H}).from(now.time);
+    }
     if (!flags.empty()) scan.flags = {flags.data() + now.time * sizes_.B, sizes_.B, 1, 1};
     scan.batch_sizes = sizes_.packed() ? sizes_.batch_sizes.data() + now.time : nullptr;
   }
@@ -127,16 +148,33 @@ class NetworkBase {
     return std::make_unique<Packed<Storage>>(matrix, once(), nullptr);
   }
 
+  // All of the k-th walk that the forward and the backward scan share but W_hh and W_hr.
   template <class ScanOfCell>
-  void fill(ScanOfCell& scan, int64_t d) const {
+  void fill(ScanOfCell& scan, int64_t k, const NetworkWeights& given) const {
     scan.B = sizes_.B, scan.H = sizes_.H, scan.P = sizes_.P, scan.C = call_.C;
-    scan.reverse = d == 1;
+    scan.reverse = k % sizes_.directions == 1;
+    if (masks_.has_value()) {
+      const NetworkMasks masks = masks_of(*masks_, k);
+      if (masks.recurrent)
+        scan.recurrent_mask = mask("recurrent_mask", *masks.recurrent, {sizes_.B, sizes_.P});
+    }
+    if (!sizes_.norms_gates) return;
+    Call<Storage, A>::set_norms(scan.weights, norms_, cell_.gates);
+    scan.weights.ln_hh = widened_vector<Storage>(given.ln_hh);
+    scan.weights.ln_c_weight = widened_vector<Storage>(given.ln_c_weight);
+    scan.weights.ln_c_bias = widened_vector<Storage>(given.ln_c_bias);
+  }
+
+  Steps<const Storage> mask(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    return call_.template view<Storage>(name, t, shape);
   }
 
   const Cell<A>& cell_;
   const bool has_c_;
   const Tensor& x_;
   const std::vector<Tensor>& weights_;
+  const std::optional<std::vector<Tensor>>& masks_;
+  const LayerNorms& norms_;
   NetworkSizes sizes_;
   Call<Storage, A> call_;
   int64_t width_;

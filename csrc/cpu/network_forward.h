@@ -11,16 +11,6 @@ namespace fastrnn {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Storage>
-std::vector<typename Arithmetic<Storage>::type> widened_vector(const Tensor* t) {
-  if (t == nullptr) return {};
-  std::vector<typename Arithmetic<Storage>::type> found(t->size(0));
-  const Storage* data = data_of<Storage>(*t);
-  const int64_t stride = t->stride(0);
-  for (size_t j = 0; j < found.size(); ++j) found[j] = widen(data[j * stride]);
-  return found;
-}
-
-template <class Storage>
 class NetworkForward : NetworkBase<Storage> {
   using Base = NetworkBase<Storage>;
   using Base::sizes_, Base::cell_, Base::has_c_, Base::call_, Base::width_, Base::x_, Base::weights_,
@@ -58,6 +48,8 @@ class NetworkForward : NetworkBase<Storage> {
   }
 
  private:
+  static constexpr bool half = !std::is_same_v<Storage, A>;
+
   // One layer in one direction. `input`: all rows of the layer's input.
   void walk_forward(int64_t layer, int64_t d, const Operand<Storage>& input, const Optional& h0,
                     const Optional& c0, const NetworkMemory<Storage>& memory, bool save, const Tensor& h_n,
@@ -65,26 +57,34 @@ class NetworkForward : NetworkBase<Storage> {
     const int64_t k = layer * sizes_.directions + d, H = sizes_.H, P = sizes_.P;
     NetworkWeights weights = weights_of(weights_.data(), k, sizes_);
     std::vector<A> b_ih = widened_vector<Storage>(weights.b_ih), b_hh = widened_vector<Storage>(weights.b_hh);
-    if (!cell_.distinct_dgh)  // only the sum is used
+    const bool of_sum = sizes_.norms_gates && !sizes_.norms_x;
+    if (of_sum)  // they are added after its layer norm
+      for (size_t j = 0; j < b_ih.size(); ++j) b_hh[j] += b_ih[j];
+    else if (!cell_.distinct_dgh && !sizes_.norms_gates)  // only the sum is used
       for (size_t j = 0; j < b_ih.size(); ++j) b_ih[j] += b_hh[j];
+    const bool adds_bias = !b_ih.empty() && !sizes_.norms_gates;
     MatrixProduct<Storage> product(transposed(matrix_of<Storage>(weights.w_ih)),
-                                   b_ih.empty() ? nullptr : b_ih.data(), sizes_.rows(), true);
+                                   adds_bias ? b_ih.data() : nullptr, sizes_.rows(), true);
     ForwardScan<Storage> scan(cell_);
-    fill(scan, d);
+    fill(scan, k, weights);
+    scan.weights.ln_ih = widened_vector<Storage>(weights.ln_ih);
     scan.h0 = state_of<Storage>(h0, k, no_h_);
     if (has_c_) scan.c0 = state_of<A>(c0, k, no_c_);
     scan.h_n = this->template state_rows<Storage>(h_n, k, P);
     if (has_c_) scan.c_n = this->template state_rows<A>(c_n, k, H);
-    const A* bias = cell_.distinct_dgh && !b_hh.empty() ? b_hh.data() : nullptr;
-    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)), bias, true);
+    const bool in_product = cell_.distinct_dgh && !b_hh.empty() && !sizes_.norms_gates;
+    scan.weights.w_hh = recurrence(transposed(matrix_of<Storage>(weights.w_hh)),
+                                   in_product ? b_hh.data() : nullptr, !scan.recurrent_mask);
+    if (sizes_.norms_gates) scan.weights.b_ih = std::move(b_ih), scan.weights.b_hh = std::move(b_hh);
     if (weights.w_hr) scan.weights.w_hr = projection(transposed(matrix_of<Storage>(*weights.w_hr)));
+    const bool keeps_gx = save && sizes_.norms_gates;
     // Where there is room, W_ih x is computed in the memory of what the cell saves, which replaces it.
-    const bool in_saved = save && std::is_same_v<Storage, A> && padded<A>(width_) <= cell_.saved * H;
-    Buffer<A> gx_of_chunk(in_saved ? 0 : most_rows_, width_);
-    Aligned<Storage> narrowed(std::is_same_v<Storage, A> ? 0 : most_rows_ * width_);
+    const bool in_saved = save && !keeps_gx && !half && padded<A>(width_) <= cell_.saved * H;
+    Buffer<A> gx_of_chunk(in_saved || (keeps_gx && !half) ? 0 : most_rows_, width_);
+    Aligned<Storage> narrowed(half && !keeps_gx ? most_rows_ * width_ : 0);
     for (size_t number = 0; number < chunks_.size(); ++number) {
       const Chunk& now = chunk(number, d);
-      set_steps(scan, now);
+      set_steps(scan, now, k);
       if (save) {
         scan.saved =
             sizes_.steps(memory.saved(layer, d) + now.first * cell_.saved * H, cell_.saved * H, now.time);
@@ -92,16 +92,21 @@ class NetworkForward : NetworkBase<Storage> {
       }
       scan.y =
           sizes_.steps(memory.y(layer) + now.first * sizes_.outputs() + d * P, sizes_.outputs(), now.time);
+      const RowView<Storage> kept{keeps_gx ? memory.gx(layer, d) + now.first * memory.width_gx : nullptr,
+                                  memory.width_gx};
       RowView<A> gx = gx_of_chunk;
-      if constexpr (std::is_same_v<Storage, A>)
+      if constexpr (!half) {
+        if (keeps_gx) gx = kept;
         if (in_saved) gx = {scan.saved.data, cell_.saved * H};
+      }
       input.with_rows(now.first, [&](auto rows) { product(rows, 1, now.rows, gx); });
-      if constexpr (std::is_same_v<Storage, A>) {
+      if constexpr (!half) {
         scan.gx = sizes_.template steps<const Storage>(gx.data, gx.stride, now.time);
       } else {
-        const Write<Storage, A> row{width_, {gx.data, gx.stride}, {narrowed.data(), width_}};
+        const RowView<Storage> to = keeps_gx ? kept : RowView<Storage>{narrowed.data(), width_};
+        const Write<Storage, A> row{width_, {gx.data, gx.stride}, to};
         share_rows(now.rows, width_, [&](int64_t begin, int64_t end) { walk_rows(row, begin, end); });
-        scan.gx = sizes_.template steps<const Storage>(narrowed.data(), width_, now.time);
+        scan.gx = sizes_.template steps<const Storage>(to.data, to.stride, now.time);
       }
       call_.run(scan, cell_.gates);
       scan.h0 = {scan.h_n.data, 0, P, 1}, scan.c0 = {scan.c_n.data, 0, H, 1};

@@ -165,26 +165,29 @@ struct Scale {
   FASTRNN_INLINE A operator()(int64_t b, A x) const { return x * factor[b]; }
 };
 
-// Layer norm of W_hh h, in place: of `groups` parts of `width` gates' units each, every part by itself.
+// Layer norm of the gates: of `groups` parts of `width` units each, every part by itself.
 template <class A>
 struct NormalizeGates {
   int64_t groups, width;
   A eps;
   const A *weight, *bias;  // [groups * width]; bias may be null
-  RowView<A> gates;        // [B, groups * width]
+  RowView<const A> gates;  // [B, groups * width]
+  RowView<A> out;          // the same; may be the same memory
 
   FASTRNN_INLINE void operator()(int64_t b) const {
-    for (int64_t g = 0; g < groups; ++g)
-      part(gates[b] + g * width, weight + g * width, bias == nullptr ? nullptr : bias + g * width);
+    for (int64_t g = 0; g < groups; ++g) part(b, g * width);
   }
 
-  FASTRNN_INLINE void part(A* row, const A* weight_row, const A* bias_row) const {
+  FASTRNN_INLINE void part(int64_t b, int64_t from) const {
+    const A *row = gates[b] + from, *weight_row = weight + from;
+    A* out_row = out[b] + from;
     RowStats<A> stats = row_stats(row, width, eps);
     FASTRNN_SIMD
-    for (int64_t j = 0; j < width; ++j) row[j] = stats.xhat(row[j]) * weight_row[j];
-    if (bias_row == nullptr) return;
+    for (int64_t j = 0; j < width; ++j) out_row[j] = stats.xhat(row[j]) * weight_row[j];
+    if (bias == nullptr) return;
+    const A* bias_row = bias + from;
     FASTRNN_SIMD
-    for (int64_t j = 0; j < width; ++j) row[j] += bias_row[j];
+    for (int64_t j = 0; j < width; ++j) out_row[j] += bias_row[j];
   }
 };
 

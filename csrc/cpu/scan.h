@@ -65,6 +65,7 @@ struct Weights {
   // The backward computes W_hh h again where a layer norm follows it.
   Recurrence<Storage> forward_w_hh;
   std::vector<A> b_hh, ln_hh;             // [gates * H]
+  std::vector<A> b_ih, ln_ih;             // [gates * H]: where the scan normalises W_ih x itself
   std::vector<A> ln_c_weight, ln_c_bias;  // [H]
   std::vector<A> of_cell;                 // [parameters * H]
   A ln_eps = 0;                           // of all layer norms

@@ -22,7 +22,7 @@ struct BackwardScan : Scan {
   Steps<const A> dh_after;        // in place of dh_n where a scan of later steps wrote it as dh_before
   Steps<const Storage> saved, y;  // [T, B, saved * H], [T, B, P]
   Steps<const A> c;               // [T, B, C]
-  Steps<const Storage> gx;        // [T, B, gates * H]; only where the layer norm is of W_ih x + W_hh h
+  Steps<const Storage> gx;        // [T, B, gates * H]; only where a layer norm here is of W_ih x or the sum
   Steps<const Storage> h0;        // [1, B, P]
   Steps<const A> c0;              // [1, B, C]
   Weights<Storage> weights;
@@ -36,6 +36,7 @@ struct BackwardScan : Scan {
   Steps<A> dh_before;                 // in place of dh0 where a scan of earlier steps reads it
   Steps<A> dc0;                       // [1, B, C]
   Steps<A> db_hh, dln_hh;             // [1, B, gates * H], may not exist
+  Steps<A> db_ih, dln_ih;             // [1, B, gates * H]; with `weights.ln_ih`
   Steps<A> dln_c_weight, dln_c_bias;  // [1, B, H], may not exist
   Steps<Storage> dcell;               // [T, B, (parameters + inputs) * H], may not exist
   Steps<Storage> ddecay_h, ddecay_c;  // [T, B, P], [T, B, C], may not exist
@@ -66,20 +67,20 @@ struct BackwardScan : Scan {
     Buffer<A> dh_new, dc_new;            // the part that zoneout passes to the new state
     Buffer<A> dh_cell;                   // of the h before the projection
     Buffer<A> total_h, total_c;          // the same, with the gradients between the states of this step
-    Buffer<A> c_hat;                     // c, normalised
+    Buffer<A> xhat, u, rstd;             // of the layer norm of c
     Buffer<A> h_prev, c_prev;            // the state before the step
     Buffer<A> saved, step_inputs;        // widened from a half type
     Buffer<A> dcell;                     // before it is narrowed to one
     Buffer<A> dgx, dgh;                  // after the layer norm of W_hh h, where there is one
     Buffer<A> gates, dgh_raw;            // W_hh h_prev and its gradient, before that layer norm
-    Buffer<A> gx;                        // W_ih x, where that layer norm is of the sum
+    Buffer<A> gx;                        // W_ih x, where a layer norm reads it
     Buffer<A> gates_of_head, h_of_head;  // of one head's product, or of one gate's with its mask
     Buffer<A> operand;                   // h_prev times the mask of one gate
     Buffer<A> dh_past_w;                 // what reaches h_prev past W_hh
     Buffer<A> h_undecayed, c_undecayed;  // the state before the step, before its decay
     Buffer<A> recurrent_mask, zone_h, zone_c, decay_h, decay_c;
     // Sums over the steps, of which there may be many.
-    Buffer<double> db_hh, dln_hh, dln_c_weight, dln_c_bias;
+    Buffer<double> db_hh, dln_hh, db_ih, dln_ih, dln_c_weight, dln_c_bias;
     Buffer<A> norm_of_state, norms_of_row, factor;  // of clipping by norm
     std::unique_ptr<typename Cell<A>::Memory> of_cell;
     Runs all, running, ended;
@@ -94,7 +95,9 @@ struct BackwardScan : Scan {
           dh_cell(rows, scan.weights.w_hr ? scan.H : 0),
           total_h(rows, scan.cell.adds_to_dh && !scan.joined() ? scan.H : 0),
           total_c(rows, scan.joined() ? 0 : scan.C),
-          c_hat(rows, scan.dln_c_weight ? scan.H : 0),
+          xhat(rows, scan.dln_c_weight ? scan.H : 0),
+          u(rows, scan.dln_c_weight ? scan.H : 0),
+          rstd(rows, scan.dln_c_weight ? 1 : 0),
           h_prev(rows, scan.reads_h_prev() ? scan.P : 0),
           c_prev(rows, scan.C),
           saved(rows, half ? scan.cell.saved * scan.H : 0),
@@ -104,7 +107,7 @@ struct BackwardScan : Scan {
           dgh(rows, scan.cell.distinct_dgh ? scan.cell.gates * scan.H : 0),
           gates(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dgh_raw(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
-          gx(rows, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          gx(rows, scan.weights.ln_of_sum || (half && scan.dln_ih) ? scan.cell.gates * scan.H : 0),
           gates_of_head(rows, scan.weights.masked_gates ? scan.H : scan.weights.w_hh.gates_of_head()),
           h_of_head(rows, scan.weights.masked_gates ? scan.P : scan.weights.w_hh.units_of_head()),
           operand(rows, scan.weights.forward_masked_gates ? scan.P : 0),
@@ -118,6 +121,8 @@ struct BackwardScan : Scan {
           decay_c(rows, scan.decay_c ? scan.C : 0),
           db_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
           dln_hh(rows, scan.dln_hh ? scan.cell.gates * scan.H : 0),
+          db_ih(rows, scan.dln_ih ? scan.cell.gates * scan.H : 0),
+          dln_ih(rows, scan.dln_ih ? scan.cell.gates * scan.H : 0),
           dln_c_weight(rows, scan.dln_c_weight ? scan.H : 0),
           dln_c_bias(rows, scan.dln_c_weight ? scan.H : 0),
           norm_of_state(scan.cell.states, rows),
@@ -168,6 +173,8 @@ struct BackwardScan : Scan {
   void each_parameter(int64_t b, const Work& work, const F& f) const {
     if (db_hh) f(cell.gates * H, work.db_hh, db_hh.at(0, b));
     if (dln_hh) f(cell.gates * H, work.dln_hh, dln_hh.at(0, b));
+    if (dln_ih) f(cell.gates * H, work.db_ih, db_ih.at(0, b));
+    if (dln_ih) f(cell.gates * H, work.dln_ih, dln_ih.at(0, b));
     if (dln_c_weight) f(H, work.dln_c_weight, dln_c_weight.at(0, b));
     if (dln_c_bias) f(H, work.dln_c_bias, dln_c_bias.at(0, b));
   }
@@ -272,7 +279,7 @@ struct BackwardScan : Scan {
             dc_new_of(work),
             work.total_h,
             work.total_c,
-            work.c_hat,
+            {work.xhat, work.u, work.rstd},
             rows_of(dgx, t, b, work.dgx),
             work.dgh,
             work.dh_past_w,
@@ -368,14 +375,25 @@ struct BackwardScan : Scan {
                                               work.db_hh});
   }
 
+  // dgx, in place.
+  void backward_of_gx_norm(int64_t t, int64_t b, Work& work) const {
+    const int64_t width = cell.gates * H;
+    if (half) read(work.running, width, gx, t, b, work.gx);
+    const RowView<A> rows = rows_of(dgx, t, b, work.dgx);
+    walk_runs(work.running, NormalizeGatesBackward<A>{1, width, weights.ln_eps, weights.ln_ih.data(),
+                                                      read_only(rows), read_only(rows_of(gx, t, b, work.gx)),
+                                                      rows, work.dln_ih, work.db_ih});
+  }
+
   void write_step(int64_t t, int64_t b, Work& work) const {
     const Runs& runs = work.running;
     int64_t width = cell.gates * H;
+    if (dln_hh) backward_of_gate_norm(t, b, work);
+    if (dln_ih) backward_of_gx_norm(t, b, work);
     if (half) walk_runs(runs, Write<Storage, A>{width, work.dgx, dgx.at(t, b)});
     if (half && dcell)
       walk_runs(runs, Write<Storage, A>{(cell.parameters + cell.inputs) * H, work.dcell, dcell.at(t, b)});
     if (dh_new) walk_runs(runs, Write<Storage, A>{P, dh_new_of(work), dh_new.at(t, b)});
-    if (dln_hh) backward_of_gate_norm(t, b, work);
     if (weights.ln_of_sum) walk_runs(runs, Write<Storage, A>{width, work.dgh_raw, dgx.at(t, b)});
     if (dgh) walk_runs(runs, Write<Storage, A>{width, dgh_rows(t, b, work), dgh.at(t, b)});
   }

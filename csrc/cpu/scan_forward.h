@@ -32,6 +32,7 @@ struct ForwardScan : Scan {
 
   bool has_c() const { return cell.states > 1; }
   int64_t mask_width() const { return !recurrent_mask ? 0 : weights.masked_gates ? cell.gates * P : P; }
+  bool normalizes_gx() const { return !weights.ln_ih.empty(); }
   // Whether the cell saves into memory of the thread: a half type is narrowed from there; and where there is
   // no output, some cells need the memory all the same.
   bool saves_aside() const { return saved ? half : cell.always_saves; }
@@ -62,7 +63,7 @@ struct ForwardScan : Scan {
           decay_h(rows, scan.decay_h ? scan.P : 0),
           decay_c(rows, scan.decay_c ? scan.C : 0),
           saved(rows, scan.saves_aside() ? scan.cell.saved * scan.H : 0),
-          gx(rows, half || scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
+          gx(rows, half || scan.weights.ln_of_sum || scan.normalizes_gx() ? scan.cell.gates * scan.H : 0),
           step_inputs(rows, half ? scan.cell.inputs * scan.H : 0),
           no_gx(1, scan.weights.ln_of_sum ? scan.cell.gates * scan.H : 0),
           of_cell(scan.cell.memory()) {
@@ -134,7 +135,18 @@ struct ForwardScan : Scan {
     }
     const A* bias = weights.b_hh.empty() ? nullptr : weights.b_hh.data();
     walk_runs(runs, NormalizeGates<A>{weights.ln_groups, cell.gates * H / weights.ln_groups, weights.ln_eps,
-                                      weights.ln_hh.data(), bias, work.gates});
+                                      weights.ln_hh.data(), bias, work.gates, work.gates});
+  }
+
+  // W_ih x as the cell gets it.
+  RowView<const A> gx_of_cell(int64_t t, int64_t b, Work& work) const {
+    if (weights.ln_of_sum) return {work.no_gx[0], 0};
+    const RowView<const A> rows = in_arithmetic(work.running, cell.gates * H, gx, t, b, work.gx);
+    if (!normalizes_gx()) return rows;
+    const A* bias = weights.b_ih.empty() ? nullptr : weights.b_ih.data();
+    walk_runs(work.running, NormalizeGates<A>{1, cell.gates * H, weights.ln_eps, weights.ln_ih.data(), bias,
+                                              rows, work.gx});
+    return work.gx;
   }
 
   // c is updated in place.
@@ -145,8 +157,7 @@ struct ForwardScan : Scan {
     if constexpr (!half)
       if (saved) to_save = saved.at(t, b);
     const ForwardStep<A> step{H,
-                              weights.ln_of_sum ? RowView<const A>{work.no_gx[0], 0}
-                                                : in_arithmetic(runs, cell.gates * H, gx, t, b, work.gx),
+                              gx_of_cell(t, b, work),
                               work.gates,
                               work.h,
                               work.c,

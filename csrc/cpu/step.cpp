@@ -39,15 +39,14 @@ struct StepOfLayer {
     // Rows of blocks, of planes [lanes] each. before, now: the states h and c around the step.
     alignas(64) A gx[most * gates * lanes], gh[most * gates * lanes],
         before[most * 2 * lanes] = {}, now[most * 2 * lanes], saved[Cell::saved * lanes];
-    const ForwardRow<Cell, A, false> cell{lanes,
-                                          {gx, gates * lanes},
-                                          {gh, gates * lanes},
-                                          {before, 2 * lanes},
-                                          {before + lanes, 2 * lanes},
-                                          {},
-                                          {now, 2 * lanes},
-                                          {now + lanes, 2 * lanes},
-                                          {saved, 0}};
+    const ForwardRow<Cell, A> cell{lanes,
+                                   {gx, gates * lanes},
+                                   {gh, gates * lanes},
+                                   {before, 2 * lanes},
+                                   {before + lanes, 2 * lanes},
+                                   {now, 2 * lanes},
+                                   {now + lanes, 2 * lanes},
+                                   {saved, 0}};
     const int64_t at_once = B > 1 ? 1 : most;
     for (int64_t first = begin; first < end; first += at_once * lanes) {
       const int64_t last = std::min(first + at_once * lanes, end);
