@@ -138,16 +138,31 @@ def directly(module: nn.Module, input, hx, most_steps_of_torch: Callable[..., in
         return None
     shape_h = (len(shapes), batch, proj_size or hidden_size)
     state_shapes = (shape_h, (len(shapes), batch, hidden_size)) if pair else (shape_h,)
-    if hx is None:
-        states = [input.new_zeros(shape) for shape in state_shapes]
-    elif len(states) != len(state_shapes):
-        return None
-    else:
+    if hx is not None:
+        if len(states) != len(state_shapes):
+            return None
         for state, shape in zip(states, state_shapes, strict=True):
             if state.shape != shape or state.dtype != dtype or state.device != device:
                 return None
-    y, *states = getattr(torch, cell)(
-        input, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
+    return padded(module, input, states, weights, batched)
+
+
+def _zero_states(module: nn.Module, x: Tensor, batch: int) -> list[Tensor]:
+    walks, hidden_size = module.num_layers * (1 + module.bidirectional), module.hidden_size
+    widths = (module.proj_size or hidden_size, hidden_size) if module._cell == "lstm" else (hidden_size,)
+    return [x.new_zeros(walks, batch, width) for width in widths]
+
+
+def padded(module: nn.Module, x: Tensor, states, weights: list[Parameter], batched: bool):
+    """A plain call, all of it valid, as the module returns it.
+
+    x: `[T, B, I]`, or `[B, T, I]` with batch_first. states: h `[L*D, B, P]` and c `[L*D, B, H]`; none for zeros.
+    weights: in torch.nn's order. batched: False for results without B, which is 1.
+    """
+    pair, batch_dim = module._cell == "lstm", 0 if module.batch_first else 1
+    states = states or _zero_states(module, x, x.shape[batch_dim])
+    y, *states = getattr(torch, module._cell)(
+        x, states if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first,
     )  # fmt: skip
     if not batched:
@@ -161,10 +176,7 @@ def packed(module: nn.Module, x: Tensor, batch_sizes: Tensor, states, weights: l
     states: h `[L*D, B, P]` and c `[L*D, B, H]`, in the order of the rows; none for zeros. weights: in torch.nn's order.
     """
     pair = module._cell == "lstm"
-    if not states:
-        walks, batch = module.num_layers * (1 + module.bidirectional), int(batch_sizes[0])
-        widths = (module.proj_size or module.hidden_size, module.hidden_size)[: 1 + pair]
-        states = [x.new_zeros(walks, batch, width) for width in widths]
+    states = states or _zero_states(module, x, int(batch_sizes[0]))
     y, *found = getattr(torch, module._cell)(
         x, batch_sizes, tuple(states) if pair else states[0], weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional,

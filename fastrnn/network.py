@@ -1,7 +1,10 @@
-"""A call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
+"""A module's call on backend `cpu` as one operation: all layers, directions, products and scans, forward and backward.
 
-It is for short calls, whose products are small, and for all calls on processors where it was measured to be faster than
-the general path, which multiplies by oneDNN or MKL (`takes_long_calls`).
+`directly` takes plain calls, and those with clipping, resets, a tap or a monitor, without the general check of a call;
+`network_call.py` takes checked ones, with masks and layer norms too.
+
+The operation is for short calls, whose products are small, and for all calls on processors where it was measured to be
+faster than the general path, which multiplies by oneDNN or MKL (`takes_long_calls`).
 """
 
 from collections.abc import Callable
@@ -69,7 +72,7 @@ _settings_of = itemgetter(
 def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], extras: Extras | None = None):
     """Runs a valid call at once if backend `cpu` is to run it and `takes` it; None for any other.
 
-    Also a packed call that `takes` but that is torch's: `functional` takes as long before it as a short one itself.
+    Also a call that `takes` but that is torch's: `functional` takes as long before it as a short one itself.
 
     Args:
         module: a fastrnn LSTM, GRU or RNN whose options beyond torch.nn's, but for `backend` and, with extras, those
@@ -103,8 +106,14 @@ def directly(module: nn.Module, input, hx, chosen: Callable[..., str | None], ex
         differentiated = torch.is_grad_enabled()
     of_sizes = (H, proj_size, sizes.steps, sizes.batch, sizes.full)
     name = chosen(backend, cell, differentiated, dtype, *of_sizes, checked.features)
-    if name != "cpu" and not (name == "aten" and batch_sizes is not None and extras is None):
+    if name != "cpu" and not (name == "aten" and extras is None):
         return None
+    if name == "aten" and batch_sizes is None:
+        if aten.refused_by_onednn(cell, x, proj_size, False):
+            return None
+        if sizes.unbatched:
+            x, states = x.unsqueeze(0 if turned else 1), [state.unsqueeze(1) for state in states]
+        return aten.padded(module, x, states, weights, not sizes.unbatched)
     # As in torch.nn, a batch-first input is copied, and may be changed before the backward; the output is no view.
     if sizes.turned:
         x = x.transpose(0, 1).contiguous()

@@ -38,7 +38,7 @@ class NormsAndMasks(NamedTuple):
 
     def arguments(self, like: Tensor) -> tuple:
         """As the ops take them: an empty tensor for a mask that does not exist."""
-        if self == NO_NORMS_OR_MASKS:
+        if self is NO_NORMS_OR_MASKS:
             return ()
         masks = [like.new_empty(0) if one is None else one for each in self.masks for one in each]
         return masks or None, *self[1:]
