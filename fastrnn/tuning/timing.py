@@ -123,11 +123,14 @@ def interleave(
     rounds: int = MIN_ROUNDS,
     sample: float | None = None,
     after: Callable[[str], None] = lambda name: None,
+    rest: float = 0.0,
 ) -> dict[str, Samples]:
     """Times `calls` (each takes a running number, to choose its input set) round by round for about `seconds`.
 
     The order rotates from round to round. After `rounds` of them, the calls in `brief` drop out and leave their time to
     the others. `sample`: the least seconds of a sample. `after` is told of each sample, and is not timed.
+    `rest`: seconds before each sample, in which the threads of the one before fall asleep; the calls then run once
+    before they are timed.
     """
     watch = stopwatch(device)
     samples = {}
@@ -149,6 +152,9 @@ def interleave(
                 for k in range(inner):
                     call(first + k)
 
+            if rest:
+                time.sleep(rest)
+                repeat()
             took = watch(repeat)
             spent += took
             samples[name].seconds.append(took / inner)
