@@ -45,7 +45,7 @@ def difference(found: list[Tensor], truth: list[Tensor]) -> float:
 
 
 OWN_THREADS = {"onnxruntime"}
-"""Contestants with threads beside PyTorch's. Threads look for work for a while after a call, and hold a core meanwhile."""
+"""Contestants with threads beside PyTorch's. Threads look for work for a while after a call, and hold a core."""
 REST = 0.02
 """Seconds after which they sleep."""
 

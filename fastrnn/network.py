@@ -10,6 +10,7 @@ faster than the general path, which multiplies by oneDNN or MKL (`takes_long_cal
 from collections.abc import Callable
 from functools import cache
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +202,35 @@ def _one_step(shape: Shape, inputs: Inputs, weights: list[Tensor]):
     return reshaped(y, (*x.shape[:-1], -1)), *found, *([] if len(found) == 2 else [y.new_empty(0)])
 
 
+class Rows(NamedTuple):
+    """Where the rows of packed sequences are in a padded batch."""
+
+    places: Tensor  # [rows]: the numbers of the rows
+    batch_sizes: Tensor  # [longest]
+    order: Tensor  # [B]: of the sequences, the longest first
+    back: Tensor  # [B]: the inverse of it
+
+    @staticmethod
+    def of(lengths: Tensor, steps: int, batch_first: bool) -> "Rows | None":
+        """None where a sequence is empty, or longer than there are steps."""
+        ordered, order = lengths.long().sort(descending=True, stable=True)
+        longest, shortest = int(ordered[0]), int(ordered[-1])
+        if shortest < 1 or longest > steps:
+            return None
+        step = torch.arange(longest).unsqueeze(1)
+        runs = step < ordered  # [T, B]
+        places = (order * steps + step if batch_first else step * len(lengths) + order)[runs]
+        return Rows(places, runs.sum(1), order, invert_permutation(order))
+
+    def taken_from(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[2]).index_select(0, self.places)
+
+    def put_into(self, y: Tensor, shape: torch.Size) -> Tensor:
+        """y `[rows, N]` as a padded batch, with the first two sizes of `shape`; no view, as no result is one."""
+        padded = y.new_zeros(shape[0] * shape[1], y.shape[1]).index_copy_(0, self.places, y)
+        return torch.ops.aten._unsafe_view(padded, (*shape[:2], -1))
+
+
 def with_lengths(
     module: nn.Module, input, hx, lengths, chosen: Callable[..., str | None], extras: Extras | None = None
 ):
@@ -223,22 +253,15 @@ def with_lengths(
     of_call = (torch.is_grad_enabled(), input.dtype, *sizes, None, features)
     if chosen(module.backend, module._cell, *of_call) != "cpu":
         return None
-    ordered, order = lengths.long().sort(descending=True, stable=True)
-    longest, shortest = int(ordered[0]), int(ordered[-1])
-    if shortest < 1 or longest > steps:
+    rows = Rows.of(lengths, steps, module.batch_first)
+    if rows is None:
         return None
-    step = torch.arange(longest).unsqueeze(1)
-    runs = step < ordered  # [T, B]
-    places = (order * steps + step if module.batch_first else step * batch + order)[runs]
-    rows = input.reshape(batch * steps, input.shape[2]).index_select(0, places)
-    packed = PackedSequence(rows, runs.sum(1), order, invert_permutation(order))
+    packed = PackedSequence(rows.taken_from(input), *rows[1:4])
     result = directly(module, packed, hx, lambda *call: "cpu", extras)
     if result is None:
         return None
     y, state = result
-    padded = y.data.new_zeros(batch * steps, y.data.shape[1]).index_copy_(0, places, y.data)
-    # No view, as nowhere else.
-    return torch.ops.aten._unsafe_view(padded, (*input.shape[:2], -1)), state
+    return rows.put_into(y.data, input.shape), state
 
 
 def _weights_of(stored: dict[str, Parameter], shapes, dtype: torch.dtype) -> list[Parameter] | None:

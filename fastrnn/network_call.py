@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
 
 from . import network
 from .cell_table import CELLS, layer_shapes, suffixes
@@ -14,7 +15,7 @@ from .equations import accumulate_dtype
 from .linear import tracing
 from .network_function import NO_NORMS_OR_MASKS, Bounds, Inputs, NormsAndMasks, Shape
 from .network_function import run as run_operation
-from .stack import Options, draw_masks, to_next_layer
+from .stack import Masks, Options, draw_masks, to_next_layer
 
 KINDS = tuple(layer_shapes("lstm", 1, 1, 1, True, True))
 """The kinds of a network's parameters, in the order of the operation."""
@@ -25,7 +26,12 @@ def run(call: Call, params: Mapping[str, Tensor], keep_layers: bool):
     None; None alone where the general path is to run the call."""
     if tracing() or not _is_for_the_operation(call, params) or network.operations_are_seen():
         return None
-    options = call.options
+    options, shape, rows = call.options, call.x.shape, None
+    if call.lengths is not None:
+        rows = network.Rows.of(call.lengths, shape[0], False)
+        if rows is None:
+            return None
+        call = _of_rows(call, rows)
     apart = options.num_layers > 1 and (
         keep_layers or options.residual or (options.dropout > 0 and options.training)
     )  # whether something is between the layers
@@ -35,20 +41,37 @@ def run(call: Call, params: Mapping[str, Tensor], keep_layers: bool):
         if first > 0:
             below.append(y.clone() if keep_layers else None)
             y, before = to_next_layer(y, None, None, options)
-        y, *found = _layers(call, params, y, first, 1 if apart else options.num_layers)
+        y, *found = _layers(call, params, y, first, 1 if apart else options.num_layers, rows, shape[0])
         if options.residual and before is not None:
             y = y + before
         states.append(found)
     final = tuple(each[0] if len(each) == 1 else torch.cat(each) for each in zip(*states, strict=True))
+    if rows is not None:
+        y, final = rows.put_into(y, shape), tuple(state.index_select(1, rows.back) for state in final)
+        below = [rows.put_into(one, shape) for one in below] if keep_layers else below
     return y, final, tuple(below) if keep_layers else None
+
+
+def _of_rows(call: Call, rows: network.Rows) -> Call:
+    """A call with lengths as one of packed rows."""
+    x, states = rows.taken_from(call.x), tuple(state.index_select(1, rows.order) for state in call.states)
+    tap = call.tap
+    if tap is not None:
+        tap = tap[..., : len(rows.batch_sizes), :].index_select(-1, rows.order)
+    return call._replace(x=x, states=states, lengths=None, tap=tap, packed=PackedSequence(x, rows.batch_sizes))
 
 
 def _is_for_the_operation(call: Call, params: Mapping[str, Tensor]) -> bool:
     """Whether the operation has all that the call needs, and is to be preferred."""
     options, x, sizes = call.options, call.x, None if call.packed is None else call.packed.batch_sizes
-    if options.cell not in CELLS or call.lengths is not None or call.decay is not None:
+    by_rows = sizes is not None or call.lengths is not None
+    if options.cell not in CELLS or call.decay is not None:
         return False
-    if sizes is not None and (call.reset_mask is not None or (options.locked_dropout and options.dropout)):
+    if by_rows and (call.reset_mask is not None or (options.locked_dropout and options.dropout)):
+        return False
+    # Masks between the layers are drawn for the padded batch. A half type: see `network.with_lengths`.
+    drops = options.num_layers > 1 and options.dropout > 0 and options.training
+    if call.lengths is not None and (drops or x.dtype not in network.FULL_DTYPES):
         return False
     if options.recurrent_dropout_per_gate and options.recurrent_dropout and options.training:
         return False
@@ -67,8 +90,13 @@ def _draws_masks(options: Options) -> bool:
     return any(options.zoneout) or (options.recurrent_dropout > 0 and options.training)
 
 
-def _layers(call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, count: int) -> list[Tensor]:
-    """`count` layers from the first one on in one operation: the output and the final states."""
+def _layers(
+    call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, count: int, rows: network.Rows | None, steps: int
+) -> list[Tensor]:
+    """`count` layers from the first one on in one operation: the output and the final states.
+
+    rows: of a call with lengths, in whose padded batch there are `steps`.
+    """
     options, sizes = call.options, None if call.packed is None else call.packed.batch_sizes
     names = [name for layer in suffixes(options.num_layers, options.bidirectional) for name in layer]
     walks = slice(first * (1 + options.bidirectional), (first + count) * (1 + options.bidirectional))
@@ -79,9 +107,11 @@ def _layers(call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, cou
     beyond, masks = NO_NORMS_OR_MASKS, ()
     if _draws_masks(options):
         h0, *others = states
-        steps, acc = (x if sizes is None else sizes).shape[0], accumulate_dtype(x.dtype)
+        steps, acc = steps if rows is not None or sizes is None else len(sizes), accumulate_dtype(x.dtype)
         of_walks = zip(h0, *[c.to(acc) for c in others], strict=True)
         masks = tuple(draw_masks(options, steps, *states_of_walk) for states_of_walk in of_walks)
+        if rows is not None:
+            masks = tuple(_in_order(one, rows) for one in masks)
     if masks or "ln_hh" in kinds:
         norm_of = options.layer_norm if "ln_hh" in kinds else ""
         norm_of_c = options.layer_norm_cell if "ln_c" in kinds else ""
@@ -93,6 +123,13 @@ def _layers(call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, cou
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     found = run_operation(shape, inputs, weights, bounds, differentiated, beyond)
     return found[: 1 + len(states)]
+
+
+def _in_order(masks: Masks, rows: network.Rows) -> Masks:
+    """Masks of a padded batch for its packed rows."""
+    recurrent, *zones = masks
+    zones = [None if one is None else one[: len(rows.batch_sizes)].index_select(1, rows.order) for one in zones]
+    return Masks(None if recurrent is None else recurrent.index_select(0, rows.order), *zones)
 
 
 def _number(bound: float | Tensor | None) -> float | None:

@@ -92,6 +92,22 @@ def test_packed_rows(kind, options):
 
 
 @kinds
+@pytest.mark.parametrize("layout", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+def test_lengths(kind, options, layout):
+    module = scrambled(made(kind, **options, **layout))
+    x = torch.randn(6, 6, 3, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 5, 1, 4, 4, 3])
+    agree(module, x, states_of(module, 6), lengths=lengths)
+    agree(module.eval(), x, None, lengths=lengths, tap=new_tap(module, 6, 6))
+
+
+def test_lengths_and_layers_apart():
+    module = made("LSTM", num_layers=3, residual=True, zoneout=0.2)
+    x = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)
+    agree(module, x, states_of(module, 4), lengths=torch.tensor([2, 5, 1, 4]), return_layers=True)
+
+
+@kinds
 def test_unbatched_input(kind, options):
     module = scrambled(made(kind, **options))
     agree(module, torch.randn(5, 3, dtype=torch.float64, requires_grad=True), states_of(module))
@@ -204,7 +220,8 @@ def test_what_may_change_before_the_backward():
         ({"zoneout": 0.1, "proj_size": 2}, {}),
         ({"layer_norm": True, "proj_size": 2}, {}),
         ({"layer_norm": True, "num_heads": 5}, {}),
-        ({"zoneout": 0.1}, {"lengths": torch.tensor([2, 4])}),
+        ({"zoneout": 0.1}, {"lengths": torch.tensor([0, 4])}),
+        ({"num_layers": 2, "dropout": 0.1}, {"lengths": torch.tensor([2, 4])}),
         ({"zoneout": 0.1}, {"decay": torch.full((4, 2), 0.5, dtype=torch.float64)}),
         ({"zoneout": 0.1}, {"return_cells": True}),
     ],
