@@ -100,7 +100,8 @@ GOALS = (
     Goal("packed, lengths from 1 to T", 0.6, of_suite("packed"), "the products of long batches"),
     Goal("tap, clipping, resets, lengths over the plain call", 1.03, over_plain, "one more pass over each step's rows"),
     Goal("layer norm and zoneout over the Python loop", 0.2, over_loop,
-         "masks are drawn, the backward of layer norm multiplies with W_hh again, and both take the general path"),
+         "masks are drawn by PyTorch's generator on one thread, as in the loop; the backward of layer norm multiplies "
+         "with W_hh again"),
     Goal("time over the products' alone, B >= 32, H >= 256", 1.25, over_products,
          "a step's product has few rows, and every call reads its memory anew"),
     Goal("training beside busy processes over the fair share", 1.5, over_fair_share,
