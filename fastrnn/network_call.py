@@ -118,7 +118,8 @@ def _layers(
         beyond = NormsAndMasks(masks, options.layer_norm_eps, norm_of, norm_of_c)
     shape = Shape(options.cell, count, options.bidirectional, "bias_ih" in kinds, "weight_hr" in kinds, False)
     bounds = Bounds(_number(options.clip_norm), _number(options.clip_value))
-    inputs = Inputs(x, sizes, call.reset_mask, tap, *states)
+    # The user may change the mask before the backward.
+    inputs = Inputs(x, sizes, None if call.reset_mask is None else call.reset_mask.clone(), tap, *states)
     given = (x, tap, *states, *weights)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     found = run_operation(shape, inputs, weights, bounds, differentiated, beyond)

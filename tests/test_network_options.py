@@ -193,7 +193,7 @@ def test_a_batch_of_gradients(options):
 
 
 def test_what_may_change_before_the_backward():
-    """The biases, which are only added, and the output; the layer norms' weights are read."""
+    """The biases, which are only added, the output and the mask of resets; the layer norms' weights are read."""
     module = scrambled(made("LSTM", layer_norm=True))
     module.backend = "cpu"
     x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -204,6 +204,11 @@ def test_what_may_change_before_the_backward():
         module.bias_ih_l0.add_(1)
         module.bias_hh_l0.add_(1)
         y.zero_()
+    assert torch.equal(*wanted, *torch.autograd.grad(total, x))
+    mask = torch.rand(4, 2) > 0.5
+    wanted = torch.autograd.grad(module(x, reset_mask=mask)[0].sum(), x)
+    total = module(x, reset_mask=mask)[0].sum()
+    mask.fill_(True)
     assert torch.equal(*wanted, *torch.autograd.grad(total, x))
     for name in ("ln_ih_l0", "ln_hh_l0", "ln_c_l0", "ln_c_bias_l0", "weight_hh_l0"):
         total = module(x)[0].sum()
