@@ -359,8 +359,8 @@ def _fits(module: nn.Module, x: Tensor, states: tuple[Tensor | None, ...], weigh
 
 
 def _seen_by_others() -> bool:
-    """Whether autocast, forward mode or what sees every operation or every saved tensor is on: the general path knows
-    these, and saves the same tensors when a checkpoint recomputes a call, with a monitor or without one."""
+    """Whether autocast, forward mode or what sees every operation is on, which the general path knows; or what sees
+    every saved tensor: a call within a checkpoint is checked, since a monitor may watch only one of its two runs."""
     return operations_are_seen() or _top_hooks(True) is not None
 
 

@@ -26,22 +26,26 @@ def run(call: Call, params: Mapping[str, Tensor], keep_layers: bool):
     None; None alone where the general path is to run the call."""
     if tracing() or not _is_for_the_operation(call, params) or network.operations_are_seen():
         return None
-    options, shape, rows = call.options, call.x.shape, None
+    options, shape, given, rows = call.options, call.x.shape, call, None
     if call.lengths is not None:
         rows = network.Rows.of(call.lengths, shape[0], False)
         if rows is None:
             return None
         call = _of_rows(call, rows)
+    elif call.packed is None:
+        call = call._replace(
+            x=call.x.contiguous()
+        )  # as in torch.nn, a batch-first input may change before the backward
     apart = options.num_layers > 1 and (
         keep_layers or options.residual or (options.dropout > 0 and options.training)
     )  # whether something is between the layers
-    y, states, below = call.x, [], []
+    y, states, below = call.x, [], []  # of the layer before, of all layers, of those below the last one
     for first in range(options.num_layers) if apart else (0,):
-        before = None
+        before = None  # what `residual` adds
         if first > 0:
             below.append(y.clone() if keep_layers else None)
             y, before = to_next_layer(y, None, None, options)
-        y, *found = _layers(call, params, y, first, 1 if apart else options.num_layers, rows, shape[0])
+        y, *found = _layers(call, params, y, first, 1 if apart else options.num_layers, given, rows)
         if options.residual and before is not None:
             y = y + before
         states.append(found)
@@ -67,10 +71,10 @@ def _is_for_the_operation(call: Call, params: Mapping[str, Tensor]) -> bool:
     by_rows = sizes is not None or call.lengths is not None
     if options.cell not in CELLS or call.decay is not None:
         return False
-    if by_rows and (call.reset_mask is not None or (options.locked_dropout and options.dropout)):
+    drops = options.num_layers > 1 and options.dropout > 0 and options.training
+    if by_rows and (call.reset_mask is not None or (options.locked_dropout and drops)):
         return False
     # Masks between the layers are drawn for the padded batch. A half type: see `network.with_lengths`.
-    drops = options.num_layers > 1 and options.dropout > 0 and options.training
     if call.lengths is not None and (drops or x.dtype not in network.FULL_DTYPES):
         return False
     if options.recurrent_dropout_per_gate and options.recurrent_dropout and options.training:
@@ -91,11 +95,11 @@ def _draws_masks(options: Options) -> bool:
 
 
 def _layers(
-    call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, count: int, rows: network.Rows | None, steps: int
+    call: Call, params: Mapping[str, Tensor], x: Tensor, first: int, count: int, given: Call, rows: network.Rows | None
 ) -> list[Tensor]:
     """`count` layers from the first one on in one operation: the output and the final states.
 
-    rows: of a call with lengths, in whose padded batch there are `steps`.
+    x: the input of the first one. given: the call before `_of_rows`, for which the masks are drawn.
     """
     options, sizes = call.options, None if call.packed is None else call.packed.batch_sizes
     names = [name for layer in suffixes(options.num_layers, options.bidirectional) for name in layer]
@@ -106,8 +110,9 @@ def _layers(
     weights = [params[f"{kind}_{name}"] for name in names for kind in kinds]
     beyond, masks = NO_NORMS_OR_MASKS, ()
     if _draws_masks(options):
-        h0, *others = states
-        steps, acc = steps if rows is not None or sizes is None else len(sizes), accumulate_dtype(x.dtype)
+        h0, *others = (state[walks] for state in given.states)
+        steps = (given.x if given.packed is None else given.packed.batch_sizes).shape[0]
+        acc = accumulate_dtype(x.dtype)
         of_walks = zip(h0, *[c.to(acc) for c in others], strict=True)
         masks = tuple(draw_masks(options, steps, *states_of_walk) for states_of_walk in of_walks)
         if rows is not None:
@@ -120,8 +125,8 @@ def _layers(
     bounds = Bounds(_number(options.clip_norm), _number(options.clip_value))
     # The user may change the mask before the backward.
     inputs = Inputs(x, sizes, None if call.reset_mask is None else call.reset_mask.clone(), tap, *states)
-    given = (x, tap, *states, *weights)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    tensors = (x, tap, *states, *weights)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     found = run_operation(shape, inputs, weights, bounds, differentiated, beyond)
     return found[: 1 + len(states)]
 

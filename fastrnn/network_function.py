@@ -124,7 +124,7 @@ class Network(Function):
         ctx.set_materialize_grads(False)
         read, unread = _roles(shape, len(weights), ctx.needs_input_grad[FIRST])
         ctx.unread = [weights[k] for k in unread]
-        ctx.versions = [one._version for one in ctx.unread]
+        ctx.versions = _versions(ctx.unread)
         masks = [one for each in beyond.masks for one in each]
         ctx.beyond = beyond._replace(masks=()) if masks else beyond
         ctx.masks = len(masks)
@@ -148,7 +148,7 @@ class Network(Function):
         if dy is None and dh_n is None and dc_n is None:
             return (*(None for _ in ctx.needs_input_grad),)
         if torch.is_grad_enabled() or transformed() or any(map(_is_batched, given)):
-            if [one._version for one in ctx.unread] != ctx.versions:
+            if _versions(ctx.unread) != ctx.versions:
                 raise RuntimeError("a weight of this call has been modified by an inplace operation")
             inputs = Inputs(x, batch_sizes, reset_mask, None, h0, c0)
             needed = ctx.needs_input_grad[FIRST:]
@@ -164,13 +164,20 @@ class Network(Function):
         return *NO_GRADIENTS, *gradients, *of_weights
 
 
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    return [None if one.is_inference() else one._version for one in tensors]
+
+
 def _is_batched(gradient: Tensor | None) -> bool:
     """By torch.autograd.grad(..., is_grads_batched=True)."""
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _differentiable(shape, bounds, beyond, inputs: Inputs, weights, incoming, needed) -> list[Tensor | None]:
-    """The gradients of the inputs and the weights by the general path, run again: differentiable, and known to vmap."""
+    """The gradients of the inputs and the weights by the general path, run again: differentiable, and known to vmap.
+
+    A second backward clips what comes by way of `incoming` apart from the rest.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast("cpu"):
         return _by_general_path(shape, bounds, beyond, inputs, weights, incoming, needed, again)

@@ -319,6 +319,38 @@ def test_dropout_between_packed_rows_draws_torch_nns_masks(kind):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"zoneout": 0.3}, {"num_layers": 2, "residual": True}], ids=str)
+def test_a_batch_first_input_may_change_before_the_backward(options):
+    """As in torch.nn, which copies it."""
+    module = made("GRU", batch_first=True, **options)
+    module.backend = "cpu"
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    total = module(x)[0].sum()
+    x.zero_()
+    total.backward()
+
+
+@pytest.mark.parametrize("call", [{}, {"lengths": torch.tensor([2, 4])}], ids=str)
+def test_masks_do_not_depend_on_the_strides_of_the_states(call):
+    module = made("GRU", recurrent_dropout=0.5)
+    x, h0 = torch.randn(4, 2, 3, dtype=torch.float64), torch.randn(1, 2, 5, dtype=torch.float64)
+    agree(module, x, h0.mT.contiguous().mT.requires_grad_(), **call)
+
+
+def test_biases_of_inference_mode():
+    module = made("GRU")
+    with torch.inference_mode():
+        biases = {name: p.clone() for name, p in module.named_parameters() if name.startswith("bias")}
+    params = {**dict(module.named_parameters()), **biases}
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in ("cpu", "reference"):
+        y, _ = fastrnn.functional.gru(x, None, params, backend=backend)
+        found.append([y, *torch.autograd.grad(y.sum(), (x, module.weight_hh_l0))])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_outputs_of_layers_may_change_before_the_backward():
     module = made("LSTM", num_layers=2, dropout=0.3)
     module.backend = "cpu"
