@@ -33,12 +33,11 @@ def run(call: Call, params: Mapping[str, Tensor], keep_layers: bool):
             return None
         call = _of_rows(call, rows)
     elif call.packed is None:
-        call = call._replace(
-            x=call.x.contiguous()
-        )  # as in torch.nn, a batch-first input may change before the backward
-    apart = options.num_layers > 1 and (
-        keep_layers or options.residual or (options.dropout > 0 and options.training)
-    )  # whether something is between the layers
+        # As in torch.nn, a batch-first input may change before the backward.
+        call = call._replace(x=call.x.contiguous())
+    # Whether something is between the layers.
+    between = keep_layers or options.residual or (options.dropout > 0 and options.training)
+    apart = options.num_layers > 1 and between
     y, states, below = call.x, [], []  # of the layer before, of all layers, of those below the last one
     for first in range(options.num_layers) if apart else (0,):
         before = None  # what `residual` adds
